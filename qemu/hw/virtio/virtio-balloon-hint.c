@@ -1,0 +1,486 @@
+/*
+ * Virtio balloon: free page hints for live migration
+ *
+ * What the guest sends is input, not truth.  It is copied once, its size is
+ * bounded, what makes no sense is counted and dropped, and the buffer goes back
+ * whatever it held.  A guest that lies here loses its own data at most: the
+ * engine takes only RAM that this migration sends.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/iov.h"
+#include "qemu/lockable.h"
+#include "qemu/main-loop.h"
+#include "qemu/rcu.h"
+#include "block/aio-wait.h"
+#include "exec/address-spaces.h"
+#include "exec/target_page.h"
+#include "hw/virtio/virtio.h"
+#include "hw/virtio/virtio-access.h"
+#include "hw/virtio/virtio-balloon.h"
+#include "migration/free-page-hint-provider.h"
+#include "system/iothread.h"
+#include "virtio-balloon-hint-parse.h"
+#include "trace.h"
+
+/* Command ids start here; 0 and 1 have a meaning of their own */
+#define CMD_ID_MIN 0x80000000
+
+/*
+ * Elements handled in one go, so that a guest that floods the queue cannot
+ * keep the event loop from others.  An array counts for all of them.
+ */
+#define BUDGET_ELEMENTS 256
+
+/* Runs that one element can make at most */
+#define MAX_RUNS VIRTIO_BALLOON_HINT_MAX_ADDRS
+
+QEMU_BUILD_BUG_ON(MAX_RUNS > FREE_PAGE_HINT_QUEUE_RUNS);
+QEMU_BUILD_BUG_ON(VIRTQUEUE_MAX_SIZE > MAX_RUNS);
+
+/* Collects the runs of one element */
+typedef struct HintRuns {
+    FreePageHintRun *runs;
+    unsigned n;
+    unsigned max;
+    /* Memory that was found last, with a reference; .mr may be NULL */
+    MemoryRegionSection section;
+} HintRuns;
+
+static bool hint_arrays(VirtIOBalloon *s)
+{
+    return virtio_vdev_has_feature(VIRTIO_DEVICE(s),
+                                   VIRTIO_BALLOON_F_HINT_ARRAYS);
+}
+
+/* ---- guest-physical ranges to runs ---- */
+
+static void hint_runs_find(HintRuns *r, hwaddr addr)
+{
+    if (r->section.mr) {
+        hwaddr base = r->section.offset_within_address_space;
+
+        if (addr >= base &&
+            addr - base < int128_get64(r->section.size)) {
+            return;
+        }
+        memory_region_unref(r->section.mr);
+    }
+    /* All that follows @addr, so that most lookups end above */
+    r->section = memory_region_find(get_system_memory(), addr,
+                                    UINT64_MAX - addr);
+}
+
+/*
+ * Append the runs for @range.  Returns false if some of it is not RAM, or if
+ * there is no room for more runs; the rest is then left out.
+ */
+static bool hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range)
+{
+    while (range.len) {
+        MemoryRegion *mr;
+        hwaddr base, offset, len;
+
+        hint_runs_find(r, range.addr);
+        mr = r->section.mr;
+        base = r->section.offset_within_address_space;
+        if (!mr || range.addr < base || r->n == r->max ||
+            !memory_region_is_ram(mr) || memory_region_is_rom(mr) ||
+            memory_region_is_romd(mr) || memory_region_is_ram_device(mr)) {
+            return false;
+        }
+
+        offset = range.addr - base;
+        len = MIN(range.len, int128_get64(r->section.size) - offset);
+        offset += r->section.offset_within_region;
+        r->runs[r->n++] = (FreePageHintRun) {
+            .block = mr->ram_block,
+            .first = DIV_ROUND_UP(offset, qemu_target_page_size()),
+            .npages = (offset + len) / qemu_target_page_size() -
+                      DIV_ROUND_UP(offset, qemu_target_page_size()),
+        };
+        range.addr += len;
+        range.len -= len;
+    }
+    return true;
+}
+
+static void hint_runs_done(HintRuns *r)
+{
+    if (r->section.mr) {
+        memory_region_unref(r->section.mr);
+    }
+    g_free(r->runs);
+}
+
+/* ---- one element of the queue ---- */
+
+/* Called with the lock. */
+static void hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
+{
+    VirtIOBalloonHintHeader header = {};
+    size_t len = iov_size(elem->out_sg, elem->out_num);
+    g_autofree VirtIOBalloonHintRange *ranges = NULL;
+    g_autofree uint64_t *addrs = NULL;
+    HintRuns r = {};
+    uint32_t id = 0;
+    uint64_t block = 0;
+    unsigned n = 0, n_ranges, invalid, i;
+
+    iov_to_buf(elem->out_sg, elem->out_num, 0, &header, sizeof(header));
+
+    /* The device reads arrays: one that it could write is no array */
+    if (elem->in_num) {
+        free_page_hint_invalid(1);
+        return;
+    }
+
+    switch (virtio_balloon_hint_parse_header(&header, len, &id, &block, &n)) {
+    case VIRTIO_BALLOON_HINT_MSG_END:
+        trace_virtio_balloon_hint_end(id);
+        free_page_hint_end(id);
+        return;
+    case VIRTIO_BALLOON_HINT_MSG_ARRAY:
+        trace_virtio_balloon_hint_array(id, block, n);
+        break;
+    default:
+        trace_virtio_balloon_hint_bad_message(len);
+        free_page_hint_invalid(1);
+        return;
+    }
+
+    if (!free_page_hint_wanted(id)) {
+        free_page_hint_stale(n);
+        return;
+    }
+
+    addrs = g_try_new(uint64_t, n);
+    ranges = g_try_new(VirtIOBalloonHintRange, n);
+    r.runs = g_try_new(FreePageHintRun, n);
+    r.max = n;
+    if (n && (!addrs || !ranges || !r.runs)) {
+        g_free(r.runs);
+        free_page_hint_abort(FREE_PAGE_HINT_REASON_NO_MEMORY);
+        return;
+    }
+
+    iov_to_buf(elem->out_sg, elem->out_num, sizeof(header), addrs,
+               n * sizeof(*addrs));
+    n_ranges = virtio_balloon_hint_parse_addrs(addrs, n, block, ranges,
+                                               &invalid);
+    for (i = 0; i < n_ranges; i++) {
+        if (!hint_runs_add(&r, ranges[i])) {
+            invalid++;
+        }
+    }
+    free_page_hint_submit(id, r.runs, r.n, n, invalid);
+    hint_runs_done(&r);
+}
+
+/* Called with the lock. */
+static void hint_handle_command(VirtIOBalloon *s, VirtQueueElement *elem)
+{
+    VirtIOBalloonHint *h = &s->hint;
+    uint32_t id;
+
+    if (iov_size(elem->out_sg, elem->out_num) != sizeof(id)) {
+        free_page_hint_invalid(1);
+        return;
+    }
+    iov_to_buf(elem->out_sg, elem->out_num, 0, &id, sizeof(id));
+    virtio_tswap32s(VIRTIO_DEVICE(s), &id);
+
+    if (h->block_id) {
+        /* Whatever it says: a report that has begun can only end */
+        trace_virtio_balloon_hint_end(h->block_id);
+        free_page_hint_end(h->block_id);
+        h->block_id = 0;
+    } else if (free_page_hint_wanted(id)) {
+        h->block_id = id;
+    } else {
+        /* The stop sign of an earlier report, or a start that comes late */
+        trace_virtio_balloon_hint_stale_command(id);
+    }
+}
+
+/* Called with the lock. */
+static void hint_handle_blocks(VirtIOBalloon *s, VirtQueueElement *elem)
+{
+    HintRuns r = {};
+    unsigned invalid = 0, i;
+
+    if (!s->hint.block_id || !free_page_hint_wanted(s->hint.block_id)) {
+        free_page_hint_stale(elem->in_num);
+        return;
+    }
+
+    r.max = VIRTQUEUE_MAX_SIZE;
+    r.runs = g_new(FreePageHintRun, r.max);
+    for (i = 0; i < elem->in_num; i++) {
+        VirtIOBalloonHintRange range = {
+            .addr = elem->in_addr[i],
+            .len = elem->in_sg[i].iov_len,
+        };
+
+        if (!hint_runs_add(&r, range)) {
+            invalid++;
+        }
+    }
+    free_page_hint_submit(s->hint.block_id, r.runs, r.n, elem->in_num, invalid);
+    hint_runs_done(&r);
+}
+
+/* ---- the queue ---- */
+
+/*
+ * Called with the lock.  Returns true if there may be more elements: later, if
+ * the budget is spent, or when the engine calls back, if its queue is full.
+ */
+static bool hint_handle_elements(VirtIOBalloon *s, bool *full)
+{
+    VirtIODevice *vdev = VIRTIO_DEVICE(s);
+    VirtIOBalloonHint *h = &s->hint;
+    int budget = BUDGET_ELEMENTS;
+    bool pushed = false;
+    bool more = true;
+
+    *full = false;
+    while (budget > 0) {
+        VirtQueueElement *elem;
+
+        if (!free_page_hint_has_room(MAX_RUNS)) {
+            *full = true;
+            break;
+        }
+        elem = virtqueue_pop(h->vq, sizeof(VirtQueueElement));
+        if (!elem) {
+            more = false;
+            break;
+        }
+
+        if (hint_arrays(s)) {
+            hint_handle_array(s, elem);
+            budget = 0;
+        } else {
+            if (elem->out_num) {
+                hint_handle_command(s, elem);
+            }
+            if (elem->in_num) {
+                hint_handle_blocks(s, elem);
+            }
+            budget--;
+        }
+
+        virtqueue_push(h->vq, elem, 0);
+        g_free(elem);
+        pushed = true;
+    }
+    if (pushed) {
+        virtio_notify(vdev, h->vq);
+    }
+    return more;
+}
+
+static void virtio_balloon_hint_bh(void *opaque)
+{
+    VirtIOBalloon *s = opaque;
+    VirtIOBalloonHint *h = &s->hint;
+    bool more, full;
+
+    QEMU_LOCK_GUARD(&h->lock);
+
+    if (!h->running) {
+        return;
+    }
+
+    virtio_queue_set_notification(h->vq, 0);
+    more = hint_handle_elements(s, &full);
+    if (!more) {
+        virtio_queue_set_notification(h->vq, 1);
+        more = !virtio_queue_empty(h->vq);
+    }
+    if (more && !full) {
+        qemu_bh_schedule(h->bh);
+    }
+}
+
+static void virtio_balloon_hint_handle_vq(VirtIODevice *vdev, VirtQueue *vq)
+{
+    qemu_bh_schedule(VIRTIO_BALLOON(vdev)->hint.bh);
+}
+
+/* ---- the provider ---- */
+
+static FreePageHintReason virtio_balloon_hint_unavailable(void *opaque)
+{
+    VirtIOBalloon *s = opaque;
+    VirtIODevice *vdev = VIRTIO_DEVICE(s);
+
+    if (!(vdev->status & VIRTIO_CONFIG_S_DRIVER_OK) ||
+        !virtio_vdev_has_feature(vdev, VIRTIO_BALLOON_F_FREE_PAGE_HINT)) {
+        return FREE_PAGE_HINT_REASON_NO_DRIVER;
+    }
+    if (!vdev->vm_running) {
+        return FREE_PAGE_HINT_REASON_VM_STOPPED;
+    }
+    if (virtio_vdev_has_feature(vdev, VIRTIO_BALLOON_F_PAGE_POISON) &&
+        s->poison_val) {
+        return FREE_PAGE_HINT_REASON_POISON;
+    }
+    /* Hints are guest-physical addresses, also behind an IOMMU */
+    if (virtio_vdev_has_feature(vdev, VIRTIO_F_IOMMU_PLATFORM)) {
+        return FREE_PAGE_HINT_REASON_UNSUPPORTED;
+    }
+    return FREE_PAGE_HINT_REASON__MAX;
+}
+
+static uint32_t virtio_balloon_hint_new_id(void *opaque)
+{
+    VirtIOBalloon *s = opaque;
+
+    QEMU_LOCK_GUARD(&s->hint.lock);
+    if (s->hint.cmd_id < CMD_ID_MIN || s->hint.cmd_id == UINT32_MAX) {
+        s->hint.cmd_id = CMD_ID_MIN;
+    } else {
+        s->hint.cmd_id++;
+    }
+    s->hint.block_id = 0;
+    return s->hint.cmd_id;
+}
+
+/* The only writer of hint.status but for the migration stream. */
+static void virtio_balloon_hint_publish(VirtIOBalloon *s,
+                                        VirtIOBalloonHintStatus status)
+{
+    WITH_QEMU_LOCK_GUARD(&s->hint.lock) {
+        trace_virtio_balloon_hint_status(s->hint.status, status,
+                                         s->hint.cmd_id);
+        s->hint.status = status;
+    }
+    virtio_notify_config(VIRTIO_DEVICE(s));
+}
+
+static void virtio_balloon_hint_ask(void *opaque)
+{
+    virtio_balloon_hint_publish(opaque, VIRTIO_BALLOON_HINT_ASKED);
+}
+
+static void virtio_balloon_hint_done(void *opaque)
+{
+    VirtIOBalloon *s = opaque;
+
+    virtio_balloon_hint_publish(s, VIRTIO_BALLOON_HINT_DONE);
+    /* Give back what waited for room in the engine's queue */
+    qemu_bh_schedule(s->hint.bh);
+}
+
+static void virtio_balloon_hint_resume(void *opaque)
+{
+    VirtIOBalloon *s = opaque;
+
+    qemu_bh_schedule(s->hint.bh);
+}
+
+static const FreePageHintProviderOps virtio_balloon_hint_ops = {
+    .unavailable = virtio_balloon_hint_unavailable,
+    .new_id = virtio_balloon_hint_new_id,
+    .ask = virtio_balloon_hint_ask,
+    .done = virtio_balloon_hint_done,
+    .resume = virtio_balloon_hint_resume,
+};
+
+/* ---- the device ---- */
+
+uint32_t virtio_balloon_hint_config(VirtIOBalloon *s)
+{
+    QEMU_LOCK_GUARD(&s->hint.lock);
+
+    switch (s->hint.status) {
+    case VIRTIO_BALLOON_HINT_ASKED:
+        return s->hint.cmd_id;
+    case VIRTIO_BALLOON_HINT_DONE:
+        return VIRTIO_BALLOON_CMD_ID_DONE;
+    default:
+        return VIRTIO_BALLOON_CMD_ID_STOP;
+    }
+}
+
+void virtio_balloon_hint_set_status(VirtIOBalloon *s, uint8_t status)
+{
+    VirtIODevice *vdev = VIRTIO_DEVICE(s);
+    bool running = vdev->vm_running && (status & VIRTIO_CONFIG_S_DRIVER_OK);
+
+    if (!s->hint.bh) {
+        return;
+    }
+    WITH_QEMU_LOCK_GUARD(&s->hint.lock) {
+        s->hint.running = running;
+    }
+    if (running) {
+        qemu_bh_schedule(s->hint.bh);
+    } else {
+        free_page_hint_abort(vdev->vm_running ?
+                             FREE_PAGE_HINT_REASON_RESET :
+                             FREE_PAGE_HINT_REASON_VM_STOPPED);
+    }
+}
+
+void virtio_balloon_hint_reset(VirtIOBalloon *s)
+{
+    if (!s->hint.bh) {
+        return;
+    }
+    WITH_QEMU_LOCK_GUARD(&s->hint.lock) {
+        s->hint.running = false;
+        s->hint.block_id = 0;
+        s->hint.status = VIRTIO_BALLOON_HINT_STOP;
+    }
+    free_page_hint_abort(FREE_PAGE_HINT_REASON_RESET);
+}
+
+void virtio_balloon_hint_init(VirtIOBalloon *s)
+{
+    qemu_mutex_init(&s->hint.lock);
+    s->hint.cmd_id = CMD_ID_MIN;
+}
+
+void virtio_balloon_hint_realize(VirtIOBalloon *s)
+{
+    VirtIODevice *vdev = VIRTIO_DEVICE(s);
+    DeviceState *dev = DEVICE(s);
+
+    s->hint.vq = virtio_add_queue(vdev, VIRTQUEUE_MAX_SIZE,
+                                  virtio_balloon_hint_handle_vq);
+    if (s->iothread) {
+        object_ref(OBJECT(s->iothread));
+        s->hint.ctx = iothread_get_aio_context(s->iothread);
+    } else {
+        s->hint.ctx = qemu_get_aio_context();
+    }
+    s->hint.bh = aio_bh_new_guarded(s->hint.ctx, virtio_balloon_hint_bh, s,
+                                    &dev->mem_reentrancy_guard);
+    free_page_hint_register(&virtio_balloon_hint_ops, s);
+}
+
+static void virtio_balloon_hint_nop(void *opaque)
+{
+}
+
+void virtio_balloon_hint_unrealize(VirtIOBalloon *s)
+{
+    free_page_hint_unregister(s);
+    WITH_QEMU_LOCK_GUARD(&s->hint.lock) {
+        s->hint.running = false;
+    }
+    qemu_bh_delete(s->hint.bh);
+    s->hint.bh = NULL;
+    if (s->iothread) {
+        /* Wait until an iothread that runs the BH has left it */
+        aio_wait_bh_oneshot(s->hint.ctx, virtio_balloon_hint_nop, NULL);
+        object_unref(OBJECT(s->iothread));
+    }
+    virtio_delete_queue(s->hint.vq);
+    s->hint.vq = NULL;
+}

@@ -1,0 +1,98 @@
+/*
+ * Free page hints: what a device that can ask the guest has to offer
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef MIGRATION_FREE_PAGE_HINT_PROVIDER_H
+#define MIGRATION_FREE_PAGE_HINT_PROVIDER_H
+
+#include "qapi/qapi-types-migration.h"
+#include "exec/cpu-common.h"
+
+/* Consecutive pages of one RAMBlock that the guest called free */
+typedef struct FreePageHintRun {
+    /* Only compared until it was found in the list of RAMBlocks */
+    RAMBlock *block;
+    /* In target pages.  May leave the block: the engine checks. */
+    uint64_t first;
+    uint64_t npages;
+} FreePageHintRun;
+
+/* Runs that the engine queues at most */
+#define FREE_PAGE_HINT_QUEUE_RUNS 32768
+
+typedef struct FreePageHintProviderOps {
+    /*
+     * Called with the BQL before a round.  Returns FREE_PAGE_HINT_REASON__MAX
+     * if the guest can be asked, otherwise why not.
+     */
+    FreePageHintReason (*unavailable)(void *opaque);
+    /*
+     * Called with the BQL.  Returns an id that no earlier request had, also
+     * none that was made on another host.  Does not publish it yet.
+     */
+    uint32_t (*new_id)(void *opaque);
+    /* Called with the BQL.  Publishes the id that new_id() returned. */
+    void (*ask)(void *opaque);
+    /*
+     * Called with the BQL when the round has ended.  Tells the guest that no
+     * hints are wanted any more and that it may use all of its memory.
+     */
+    void (*done)(void *opaque);
+    /*
+     * Called by any thread, under the engine's lock, when there is room in the
+     * queue again.  Must not block nor call the engine.
+     */
+    void (*resume)(void *opaque);
+} FreePageHintProviderOps;
+
+/*
+ * Register or unregister the provider: there is at most one.  Called with the
+ * BQL.  When free_page_hint_unregister() returns, no callback runs and none
+ * will.
+ */
+void free_page_hint_register(const FreePageHintProviderOps *ops, void *opaque);
+void free_page_hint_unregister(void *opaque);
+
+/*
+ * The functions below may be called by any thread and never block on anything
+ * but a lock that is held for a short, bounded time.  In particular none waits
+ * for bitmap_mutex.
+ */
+
+/* Is @id the request that is being answered? */
+bool free_page_hint_wanted(uint32_t id);
+
+/*
+ * Does the queue have room for @runs runs, at most FREE_PAGE_HINT_QUEUE_RUNS?
+ * If not, resume() is called later.  Without a round the answer is yes, as
+ * nothing would be queued.
+ */
+bool free_page_hint_has_room(unsigned runs);
+
+/**
+ * free_page_hint_submit: hand over what one message of the guest held
+ *
+ * @id: the request it answers; if it is not the current one, all is dropped
+ * @runs: the hints, checked by the provider to lie in RAM
+ * @n_runs: no more than free_page_hint_has_room() said there is room for
+ * @blocks: free blocks in the message (before they were merged to runs)
+ * @invalid: entries of the message that were no block of RAM
+ */
+void free_page_hint_submit(uint32_t id, const FreePageHintRun *runs,
+                           unsigned n_runs, unsigned blocks, unsigned invalid);
+
+/* The guest's report @id is complete. */
+void free_page_hint_end(uint32_t id);
+
+/* Count @entries of the guest that answered no current request. */
+void free_page_hint_stale(unsigned entries);
+
+/* Count @entries of the guest that made no sense. */
+void free_page_hint_invalid(unsigned entries);
+
+/* The guest cannot answer any more: end the round with @reason. */
+void free_page_hint_abort(FreePageHintReason reason);
+
+#endif

@@ -1,0 +1,332 @@
+/*
+ * Free page hints: unit tests of the pure parts
+ *
+ * What a guest's array says (hw/virtio/virtio-balloon-hint-parse.c) and what a
+ * hint does to the bitmaps (migration/free-page-hint-bitmap.c), the latter
+ * against a model that has one byte per page.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/bitmap.h"
+#include "qemu/bswap.h"
+#include "../../hw/virtio/virtio-balloon-hint-parse.h"
+#include "../../migration/free-page-hint-bitmap.h"
+
+#define ID 0x80000001
+#define BLOCK (4 * 1024 * 1024)
+#define HEADER sizeof(struct virtio_balloon_hint_header)
+
+/* Pages in the bitmaps under test: not a multiple of any word size */
+#define PAGES 1003
+#define RANDOM_STEPS 20000
+
+static VirtIOBalloonHintMsg parse(uint32_t size, size_t len, unsigned *addrs)
+{
+    struct virtio_balloon_hint_header header = {
+        .id = cpu_to_le32(ID),
+        .size = cpu_to_le32(size),
+    };
+    VirtIOBalloonHintMsg msg;
+    uint64_t block = 0;
+    uint32_t id = 0;
+
+    *addrs = 0;
+    msg = virtio_balloon_hint_parse_header(&header, len, &id, &block, addrs);
+    if (msg != VIRTIO_BALLOON_HINT_MSG_INVALID) {
+        g_assert_cmphex(id, ==, ID);
+    }
+    if (msg == VIRTIO_BALLOON_HINT_MSG_ARRAY) {
+        g_assert_cmphex(block, ==, size);
+    }
+    return msg;
+}
+
+/* A header and whole addresses are an array. */
+static void test_header_array(void)
+{
+    unsigned n;
+
+    g_assert_cmpint(parse(BLOCK, HEADER + 8, &n), ==,
+                    VIRTIO_BALLOON_HINT_MSG_ARRAY);
+    g_assert_cmpuint(n, ==, 1);
+    g_assert_cmpint(parse(4096, HEADER + 8 * VIRTIO_BALLOON_HINT_MAX_ADDRS, &n),
+                    ==, VIRTIO_BALLOON_HINT_MSG_ARRAY);
+    g_assert_cmpuint(n, ==, VIRTIO_BALLOON_HINT_MAX_ADDRS);
+    g_assert_cmpint(parse(1u << 31, HEADER, &n), ==,
+                    VIRTIO_BALLOON_HINT_MSG_ARRAY);
+    g_assert_cmpuint(n, ==, 0);
+}
+
+/* Size 0 without addresses ends a report; with addresses it is nothing. */
+static void test_header_end(void)
+{
+    unsigned n;
+
+    g_assert_cmpint(parse(0, HEADER, &n), ==, VIRTIO_BALLOON_HINT_MSG_END);
+    g_assert_cmpint(parse(0, HEADER + 8, &n), ==,
+                    VIRTIO_BALLOON_HINT_MSG_INVALID);
+}
+
+/* A wrong length or block size is no message. */
+static void test_header_invalid(void)
+{
+    static const uint32_t sizes[] = { 1, 2048, 4095, 4097, 6144, UINT32_MAX };
+    static const size_t lens[] = {
+        0, 1, 4, HEADER - 1, HEADER + 1, HEADER + 7, HEADER + 12,
+        HEADER + 8 * (VIRTIO_BALLOON_HINT_MAX_ADDRS + 1), SIZE_MAX,
+    };
+    unsigned n;
+    int i;
+
+    for (i = 0; i < ARRAY_SIZE(sizes); i++) {
+        g_assert_cmpint(parse(sizes[i], HEADER + 8, &n), ==,
+                        VIRTIO_BALLOON_HINT_MSG_INVALID);
+    }
+    for (i = 0; i < ARRAY_SIZE(lens); i++) {
+        g_assert_cmpint(parse(BLOCK, lens[i], &n), ==,
+                        VIRTIO_BALLOON_HINT_MSG_INVALID);
+    }
+}
+
+static unsigned parse_addrs(const uint64_t *cpu_addrs, unsigned n,
+                            uint64_t block, VirtIOBalloonHintRange *ranges,
+                            unsigned *invalid)
+{
+    g_autofree uint64_t *addrs = g_new(uint64_t, n);
+    unsigned i;
+
+    for (i = 0; i < n; i++) {
+        addrs[i] = cpu_to_le64(cpu_addrs[i]);
+    }
+    return virtio_balloon_hint_parse_addrs(addrs, n, block, ranges, invalid);
+}
+
+/* Neighbours become one range, upwards and downwards; others do not. */
+static void test_addrs_merge(void)
+{
+    static const uint64_t addrs[] = {
+        4ull * BLOCK, 5ull * BLOCK, 6ull * BLOCK,       /* up */
+        20ull * BLOCK, 19ull * BLOCK, 18ull * BLOCK,    /* down */
+        18ull * BLOCK,                                  /* again */
+        0x1000000000ull,                                /* 64 GiB */
+    };
+    VirtIOBalloonHintRange ranges[ARRAY_SIZE(addrs)];
+    unsigned invalid;
+
+    g_assert_cmpuint(parse_addrs(addrs, ARRAY_SIZE(addrs), BLOCK, ranges,
+                                 &invalid), ==, 4);
+    g_assert_cmpuint(invalid, ==, 0);
+    g_assert_cmphex(ranges[0].addr, ==, 4ull * BLOCK);
+    g_assert_cmphex(ranges[0].len, ==, 3ull * BLOCK);
+    g_assert_cmphex(ranges[1].addr, ==, 18ull * BLOCK);
+    g_assert_cmphex(ranges[1].len, ==, 3ull * BLOCK);
+    g_assert_cmphex(ranges[2].addr, ==, 18ull * BLOCK);
+    g_assert_cmphex(ranges[2].len, ==, 1ull * BLOCK);
+    g_assert_cmphex(ranges[3].addr, ==, 0x1000000000ull);
+    g_assert_cmphex(ranges[3].len, ==, 1ull * BLOCK);
+}
+
+/* Misaligned addresses, and blocks that reach beyond 2^64, are left out. */
+static void test_addrs_invalid(void)
+{
+    static const uint64_t addrs[] = {
+        1, BLOCK - 1, BLOCK + 4096, BLOCK / 2, UINT64_MAX,
+        -(uint64_t)BLOCK, 7ull * BLOCK,
+    };
+    VirtIOBalloonHintRange ranges[ARRAY_SIZE(addrs)];
+    unsigned invalid;
+
+    g_assert_cmpuint(parse_addrs(addrs, ARRAY_SIZE(addrs), BLOCK, ranges,
+                                 &invalid), ==, 1);
+    g_assert_cmpuint(invalid, ==, 6);
+    g_assert_cmphex(ranges[0].addr, ==, 7ull * BLOCK);
+}
+
+/* Ranges cover the valid blocks and nothing else, whatever the order. */
+static void test_addrs_random(void)
+{
+    enum { N = 512, SPACE = 256 };
+    int round;
+
+    for (round = 0; round < 200; round++) {
+        VirtIOBalloonHintRange ranges[N];
+        uint64_t addrs[N];
+        bool want[SPACE] = {}, got[SPACE] = {};
+        unsigned n_ranges, invalid, bad = 0, i;
+        uint64_t a;
+
+        for (i = 0; i < N; i++) {
+            /* Long runs up and down, jumps, and some that are misaligned */
+            unsigned b = g_test_rand_int_range(0, 4) && i ?
+                         (addrs[i - 1] / BLOCK + g_test_rand_int_range(-1, 2)) :
+                         g_test_rand_int_range(0, SPACE);
+
+            b %= SPACE;
+            addrs[i] = (uint64_t)b * BLOCK;
+            if (g_test_rand_int_range(0, 16) == 0) {
+                addrs[i] += 4096;
+                bad++;
+            } else {
+                want[b] = true;
+            }
+        }
+        n_ranges = parse_addrs(addrs, N, BLOCK, ranges, &invalid);
+        g_assert_cmpuint(invalid, ==, bad);
+        for (i = 0; i < n_ranges; i++) {
+            for (a = ranges[i].addr; a < ranges[i].addr + ranges[i].len;
+                 a += BLOCK) {
+                g_assert_cmpuint(a / BLOCK, <, SPACE);
+                got[a / BLOCK] = true;
+            }
+        }
+        g_assert_cmpmem(want, sizeof(want), got, sizeof(got));
+    }
+}
+
+static bool trim(uint64_t first, uint64_t npages, uint64_t ratio,
+                 uint64_t want_first, uint64_t want_npages)
+{
+    return free_page_hint_trim(&first, &npages, 4096, ratio) &&
+           first == want_first && npages == want_npages;
+}
+
+static bool trim_fails(uint64_t first, uint64_t npages, uint64_t ratio)
+{
+    return !free_page_hint_trim(&first, &npages, 4096, ratio);
+}
+
+/* Only whole host pages within the block are left of a run. */
+static void test_trim(void)
+{
+    g_assert_true(trim(0, 4096, 1, 0, 4096));
+    g_assert_true(trim(5, 7, 1, 5, 7));
+    g_assert_true(trim(4095, 1, 1, 4095, 1));
+    g_assert_true(trim(1, 1600, 512, 512, 1024));
+    g_assert_true(trim(512, 1023, 512, 512, 512));
+
+    g_assert_true(trim_fails(0, 0, 1));
+    g_assert_true(trim_fails(4096, 1, 1));
+    g_assert_true(trim_fails(4095, 2, 1));
+    g_assert_true(trim_fails(0, 4097, 1));
+    g_assert_true(trim_fails(UINT64_MAX, 2, 1));
+    g_assert_true(trim_fails(1, UINT64_MAX, 1));
+    g_assert_true(trim_fails(1, 511, 512));
+    g_assert_true(trim_fails(1, 1022, 512));
+}
+
+typedef struct Model {
+    bool dirty[PAGES];
+    bool hinted[PAGES];
+} Model;
+
+static void assert_model(const Model *m, const unsigned long *bmap,
+                         const unsigned long *hinted)
+{
+    int i;
+
+    for (i = 0; i < PAGES; i++) {
+        g_assert_cmpint(test_bit(i, bmap), ==, m->dirty[i]);
+        g_assert_cmpint(test_bit(i, hinted), ==, m->hinted[i]);
+    }
+}
+
+/*
+ * Clearing, forgetting and restoring do what they say to every page, and the
+ * numbers they return keep a counter equal to the population of the bitmap.
+ */
+static void test_bitmaps_random(void)
+{
+    unsigned long *bmap = bitmap_new(PAGES);
+    unsigned long *hinted = bitmap_new(PAGES);
+    g_autofree Model *m = g_new0(Model, 1);
+    uint64_t counter = PAGES;
+    int step, i;
+
+    bitmap_set(bmap, 0, PAGES);
+    memset(m->dirty, true, sizeof(m->dirty));
+
+    for (step = 0; step < RANDOM_STEPS; step++) {
+        int first = g_test_rand_int_range(0, PAGES);
+        int n = g_test_rand_int_range(0, PAGES - first + 1);
+        uint64_t want = 0;
+
+        switch (g_test_rand_int_range(0, 8)) {
+        case 0:
+            /* The guest writes: a merge of the dirty log */
+            for (i = first; i < first + n; i++) {
+                counter += !m->dirty[i];
+                m->dirty[i] = true;
+                set_bit(i, bmap);
+            }
+            for (i = 0; i < PAGES; i++) {
+                want += m->dirty[i] && m->hinted[i];
+                m->hinted[i] &= !m->dirty[i];
+            }
+            g_assert_cmpuint(free_page_hint_forget_dirty(hinted, bmap, PAGES),
+                             ==, want);
+            break;
+        case 1:
+            /* A switch to postcopy */
+            for (i = 0; i < PAGES; i++) {
+                want += m->hinted[i] && !m->dirty[i];
+                m->dirty[i] |= m->hinted[i];
+            }
+            g_assert_cmpuint(free_page_hint_restore(bmap, hinted, PAGES),
+                             ==, want);
+            counter += want;
+            break;
+        default:
+            n = MIN(n, 200);
+            for (i = first; i < first + n; i++) {
+                want += m->dirty[i];
+                m->hinted[i] |= m->dirty[i];
+                m->dirty[i] = false;
+            }
+            g_assert_cmpuint(free_page_hint_clear(bmap, hinted, first, n),
+                             ==, want);
+            counter -= want;
+            break;
+        }
+        g_assert_cmpuint(bitmap_count_one(bmap, PAGES), ==, counter);
+        if (step % 64 == 0) {
+            assert_model(m, bmap, hinted);
+        }
+    }
+    assert_model(m, bmap, hinted);
+    g_free(bmap);
+    g_free(hinted);
+}
+
+/* A page that was clean when it was hinted does not come back as dirty. */
+static void test_clean_page_stays_clean(void)
+{
+    unsigned long *bmap = bitmap_new(PAGES);
+    unsigned long *hinted = bitmap_new(PAGES);
+
+    bitmap_set(bmap, 100, 10);
+    g_assert_cmpuint(free_page_hint_clear(bmap, hinted, 90, 30), ==, 10);
+    g_assert_cmpuint(free_page_hint_clear(bmap, hinted, 90, 30), ==, 0);
+    g_assert_cmpuint(free_page_hint_restore(bmap, hinted, PAGES), ==, 10);
+    g_assert_cmpuint(bitmap_count_one(bmap, PAGES), ==, 10);
+    g_assert_cmpuint(find_next_bit(bmap, PAGES, 0), ==, 100);
+    g_free(bmap);
+    g_free(hinted);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    g_test_add_func("/free-page-hint/header/array", test_header_array);
+    g_test_add_func("/free-page-hint/header/end", test_header_end);
+    g_test_add_func("/free-page-hint/header/invalid", test_header_invalid);
+    g_test_add_func("/free-page-hint/addrs/merge", test_addrs_merge);
+    g_test_add_func("/free-page-hint/addrs/invalid", test_addrs_invalid);
+    g_test_add_func("/free-page-hint/addrs/random", test_addrs_random);
+    g_test_add_func("/free-page-hint/trim", test_trim);
+    g_test_add_func("/free-page-hint/bitmaps/random", test_bitmaps_random);
+    g_test_add_func("/free-page-hint/bitmaps/clean-stays-clean",
+                    test_clean_page_stays_clean);
+    return g_test_run();
+}
