@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/*
+ * Virtio balloon: free page hints in arrays
+ *
+ * Tells a live migration which pages of the guest are free, so that it need
+ * not send them. The host asks once per migration, before it sends the first
+ * page; the guest answers with the addresses of its free blocks, many to a
+ * message, and keeps on using its memory.
+ *
+ * Request: a new value in free_page_hint_cmd_id of struct
+ * virtio_balloon_config. 0 (STOP) and 1 (DONE) request nothing and end a
+ * report; any other value names a request. The guest reads the value before it
+ * looks for free memory, and puts it into every message of its answer.
+ *
+ * Answer: on the free page virtqueue, one message per element. All buffers are
+ * device-readable. A message is a struct virtio_balloon_hint_header and zero or
+ * more __le64 guest-physical addresses. Messages with one id are a report. Its
+ * last message has size 0; it may be missing if STOP, DONE or a new id ended the
+ * report. Blocks of different sizes go into different messages.
+ *
+ * A hint says: at some time after the guest read the id, nobody needed the
+ * contents of this block. The guest may have taken the block back since; the
+ * host must see to it that what was written after it published the id is not
+ * lost. Blocks may be missing, and may be told twice.
+ *
+ * The guest must not change or free a buffer before the device used it, and
+ * the host must not trust one: it drops messages with another id than the
+ * current, and rejects messages that break a rule below as a whole.
+ *
+ * Everything is little endian, in legacy devices too.
+ */
+#ifndef _LINUX_VIRTIO_BALLOON_HINT_H
+#define _LINUX_VIRTIO_BALLOON_HINT_H
+
+#include <linux/types.h>
+
+/*
+ * Feature: hints come in arrays. Depends on VIRTIO_BALLOON_F_FREE_PAGE_HINT,
+ * which is the same queue and the same config field, but a message per block.
+ * Not registered with the virtio specification.
+ */
+#define VIRTIO_BALLOON_F_HINT_ARRAYS	23
+
+struct virtio_balloon_hint_header {
+	/* The command id that this message answers. */
+	__le32 id;
+	/*
+	 * Bytes per block: a power of two, at least 4096. All addresses are
+	 * multiples of it. 0: the report ends here, no addresses follow.
+	 */
+	__le32 size;
+};
+
+/* Addresses in one message. */
+#define VIRTIO_BALLOON_HINT_MAX_ADDRS	16384
+
+#endif /* _LINUX_VIRTIO_BALLOON_HINT_H */
