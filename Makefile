@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# Everything is built in $(FPH_CACHE), ~/.cache/free-page-hint if it is not set. "make help" lists
+# the targets.
+
+FPH_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/free-page-hint
+JOBS ?= $(shell nproc)
+export FPH_CACHE JOBS
+
+DEMO_OPTIONS = $(if $(STOCK),--stock) $(if $(MEM),--mem $(MEM)) $(if $(VCPUS),--vcpus $(VCPUS)) \
+	$(if $(RUNS),--runs $(RUNS))
+CODE_DIRS = $(wildcard .ci scripts tests bench)
+PYTHON_FILES = $(shell find $(CODE_DIRS) -name '*.py'; grep -rlI '^\#!/usr/bin/python3' $(CODE_DIRS))
+SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help deps fetch qemu qemu-stock kernel kernel-stock images debian-image run migrate demo \
+	test unit lint patches check-patches clean distclean
+
+help: ## list the targets
+	@echo "make TARGET [JOBS=n] [FPH_CACHE=dir]"
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+deps: ## install the Debian packages that are missing (as root)
+	@scripts/install-deps
+
+fetch: deps ## get the sources of QEMU 10.0 and Linux 6.12 from Debian
+	@scripts/fetch
+
+qemu: fetch ## build QEMU with free page hints
+	@scripts/build-qemu ours
+
+qemu-stock: fetch ## build the unpatched QEMU, to compare with
+	@scripts/build-qemu stock
+
+kernel: fetch ## build the guest kernel with free page hints
+	@scripts/build-kernel ours
+
+kernel-stock: fetch ## build the unpatched guest kernel, to compare with
+	@scripts/build-kernel stock
+
+images: deps ## make the guest's initramfs
+	@scripts/make-initramfs
+
+debian-image: deps ## make a Debian guest image with gcc, make and sysbench
+	@scripts/make-debian-image
+
+run: qemu kernel images ## run a guest and get its shell
+	@scripts/guest
+
+migrate: qemu kernel images ## migrate a guest once, with hints
+	@scripts/migrate
+
+demo: qemu kernel images $(if $(STOCK),qemu-stock kernel-stock) ## migrate an 8 GiB guest with and without hints: STOCK=1 MEM=GiB VCPUS=n RUNS=n
+	@scripts/demo $(strip $(DEMO_OPTIONS))
+
+unit: qemu ## run the C unit tests
+	@$(FPH_CACHE)/qemu-ours/build/tests/unit/test-free-page-hint
+
+test: unit qemu-stock kernel kernel-stock images debian-image ## run all tests
+	@/usr/bin/python3 -m pytest tests
+
+lint: deps ## check the style of scripts and Python code
+	@shellcheck -x $(SHELL_FILES)
+	@black --check --quiet $(PYTHON_FILES) || { black --diff --quiet $(PYTHON_FILES); exit 1; }
+	@flake8 $(PYTHON_FILES)
+	@pylint --score=n $(PYTHON_FILES)
+	@echo "lint: clean"
+
+patches: fetch ## export both series for git am: out/patches
+	@scripts/export-patches out/patches
+
+check-patches: fetch ## git am and checkpatch of every patch, and a build at each
+	@scripts/check-patches --build
+
+clean: ## remove the output of runs (out/)
+	rm -rf out .pytest_cache
+
+distclean: clean ## remove the cache too: sources, builds, images
+	rm -rf -- "$(FPH_CACHE)"
