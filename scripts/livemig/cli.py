@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Runs a command of the package: one-line errors, and guests that end with it."""
+
+import importlib
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, Optional
+
+from livemig.errors import LivemigError
+
+
+def _terminated(number: int, _frame: Optional[FrameType]) -> None:
+    # An exception, unlike the default, lets every guest be ended in order.
+    sys.exit(128 + number)
+
+
+def run(module: str) -> NoReturn:
+    """Run main() of livemig.MODULE with this process's arguments, and exit with what it returns."""
+    command = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        sys.exit(importlib.import_module(f"livemig.{module}").main(sys.argv[1:]))
+    except LivemigError as err:
+        sys.exit(f"{command}: error: {err}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{command}: interrupted")

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Disks for guests."""
+
+import contextlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Iterator
+
+from livemig import paths
+
+
+@contextlib.contextmanager
+def debian_disk() -> Iterator[Path]:
+    """A copy of the Debian image that a guest may write to.
+
+    It has no name in the file system, so that it is gone with us however we end. Source and
+    destination open the same file: QEMU hands its lock over at the end of a migration.
+    """
+    image = paths.debian_image()
+    handle, name = tempfile.mkstemp(dir=image.parent, prefix="disk.")
+    with os.fdopen(handle, "r+b") as copy:
+        try:
+            # In place: the copy is the file that is open.
+            subprocess.run(["cp", "--sparse=always", str(image), name], check=True)
+        finally:
+            os.unlink(name)
+        yield Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}")

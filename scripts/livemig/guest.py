@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest: one QEMU process with its monitor, console and agent."""
+
+import asyncio
+import logging
+import re
+import time
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Callable, Dict, List, Optional, Type
+
+from livemig import paths
+from livemig.errors import GuestError
+from livemig.serial import Agent, Port
+from livemig.spec import CPU, GuestSpec
+
+paths.add_qemu_python()
+# pylint: disable=wrong-import-position,import-error
+from qemu.machine import QEMUMachine  # noqa: E402
+from qemu.machine.machine import QEMUMachineError  # noqa: E402
+from qemu.qmp import QMPError  # noqa: E402
+
+# It logs what it raises too.
+logging.getLogger("qemu").setLevel(logging.CRITICAL)
+
+Event = Dict[str, Any]
+
+BOOT_SECONDS = 120
+# How long to wait for an event before looking whether the QEMU is still alive.
+LIVENESS_SECONDS = 0.5
+
+# What a healthy guest kernel never says.
+KERNEL_TROUBLE = re.compile(
+    r"^.*(?:\bBUG: |\bBUG:$|WARNING: |Oops|general protection fault|Kernel panic|"
+    r"blocked for more than \d+ seconds|soft lockup|rcu_.*detected|"
+    r"list_(?:add|del) corruption|Bad page state).*$",
+    re.MULTILINE,
+)
+
+# QEMU 10.0, patched or not, has a race that ends it now and then while a guest with several vCPUs
+# sets up its PCI devices under TCG: iotlb_to_section() takes a section's index from a vCPU's TLB,
+# which is flushed a moment later than the memory map changes. Not our concern: boot again, once.
+BOOT_RACE = re.compile(r"(msix_\w+_mmio_\w+|iotlb_to_section): Assertion")
+
+# Ends with us, however we end, and does not take the terminal's Ctrl-C: we end it in order then.
+WRAPPER = ("setsid", "setpriv", "--pdeathsig", "KILL", "--")
+
+
+class Guest:
+    """A QEMU process. A context manager: the process is gone when the block ends.
+
+    An incoming guest waits for a migration; `running=False` leaves it stopped after that.
+    `listener` is called, in another thread, with what the guest writes to its console.
+    Logs go to the directory `logs`: NAME.log (QEMU's own output), NAME-console.log and, if the
+    guest is traced, NAME-trace.log.
+    """
+
+    # pylint: disable=too-many-instance-attributes
+
+    def __init__(
+        self,
+        spec: GuestSpec,
+        name: str,
+        *,
+        logs: Optional[Path] = None,
+        incoming: bool = False,
+        running: bool = True,
+        listener: Optional[Callable[[str], None]] = None,
+    ):
+        self.spec = spec
+        self.name = name
+        self.logs = logs or paths.OUT / "logs"
+        self._listener = listener
+        self._incoming = incoming
+        self._running = running
+        self._machine: Optional[QEMUMachine] = None
+        self._relaunched = False
+        self._connect_ports()
+
+    def _connect_ports(self) -> None:
+        self.console = Port(f"console of {self.name}", self._listener)
+        self._agent_port = Port(f"agent of {self.name}")
+        self.agent = Agent(self._agent_port)
+
+    # Life
+
+    def __enter__(self) -> "Guest":
+        self.launch()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    def launch(self) -> None:
+        """Start the QEMU and connect to its monitor."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        # QEMU appends to these.
+        for old in (self.console_log, self.trace_log):
+            old.unlink(missing_ok=True)
+        self._machine = QEMUMachine(
+            str(paths.qemu_binary(self.spec.qemu)),
+            args=self.arguments(),
+            wrapper=WRAPPER,
+            name=self.name,
+            base_temp_dir="/tmp",
+            log_dir=str(self.logs),
+        )
+        try:
+            self._machine.launch()
+        except QEMUMachineError as err:
+            self._machine = None
+            self.console.close()
+            self._agent_port.close()
+            raise GuestError(f"{self.name}: QEMU does not start: {self.qemu_output()}") from err
+        self.console.connected()
+        self._agent_port.connected()
+
+    def close(self) -> None:
+        """End the QEMU."""
+        if self._machine:
+            try:
+                self._machine.shutdown(hard=True)
+            except (QMPError, QEMUMachineError, EOFError, OSError):
+                # It is gone already, and its monitor with it.
+                pass
+            self._machine = None
+            self.console.close()
+            self._agent_port.close()
+
+    def arguments(self) -> List[str]:
+        """QEMU's arguments without those of the monitor."""
+        spec = self.spec
+        root = "root=/dev/vda rw init=/sbin/guest-init" if spec.disk else ""
+        cmdline = ["console=ttyS0", "panic=-1", root, *spec.cmdline]
+        args = ["-nodefaults", "-no-user-config", "-no-reboot"]
+        args += ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU]
+        args += ["-smp", str(spec.vcpus), "-m", f"{spec.mem_mib}M", *self._memory()]
+        args += ["-kernel", str(paths.kernel_image(spec.kernel))]
+        args += ["-append", " ".join(word for word in cmdline if word)]
+        if spec.disk:
+            args += ["-drive", f"file={spec.disk},format=raw,if=none,id=root,cache=writeback"]
+            args += ["-device", "virtio-blk-pci,drive=root"]
+        else:
+            args += ["-initrd", str(paths.initramfs())]
+        for name, port, log in (
+            ("console", self.console, f",logfile={self.console_log}"),
+            ("agent", self._agent_port, ""),
+        ):
+            args += ["-chardev", f"socket,id={name},fd={port.qemu_fd}{log}"]
+            args += ["-serial", f"chardev:{name}"]
+        if spec.balloon is not None:
+            if "iothread=hints" in spec.balloon:
+                args += ["-object", "iothread,id=hints"]
+            args += ["-device", f"virtio-balloon-pci,id=balloon,{spec.balloon}"]
+        if spec.trace:
+            args += ["-D", str(self.trace_log), "-trace", spec.trace]
+        if self._incoming:
+            args += ["-incoming", "defer"]
+        if not self._running:
+            args += ["-S"]
+        return args + list(spec.args)
+
+    def _memory(self) -> List[str]:
+        """QEMU's arguments for the guest's memory."""
+        spec = self.spec
+        if spec.nodes == 1:
+            args = ["-machine", "memory-backend=pc.ram"]
+            parts = ["pc.ram"]
+        else:
+            args = []
+            parts = [f"pc.ram{node}" for node in range(spec.nodes)]
+        for node, part in enumerate(parts):
+            size = f"id={part},size={spec.mem_mib // spec.nodes}M"
+            if spec.mem_file:
+                args += ["-object", f"memory-backend-file,{size},mem-path={spec.mem_file},share=on"]
+            else:
+                # Not reserved: a guest may be larger than the host, only what it uses counts.
+                args += ["-object", f"memory-backend-ram,{size},reserve=off"]
+            if spec.nodes > 1:
+                args += ["-numa", f"node,nodeid={node},memdev={part}"]
+        return args
+
+    def wait_ready(self, timeout: float = BOOT_SECONDS) -> None:
+        """Wait until the guest has booted and its agent answers."""
+        try:
+            self.agent.wait_ready(timeout)
+        except GuestError as err:
+            if BOOT_RACE.search(self.qemu_output()) and not self._relaunched:
+                self._relaunch()
+                self.wait_ready(timeout)
+                return
+            raise GuestError(
+                f"{self.name}: the guest did not boot: {err}{self.qemu_output()}\n"
+                f"--- the end of its console ({self.console_log}):\n{self.console.tail()}"
+            ) from err
+
+    def _relaunch(self) -> None:
+        warnings.warn(f"{self.name}: booted again: {self.qemu_output().strip()}", RuntimeWarning)
+        self._relaunched = True
+        self.close()
+        self._connect_ports()
+        self.launch()
+
+    # Logs
+
+    @property
+    def console_log(self) -> Path:
+        """What the guest wrote to its console."""
+        return self.logs / f"{self.name}-console.log"
+
+    @property
+    def trace_log(self) -> Path:
+        """QEMU's trace events."""
+        return self.logs / f"{self.name}-trace.log"
+
+    def qemu_output(self) -> str:
+        """What QEMU itself wrote, on lines of its own, or nothing."""
+        log = self.logs / f"{self.name}.log"
+        text = log.read_text(errors="replace").strip() if log.exists() else ""
+        return f"\n--- the output of QEMU ({log}):\n{text}" if text else ""
+
+    def kernel_trouble(self) -> List[str]:
+        """The lines of the console in which the guest's kernel complains."""
+        return [match.group(0) for match in KERNEL_TROUBLE.finditer(self.console.text())]
+
+    # Monitor
+
+    @property
+    def machine(self) -> QEMUMachine:
+        """The QEMU process."""
+        if not self._machine:
+            raise GuestError(f"{self.name}: QEMU is not running")
+        return self._machine
+
+    @property
+    def pid(self) -> Optional[int]:
+        """The process id of a running QEMU."""
+        return self._machine.get_pid() if self._machine else None
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command, return its result; underscores in names stand for dashes."""
+        return self.qmp_dict(command, {k.replace("_", "-"): v for k, v in arguments.items()})
+
+    def qmp_dict(self, command: str, arguments: Dict[str, Any]) -> Any:
+        """Run a QMP command with the arguments of a dictionary, return its result."""
+        try:
+            return self.machine.cmd(command, arguments)
+        except QMPError as err:
+            if self.machine.is_running():
+                raise GuestError(f"{self.name}: {command}: {err}") from err
+            raise self._dead(command) from err
+
+    def hmp(self, command: str) -> str:
+        """Run a command of the human monitor, return what it prints."""
+        return str(self.qmp("human-monitor-command", command_line=command))
+
+    def _dead(self, waiting_for: str) -> GuestError:
+        status = self.machine.exitcode()
+        return GuestError(
+            f"{self.name}: QEMU ended with status {status} during {waiting_for}{self.qemu_output()}"
+        )
+
+    def wait_event(self, match: Callable[[Event], bool], what: str, timeout: float) -> Event:
+        """Wait for the first event that matches; those before it are dropped."""
+        deadline = time.monotonic() + timeout
+        while True:
+            event = self._next_event(min(LIVENESS_SECONDS, deadline - time.monotonic()))
+            if event and match(event):
+                return event
+            if not event and not self.machine.is_running():
+                raise self._dead(what)
+            if time.monotonic() > deadline:
+                raise GuestError(f"{self.name}: no {what} within {timeout:.0f} s")
+
+    def _next_event(self, seconds: float) -> Optional[Event]:
+        try:
+            event: Optional[Event] = self.machine.get_qmp_event(wait=float(max(seconds, 0.001)))
+            return event
+        except asyncio.TimeoutError:
+            return None

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Migrates a guest from one QEMU to another one and tells what happened."""
+
+import os
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional
+
+from livemig.errors import GuestError, MigrationError
+from livemig.guest import Event, Guest
+from livemig.spec import MigrationSpec
+
+TIMEOUT_SECONDS = 300
+ENDED = ("completed", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Hints:
+    """The `free-page-hint` object of query-migrate; times are in microseconds."""
+
+    # pylint: disable=too-many-instance-attributes
+
+    state: str
+    reason: Optional[str] = None
+    reports: int = 0
+    arrays: int = 0
+    blocks: int = 0
+    hinted_bytes: int = 0
+    skipped_bytes: int = 0
+    redirtied_bytes: int = 0
+    stale: int = 0
+    invalid: int = 0
+    arm_time: int = 0
+    ask_to_first: int = 0
+    ask_to_end: int = 0
+
+    @classmethod
+    def from_qmp(cls, data: Mapping[str, Any]) -> "Hints":
+        """Take the fields that are known here."""
+        names = {item.name.replace("_", "-"): item.name for item in fields(cls)}
+        return cls(**{names[key]: value for key, value in data.items() if key in names})
+
+
+@dataclass(frozen=True)
+class MigrationResult:
+    """The end of a migration, as the source's query-migrate tells it."""
+
+    # pylint: disable=too-many-instance-attributes
+
+    status: str
+    total_ms: int
+    setup_ms: int
+    downtime_ms: int
+    sent_bytes: int
+    normal_pages: int
+    zero_pages: int
+    rounds: int
+    hints: Optional[Hints]
+    error: Optional[str] = None
+    raw: Dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_qmp(cls, info: Dict[str, Any]) -> "MigrationResult":
+        """Read a query-migrate reply; what is absent counts as 0."""
+        ram = info.get("ram", {})
+        hints = info.get("free-page-hint")
+        return cls(
+            status=info.get("status", "none"),
+            total_ms=info.get("total-time", 0),
+            setup_ms=info.get("setup-time", 0),
+            downtime_ms=info.get("downtime", 0),
+            sent_bytes=ram.get("transferred", 0),
+            normal_pages=ram.get("normal", 0),
+            zero_pages=ram.get("duplicate", 0),
+            rounds=ram.get("dirty-sync-count", 0),
+            hints=Hints.from_qmp(hints) if hints else None,
+            error=info.get("error-desc"),
+            raw=info,
+        )
+
+
+def query(guest: Guest) -> MigrationResult:
+    """The state of a guest's migration, running or ended."""
+    return MigrationResult.from_qmp(guest.qmp("query-migrate"))
+
+
+def set_capabilities(guest: Guest, capabilities: Mapping[str, bool]) -> None:
+    """Switch migration capabilities."""
+    guest.qmp(
+        "migrate-set-capabilities",
+        capabilities=[{"capability": k, "state": v} for k, v in capabilities.items()],
+    )
+
+
+def status_is(*statuses: str) -> Any:
+    """A match for wait_event: the migration has one of these states."""
+
+    def match(event: Event) -> bool:
+        return event["event"] == "MIGRATION" and event["data"]["status"] in statuses
+
+    return match
+
+
+def start(source: Guest, destination: Guest, spec: MigrationSpec) -> None:
+    """Start a migration and return at once."""
+    # A unix socket's path is short of 108 bytes; logs can be deep in the file system.
+    with tempfile.TemporaryDirectory(prefix="livemig-") as directory:
+        path = Path(directory) / "migration"
+        uri = f"unix:{path}"
+        set_capabilities(destination, {"events": True, **spec.common})
+        destination.qmp("migrate-incoming", uri=uri)
+        set_capabilities(source, {"events": True, **spec.common, **spec.capabilities})
+        if spec.parameters:
+            source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
+        source.qmp("migrate", uri=uri)
+        # Once it is active both ends are connected, and the name has served.
+        source.wait_event(status_is("active", *ENDED), "start of the migration", 60)
+        if os.path.exists(path):
+            os.unlink(path)
+
+
+def finish(source: Guest, destination: Guest, timeout: float = TIMEOUT_SECONDS) -> MigrationResult:
+    """Wait for the end of a migration. Raises MigrationError unless it completed."""
+    result = query(source)
+    if result.status not in ENDED:
+        source.wait_event(status_is(*ENDED), "end of the migration", timeout)
+        result = query(source)
+    if result.status != "completed":
+        raise MigrationError(
+            f"the migration {result.status}: {result.error or 'no reason given'}"
+            f"{source.qemu_output()}{destination.qemu_output()}"
+        )
+    try:
+        destination.wait_event(status_is("completed"), "end of the incoming migration", timeout)
+    except GuestError as err:
+        raise MigrationError(f"the destination failed: {err}") from err
+    return result
+
+
+def migrate(
+    source: Guest,
+    destination: Guest,
+    spec: MigrationSpec,
+    timeout: float = TIMEOUT_SECONDS,
+) -> MigrationResult:
+    """Migrate a guest. When this returns, it runs at the destination (unless that starts stopped).
+
+    The source remains, stopped. Raises MigrationError if the migration did not complete.
+    """
+    start(source, destination, spec)
+    return finish(source, destination, timeout)

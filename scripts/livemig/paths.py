@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where built things are. All of it is in the cache, which FPH_CACHE moves."""
+
+import os
+import sys
+from pathlib import Path
+
+from livemig.errors import MissingArtifact
+
+REPO = Path(__file__).resolve().parents[2]
+OUT = REPO / "out"
+
+BUILDS = ("ours", "stock")
+
+
+def cache_dir() -> Path:
+    """The directory of sources, builds and images."""
+    if "FPH_CACHE" in os.environ:
+        return Path(os.environ["FPH_CACHE"]).absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "free-page-hint"
+
+
+def require(path: Path, make_it: str) -> Path:
+    """Return path if it exists; otherwise say which command makes it."""
+    if not path.exists():
+        raise MissingArtifact(f"{path} is missing: run {make_it}")
+    return path
+
+
+def qemu_binary(build: str) -> Path:
+    """The QEMU of a build, 'ours' or 'stock'."""
+    path = cache_dir() / f"qemu-{build}" / "bin" / "qemu-system-x86_64"
+    return require(path, f"scripts/build-qemu {build}")
+
+
+def kernel_image(build: str) -> Path:
+    """The guest kernel of a build, 'ours' or 'stock'."""
+    return require(cache_dir() / f"kernel-{build}" / "bzImage", f"scripts/build-kernel {build}")
+
+
+def initramfs() -> Path:
+    """The busybox guest."""
+    return require(cache_dir() / "images" / "initramfs.cpio.gz", "scripts/make-initramfs")
+
+
+def debian_image() -> Path:
+    """The Debian guest's root file system."""
+    return require(cache_dir() / "images" / "debian.ext4", "scripts/make-debian-image")
+
+
+def add_qemu_python() -> None:
+    """Make the packages `qemu.machine` and `qemu.qmp` of QEMU's source importable."""
+    path = require(cache_dir() / "src" / "qemu" / "python", "scripts/fetch qemu")
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))

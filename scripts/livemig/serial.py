@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The two serial ports of a guest: the console's log and the agent."""
+
+import re
+import secrets
+import shlex
+import socket
+import threading
+import time
+from typing import Callable, Optional, Tuple
+
+from livemig.errors import GuestError
+
+
+class Port:
+    """One end of a socket pair, the other end of which is a serial port of a QEMU.
+
+    A thread takes everything that the guest writes as it comes, so that the guest never waits
+    for us; whoever waits for a text sleeps until it is there or the QEMU is gone.
+    """
+
+    def __init__(self, name: str, listener: Optional[Callable[[str], None]] = None):
+        """The listener is called, in the thread that reads, with each piece of text."""
+        self.name = name
+        self._listener = listener
+        self._ours, self._theirs = socket.socketpair()
+        self._theirs.set_inheritable(True)
+        self._text = ""
+        self._closed = False
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, name=f"port {name}", daemon=True)
+
+    @property
+    def qemu_fd(self) -> int:
+        """The file descriptor that QEMU is to inherit."""
+        return self._theirs.fileno()
+
+    def connected(self) -> None:
+        """QEMU has been started: give up its end, so that we see when it is gone."""
+        self._theirs.close()
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = self._ours.recv(65536)
+            except OSError:
+                data = b""
+            text = data.decode("utf-8", "replace").replace("\r", "")
+            if self._listener:
+                self._listener(text)
+            with self._changed:
+                self._text += text
+                self._closed = self._closed or not data
+                self._changed.notify_all()
+                if self._closed:
+                    return
+
+    @property
+    def closed(self) -> bool:
+        """Whether the QEMU has gone."""
+        with self._changed:
+            return self._closed
+
+    def text(self) -> str:
+        """Everything that the guest wrote since the QEMU was started."""
+        with self._changed:
+            return self._text
+
+    def tail(self, lines: int = 25) -> str:
+        """The last lines that the guest wrote."""
+        return "\n".join(self.text().splitlines()[-lines:])
+
+    def send(self, text: str) -> None:
+        """Write to the guest."""
+        try:
+            self._ours.sendall(text.encode())
+        except OSError as err:
+            raise GuestError(f"{self.name}: the QEMU is gone") from err
+
+    def wait_for(self, pattern: str, timeout: float, start: int = 0) -> "re.Match[str]":
+        """Wait until the text from offset start on matches; raises GuestError if it cannot."""
+        regex = re.compile(pattern, re.MULTILINE)
+        return self._wait(lambda: regex.search(self._text, start), timeout, pattern)
+
+    def _wait(
+        self, find: "Callable[[], Optional[re.Match[str]]]", timeout: float, what: str
+    ) -> "re.Match[str]":
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                match = find()
+                if match:
+                    return match
+                if self._closed:
+                    raise GuestError(f"{self.name}: the QEMU ended before it wrote {what!r}")
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    if not find():
+                        raise GuestError(f"{self.name}: no {what!r} within {timeout:.0f} s")
+
+    def close(self) -> None:
+        """Hang up."""
+        # Wakes the reader, which would sleep on after a plain close().
+        try:
+            self._ours.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        if self._reader.is_alive():
+            self._reader.join()
+        self._ours.close()
+        self._theirs.close()
+
+
+class Agent:
+    """A shell in the guest, on its second serial port, that runs commands for us."""
+
+    def __init__(self, port: Port):
+        self._port = port
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until the guest's init has started the agent."""
+        self._port.wait_for(r"^READY\n", timeout)
+
+    def exec(self, command: str, timeout: float = 120) -> Tuple[int, str]:
+        """Run a shell command (one line) in the guest; returns its exit status and its output."""
+        if "\n" in command:
+            raise ValueError(f"more than one line: {command!r}")
+        nonce = secrets.token_hex(8)
+        start = len(self._port.text())
+        # In a shell of its own, a command may do what it likes: fail to parse, exit, read.
+        self._port.send(
+            f"sh -c {shlex.quote(command)} </dev/null 2>&1; s=$?; echo; echo {nonce} $s\n"
+        )
+        match = self._port.wait_for(rf"^{nonce} (\d+)\n", timeout, start)
+        output = match.string[start : match.start()]
+        return int(match.group(1)), output.removesuffix("\n")
+
+    def run(self, command: str, timeout: float = 120) -> str:
+        """Run a command that must succeed; returns its output."""
+        status, output = self.exec(command, timeout)
+        if status:
+            raise GuestError(f"in the guest: {command!r} failed with {status}: {output}")
+        return output
+
+    def send(self, command: str) -> None:
+        """Start a command that will not answer."""
+        self._port.send(command + "\n")

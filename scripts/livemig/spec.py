@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What to run, as data: guests, migrations, and the modes that are compared."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Mapping, Optional, Tuple
+
+# REP MOVSB/STOSB are slow under TCG, and with erms or fsrm that is what the guest's kernel and libc
+# fill and copy pages with: writing 6 GiB takes six times as long.
+CPU = "max,-erms,-fsrm"
+
+# A migration goes as fast as it can and may stop the guest for as long as this.
+UNLIMITED = 0
+DOWNTIME_LIMIT_MS = 2000
+
+
+@dataclass(frozen=True)
+class MigrationSpec:
+    """How to migrate: what is set with QMP before it starts."""
+
+    # Both on the source only, which is where free page hints are.
+    capabilities: Mapping[str, bool] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    # Capabilities that source and destination must agree on.
+    common: Mapping[str, bool] = field(default_factory=dict)
+
+    def with_parameters(self, **parameters: Any) -> "MigrationSpec":
+        """A copy with more parameters; underscores stand for QMP's dashes."""
+        dashed = {name.replace("_", "-"): value for name, value in parameters.items()}
+        return replace(self, parameters={**self.parameters, **dashed})
+
+    def with_capabilities(self, **capabilities: bool) -> "MigrationSpec":
+        """A copy with these capabilities only; underscores stand for QMP's dashes."""
+        dashed = {name.replace("_", "-"): value for name, value in capabilities.items()}
+        return replace(self, capabilities=dashed)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to treat free memory during a migration."""
+
+    name: str
+    build: str
+    balloon: str
+    capabilities: Mapping[str, bool]
+    baseline: str
+    about: str
+
+
+_MODES = (
+    Mode("none", "ours", "free-page-hint=on", {"free-page-hint": False}, "none", "no hints"),
+    Mode(
+        "block",
+        "ours",
+        "free-page-hint=on,free-page-hint-arrays=off",
+        {"free-page-hint": True},
+        "none",
+        "upstream's protocol, one block per message, through our engine",
+    ),
+    Mode(
+        "array",
+        "ours",
+        "free-page-hint=on",
+        {"free-page-hint": True},
+        "none",
+        "arrays of blocks",
+    ),
+    Mode("stock-none", "stock", "free-page-hint=off", {}, "stock-none", "no hints, unpatched"),
+    Mode(
+        "stock-block",
+        "stock",
+        "free-page-hint=on,iothread=hints",
+        {},
+        "stock-none",
+        "upstream's hints, unpatched QEMU and kernel",
+    ),
+)
+
+MODES: Mapping[str, Mode] = {mode.name: mode for mode in _MODES}
+
+
+@dataclass(frozen=True)
+class GuestSpec:
+    """A virtual machine, the same for the source and the destination of a migration."""
+
+    mem_mib: int = 1024
+    vcpus: int = 2
+    qemu: str = "ours"
+    kernel: str = "ours"
+    # Properties of virtio-balloon-pci; None leaves the device out.
+    balloon: Optional[str] = "free-page-hint=on"
+    # NUMA nodes that share the memory and the vCPUs out.
+    nodes: int = 1
+    # Words for the guest kernel's command line.
+    cmdline: Tuple[str, ...] = ()
+    # More arguments for QEMU.
+    args: Tuple[str, ...] = ()
+    # A root file system to boot instead of the initramfs.
+    disk: Optional[Path] = None
+    # Keep the guest's memory in a file here, so that it can be read from outside.
+    mem_file: Optional[Path] = None
+    # Trace events (a pattern) for the guest's trace log.
+    trace: Optional[str] = None
+
+    def but(self, **changes: Any) -> "GuestSpec":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def for_mode(self, mode: Mode) -> "GuestSpec":
+        """A copy with the build and the balloon of a mode."""
+        return replace(self, qemu=mode.build, kernel=mode.build, balloon=mode.balloon)
+
+
+def migration_for_mode(mode: Mode) -> MigrationSpec:
+    """The migration of a mode: as fast as it can go."""
+    return MigrationSpec(
+        capabilities=mode.capabilities,
+        parameters={"max-bandwidth": UNLIMITED, "downtime-limit": DOWNTIME_LIMIT_MS},
+    )

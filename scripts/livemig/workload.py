@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a guest does before and during a migration, and how it is checked afterwards."""
+
+import re
+from dataclasses import dataclass
+
+from livemig.errors import GuestError
+from livemig.guest import Guest
+
+# The last column of /proc/buddyinfo counts blocks of this many pages on x86-64.
+MAX_ORDER_PAGES = 1024
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What memstamp says about its memory."""
+
+    pages: int
+    errors: int
+    checked: int
+    passes: int
+    reallocs: int
+    first: str
+
+    @property
+    def good(self) -> bool:
+        """Every page was there and right."""
+        return self.pages > 0 and self.errors == 0
+
+
+def stamp(
+    guest: Guest, mib: int, *, churn: bool = False, realloc_mib: int = 0, name: str = "default"
+) -> None:
+    """Fill memory of the guest with pages that know what they must contain.
+
+    With churn, it is checked and rewritten all the time; realloc_mib is taken from the guest's
+    allocator and given back over and over besides.
+    """
+    options = f"--name {name}"
+    if churn:
+        options += " --churn"
+    if realloc_mib:
+        options += f" --realloc {realloc_mib}"
+    guest.agent.run(f"memstamp start {options} {mib}")
+
+
+def verify(guest: Guest, name: str = "default") -> Verdict:
+    """Let the guest check all pages that `stamp` filled."""
+    _, output = guest.agent.exec(f"memstamp verify --name {name}")
+    match = re.search(
+        r"^verified=(\d+) errors=(\d+) checked=(\d+) passes=(\d+) reallocs=(\d+) first=(.*)$",
+        output,
+        re.MULTILINE,
+    )
+    if not match:
+        raise GuestError(f"{guest.name}: memstamp does not answer: {output}")
+    numbers = [int(text) for text in match.groups()[:5]]
+    return Verdict(*numbers, first=match.group(6))
+
+
+def dirty_and_free(guest: Guest, mib: int) -> None:
+    """Fill memory of the guest with data and free it."""
+    guest.agent.run(f"dirtyfree {mib} {guest.spec.vcpus}", timeout=600)
+
+
+def free_max_order_bytes(guest: Guest) -> int:
+    """The guest's free memory in blocks of the largest order: what it could hint."""
+    lines = guest.agent.run("cat /proc/buddyinfo").splitlines()
+    return sum(int(line.split()[-1]) for line in lines) * MAX_ORDER_PAGES * PAGE_BYTES

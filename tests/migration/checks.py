@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Checks and set-ups that several test files use."""
+
+import time
+from dataclasses import replace
+from typing import Optional
+
+from livemig import workload
+from livemig.guest import Guest
+from livemig.migration import Hints, MigrationResult, query
+from livemig.spec import MODES, GuestSpec, MigrationSpec, migration_for_mode
+
+# A small guest boots fast, and most of it is free.
+SMALL = GuestSpec(mem_mib=1024, vcpus=2)
+STAMP_MIB = 16
+# What tests write and free so that there is something for hints to skip.
+FREED_MIB = 512
+FREED_PAGES = FREED_MIB * 256
+
+OUT_OF_THE_BOX = migration_for_mode(MODES["array"])
+NO_HINTS = migration_for_mode(MODES["none"])
+# Stock QEMU does not know the capability.
+FOR_STOCK = replace(OUT_OF_THE_BOX, capabilities={})
+
+
+def fill_and_free(guest: Guest) -> None:
+    """Leave free memory that is not zero, and memory that knows its contents."""
+    workload.dirty_and_free(guest, FREED_MIB)
+    workload.stamp(guest, STAMP_MIB)
+
+
+def start_churn(guest: Guest) -> None:
+    """Memory of the guest is rewritten, freed and taken back from now on."""
+    workload.stamp(guest, 48, churn=True, realloc_mib=128, name="churn")
+
+
+def assert_intact(guest: Guest, name: str = "default") -> workload.Verdict:
+    """The guest finds all of its stamped memory right."""
+    verdict = workload.verify(guest, name)
+    assert verdict.pages > 0
+    assert verdict.errors == 0, verdict.first
+    return verdict
+
+
+def hints_of(result: MigrationResult) -> Hints:
+    """The statistics of hints, which our QEMU always gives."""
+    assert result.hints is not None, "query-migrate has no free-page-hint"
+    return result.hints
+
+
+def assert_hints_used(result: MigrationResult, least_bytes: int) -> Hints:
+    """A complete report took at least so many bytes out of the migration."""
+    hints = hints_of(result)
+    assert hints.reason is None
+    assert (hints.state, hints.reports) == ("ended", 1)
+    assert hints.skipped_bytes >= least_bytes
+    assert hints.invalid == 0
+    return hints
+
+
+def assert_not_asked(result: MigrationResult, reason: str) -> None:
+    """The guest was not asked, for this reason, and nothing was waited for."""
+    assert hints_of(result) == Hints(state="idle", reason=reason)
+
+
+def migration(
+    base: MigrationSpec = OUT_OF_THE_BOX, hints: Optional[bool] = None, **parameters: object
+) -> MigrationSpec:
+    """A migration with other parameters, and hints switched on or off."""
+    if hints is not None:
+        base = replace(base, capabilities={"free-page-hint": hints})
+    return base.with_parameters(**parameters)
+
+
+def wait_hints_ended(source: Guest, seconds: float = 60) -> Hints:
+    """Wait until a migration is done with asking for hints: no event tells."""
+    deadline = time.monotonic() + seconds
+    while True:
+        hints = hints_of(query(source))
+        if hints.state == "ended":
+            return hints
+        assert time.monotonic() < deadline, f"the hints are still {hints.state}"

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Fixtures of the migration tests.
+
+A test's docstring is its promise. What was promised, how it ended and what was measured is
+written to out/test-results.json; the logs of a test's guests are in out/logs/tests/TEST.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+# pylint: disable=wrong-import-position
+from livemig import paths  # noqa: E402
+from livemig.guest import Guest  # noqa: E402
+from livemig.spec import GuestSpec  # noqa: E402
+
+RESULTS: List[Dict[str, Any]] = []
+
+
+class Lab:
+    """Starts guests for one test and ends them all after it."""
+
+    def __init__(self, logs: Path, stack: contextlib.ExitStack):
+        self.logs = logs
+        self.guests: List[Guest] = []
+        # Whether the test wants its guest's kernel to complain.
+        self.trouble_expected = False
+        self._stack = stack
+
+    def launch(self, spec: GuestSpec, name: str, **options: Any) -> Guest:
+        """Start a guest without waiting for it to boot."""
+        guest = self._stack.enter_context(Guest(spec, name, logs=self.logs, **options))
+        self.guests.append(guest)
+        return guest
+
+    def boot(self, spec: GuestSpec, name: str = "source") -> Guest:
+        """Start a guest and wait until it has booted."""
+        guest = self.launch(spec, name)
+        guest.wait_ready()
+        return guest
+
+    def incoming(self, spec: GuestSpec, name: str = "destination", running: bool = True) -> Guest:
+        """Start a QEMU that waits for a guest to come in."""
+        return self.launch(spec, name, incoming=True, running=running)
+
+    def trouble(self) -> List[str]:
+        """What the guests' kernels complained about."""
+        return [f"{guest.name}: {line}" for guest in self.guests for line in guest.kernel_trouble()]
+
+
+def _lab(name: str) -> Iterator[Lab]:
+    logs = paths.OUT / "logs" / "tests" / re.sub(r"[^\w.-]+", "-", name)
+    shutil.rmtree(logs, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        lab = Lab(logs, stack)
+        yield lab
+        trouble = lab.trouble()
+    assert lab.trouble_expected or not trouble, "a guest's kernel complained: " + "; ".join(trouble)
+
+
+@pytest.fixture
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """A lab of the test's own. The test fails if a guest's kernel says WARNING, BUG or the like."""
+    yield from _lab(request.node.name)
+
+
+@pytest.fixture(scope="module")
+def module_lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """A lab that the tests of a file share."""
+    yield from _lab(request.node.name)
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Dict[str, Any]:
+    """A dictionary for what the test measured; it goes into the results file."""
+    values: Dict[str, Any] = {}
+    request.node.user_properties.append(("measured", values))
+    return values
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Note how a test ended."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.when != "call" and report.passed:
+        return
+    promise = getattr(getattr(item, "obj", None), "__doc__", None) or ""
+    RESULTS.append(
+        {
+            "test": item.nodeid,
+            "promise": " ".join(promise.split()),
+            "outcome": report.outcome if report.when == "call" or report.skipped else "error",
+            "why": report.longrepr[2] if report.skipped and report.longrepr else None,
+            "seconds": round(report.duration, 1),
+            "measured": dict(item.user_properties).get("measured", {}),
+        }
+    )
+
+
+def pytest_sessionfinish() -> None:
+    """Write the results file."""
+    if RESULTS:
+        paths.OUT.mkdir(exist_ok=True)
+        (paths.OUT / "test-results.json").write_text(json.dumps(RESULTS, indent=1) + "\n")

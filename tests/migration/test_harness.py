@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The harness sees what it is there to see: each check is shown a fault and must find it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO, Iterator
+
+import numpy as np
+import pytest
+from checks import SMALL
+from conftest import Lab
+
+from livemig import demo, memory, paths, report
+from livemig.errors import GuestError
+from livemig.guest import Guest
+from livemig.migration import MigrationResult
+from livemig.spec import MODES
+
+PAGE = 4096
+# As memstamp.c has it: the first word of every page.
+MAGIC = (0x46504853544D5031).to_bytes(8, "little")
+ISSUE_FIELDS = (
+    "mode scenario total_ms downtime_ms sent_bytes normal_pages zero_pages hinted_bytes "
+    "ask_to_end_ms arrays verified"
+).split()
+
+
+class Memstamp:
+    """A memstamp that runs on this machine, and a way into its memory."""
+
+    def __init__(self, binary: Path, name: str):
+        self.command = [str(binary)]
+        self.name = name
+        self.call("start", "1")
+        self.pid = self._server()
+
+    def call(self, verb: str, *args: str) -> "subprocess.CompletedProcess[str]":
+        """Run memstamp."""
+        return subprocess.run(
+            [*self.command, verb, "--name", self.name, *args],
+            stdout=subprocess.PIPE if verb != "start" else subprocess.DEVNULL,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def _server(self) -> int:
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if words[:1] == [self.command[0].encode()] and self.name.encode() in words:
+                    return int(entry.name)
+        raise AssertionError("memstamp does not run")
+
+    def pages(self) -> Iterator[int]:
+        """The addresses of the stamped pages."""
+        with open(f"/proc/{self.pid}/maps", encoding="ascii") as maps, self.memory() as mem:
+            for line in maps:
+                match = re.match(r"([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 *$", line)
+                start, end = (int(text, 16) for text in match.groups()) if match else (0, 0)
+                for address in range(start, end, PAGE):
+                    mem.seek(address)
+                    if mem.read(8) == MAGIC:
+                        yield address
+
+    def memory(self) -> BinaryIO:
+        """The memory of the server, as a file."""
+        return open(f"/proc/{self.pid}/mem", "r+b", buffering=0)
+
+
+@pytest.fixture
+def memstamp(tmp_path: Path) -> Iterator[Memstamp]:
+    """A memstamp with 256 pages."""
+    subprocess.run([paths.REPO / "scripts" / "guest-programs", tmp_path], check=True)
+    stamp = Memstamp(tmp_path / "memstamp", f"test-{os.getpid()}")
+    yield stamp
+    stamp.call("stop")
+
+
+@pytest.mark.parametrize("fault", ["none", "lost", "swapped", "old", "torn", "foreign"])
+def test_memstamp_sees(memstamp: Memstamp, fault: str) -> None:
+    """memstamp finds a page that is lost, swapped, old, torn or foreign, and names the fault."""
+    first, second = list(memstamp.pages())[10:12]
+    with memstamp.memory() as mem:
+        mem.seek(first)
+        page = bytearray(mem.read(PAGE))
+        if fault == "lost":
+            page = bytearray(PAGE)
+        elif fault == "swapped":
+            mem.seek(second)
+            page = bytearray(mem.read(PAGE))
+        elif fault == "old":
+            page[16:24] = bytes(8)
+        elif fault == "torn":
+            page[4000] ^= 1
+        elif fault == "foreign":
+            page[:] = b"x" * PAGE
+        mem.seek(first)
+        mem.write(page)
+    done = memstamp.call("verify")
+    assert "verified=256 " in done.stdout
+    assert f" errors={int(fault != 'none')} " in done.stdout
+    assert fault in done.stdout.rsplit("first=", 1)[1]
+    assert done.returncode == int(fault != "none")
+
+
+def test_comparison_sees_a_lost_page(tmp_path: Path) -> None:
+    """The comparison of memories tells a page that was lost from one that was hinted."""
+    one, other, log = (tmp_path / name for name in ("one", "other", "trace"))
+    pages = np.full((64, PAGE), 7, dtype=np.uint8)
+    pages.tofile(one)
+    pages[[10, 11, 20]] = 0
+    pages.tofile(other)
+    log.write_text("free_page_hint_apply block 'pc.ram' first 0xa pages 0x2\n")
+    result = memory.compare(one, other, log)
+    assert (result.pages, result.hinted, result.different, result.lost) == (64, 2, 3, (20,))
+
+
+def test_trace_event_is_the_one_that_qemu_has() -> None:
+    """The comparison reads the trace event in the format that QEMU writes."""
+    hooks = "".join(path.read_text() for path in (paths.REPO / "qemu" / "patches").rglob("*.patch"))
+    found = re.search(rf'^\+{memory.HINT_EVENT}\(.*?\) (".*)$', hooks, re.MULTILINE)
+    assert found, "QEMU's hooks do not have this trace event"
+    text = (
+        found[1]
+        .replace('%" PRIx64 "', "400")
+        .replace('%" PRIx64', "400")
+        .replace('"', "")
+        .replace("%s", "pc.ram")
+    )
+    assert memory.HINT_LINE.search(f"{memory.HINT_EVENT} {text}")
+
+
+def test_guest_that_does_not_boot(lab: Lab) -> None:
+    """A guest that does not boot is reported with the end of its console."""
+    lab.trouble_expected = True
+    guest = lab.launch(SMALL.but(cmdline=("rdinit=/nothing", "root=/dev/nothing")), "broken")
+    with pytest.raises(GuestError, match="(?s)did not boot.*Kernel panic"):
+        guest.wait_ready()
+    assert guest.kernel_trouble()
+
+
+def test_qemu_that_does_not_start(lab: Lab) -> None:
+    """A QEMU that does not start is reported with what it says."""
+    with pytest.raises(GuestError, match="(?s)does not start.*no-such-device"):
+        lab.launch(SMALL.but(args=("-device", "no-such-device")), "broken")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_qemu_is_left(tmp_path: Path, number: int) -> None:
+    """However a command ends, its QEMUs end with it."""
+    script = tmp_path / "command"
+    script.write_text(
+        "import sys, time\n"
+        f"sys.path[:0] = [{str(paths.REPO / 'scripts')!r}]\n"
+        "from pathlib import Path\n"
+        "from livemig import cli, demo, guest, spec\n"
+        "def main(argv):\n"
+        f"    with guest.Guest(spec.GuestSpec(), 'left', logs=Path({str(tmp_path)!r})) as g:\n"
+        "        print(g.pid, flush=True)\n"
+        "        time.sleep(600)\n"
+        "demo.main = main\n"
+        "cli.run('demo')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout
+        pid = int(process.stdout.readline())
+        assert Path(f"/proc/{pid}/exe").readlink() == paths.qemu_binary("ours").resolve()
+        process.send_signal(number)
+        assert process.wait(60) != 0
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_record_has_the_fields_that_were_agreed() -> None:
+    """demo.json has these names, with and without statistics of hints, and the tables read it."""
+    info = {
+        "status": "completed",
+        "total-time": 1000,
+        "downtime": 10,
+        "ram": {"transferred": 1 << 20, "normal": 5, "duplicate": 6},
+    }
+    hints = {"state": "ended", "arrays": 3, "hinted-bytes": 4 << 20, "ask-to-end": 2500}
+    scenario = demo.SCENARIOS["idle"]
+    runs = [
+        demo.record(
+            MODES[name],
+            scenario,
+            MigrationResult.from_qmp({**info, **extra}),
+            True,
+            guest_free_max_order_bytes=8 << 20,
+        )
+        for name, extra in (("array", {"free-page-hint": hints}), ("stock-block", {}))
+    ]
+    for run in runs:
+        assert list(run)[: len(ISSUE_FIELDS)] == ISSUE_FIELDS
+    assert (runs[0]["ask_to_end_ms"], runs[0]["arrays"]) == (2.5, 3)
+    text = report.table(runs, "idle")
+    assert [line.split()[0] for line in text.splitlines()] == ["mode", "array", "stock-block"]
+    assert report.comparisons(runs, "idle") == ["array hints / stock per-block hints: 1.00"]
+
+
+def test_medians_have_their_range() -> None:
+    """Several runs are shown as their median and range."""
+    runs = [{"total_ms": value} for value in (5, 1, 9)]
+    assert report.with_spread(runs, "total_ms") == "5 (1-9)"
+    assert report.with_spread(runs[:1], "total_ms") == "5"
+
+
+def test_too_little_memory(capfd: pytest.CaptureFixture[str]) -> None:
+    """demo says how much memory it needs before it starts, not by failing in the middle."""
+    command = [str(paths.REPO / "scripts" / "demo"), "--mem", "100000G"]
+    assert subprocess.run(command, check=False, timeout=60).returncode != 0
+    assert re.search(r"need \d+ MiB of memory, \d+ MiB are available", capfd.readouterr().err)
+
+
+def test_missing_build(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A command that misses a build says which command makes it."""
+    (tmp_path / "src").symlink_to(paths.cache_dir() / "src")
+    command = [str(paths.REPO / "scripts" / "demo")]
+    environment = {**os.environ, "FPH_CACHE": str(tmp_path)}
+    assert subprocess.run(command, env=environment, check=False, timeout=60).returncode != 0
+    assert "is missing: run scripts/build-" in capfd.readouterr().err
+
+
+def test_closed_guest_says_so() -> None:
+    """A guest that is not running is not talked to."""
+    with pytest.raises(GuestError, match="not running"):
+        Guest(SMALL, "never").qmp("query-status")

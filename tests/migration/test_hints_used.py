@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hints arrive and are used."""
+
+from typing import Any, Dict
+
+import pytest
+from checks import FREED_MIB, FREED_PAGES, SMALL, assert_hints_used, assert_intact, fill_and_free
+from checks import hints_of
+from conftest import Lab
+
+from livemig import workload
+from livemig.migration import MigrationResult, migrate
+from livemig.spec import MODES, migration_for_mode
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def without_hints(module_lab: Lab) -> MigrationResult:
+    """The control: the same guest, migrated with hints switched off."""
+    mode = MODES["none"]
+    source = module_lab.boot(SMALL.for_mode(mode))
+    fill_and_free(source)
+    destination = module_lab.incoming(source.spec)
+    result = migrate(source, destination, migration_for_mode(mode))
+    assert_intact(destination)
+    for guest in (source, destination):
+        guest.close()
+    return result
+
+
+@pytest.mark.parametrize("mode_name", ["array", "block"])
+def test_freed_memory_is_not_sent(
+    lab: Lab, without_hints: MigrationResult, measured: Dict[str, Any], mode_name: str
+) -> None:
+    """A guest that wrote and freed half of its memory migrates without sending that memory."""
+    assert hints_of(without_hints).reason == "disabled"
+    assert without_hints.normal_pages > 0.95 * FREED_PAGES, "nothing to save in the control run"
+
+    mode = MODES[mode_name]
+    source = lab.boot(SMALL.for_mode(mode))
+    fill_and_free(source)
+    free_bytes = workload.free_max_order_bytes(source)
+    destination = lab.incoming(source.spec)
+    result = migrate(source, destination, migration_for_mode(mode))
+    assert_intact(destination)
+
+    hints = assert_hints_used(result, FREED_MIB * MIB)
+    measured.update(
+        hinted_share=hints.hinted_bytes / free_bytes,
+        sent_share=result.sent_bytes / without_hints.sent_bytes,
+        arrays=hints.arrays,
+        blocks=hints.blocks,
+    )
+    assert hints.hinted_bytes >= 0.97 * free_bytes
+    # Not all that was freed lies in blocks of the largest order.
+    assert without_hints.sent_bytes - result.sent_bytes > 0.8 * FREED_MIB * MIB
+    assert without_hints.normal_pages - result.normal_pages > 0.8 * FREED_PAGES
+
+
+def test_many_blocks_share_a_message(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A report takes one queue element per 8192 blocks, and one more per memory zone at most."""
+    source = lab.boot(SMALL.but(mem_mib=4096))
+    destination = lab.incoming(source.spec)
+    result = migrate(source, destination, migration_for_mode(MODES["array"]))
+    hints = assert_hints_used(result, 3 << 30)
+    zones = len(source_zones(lab))
+    measured.update(arrays=hints.arrays, blocks=hints.blocks, zones=zones)
+    assert hints.blocks > 700
+    assert hints.arrays <= zones + hints.blocks // 8192
+
+
+def source_zones(lab: Lab) -> list[str]:
+    """The populated memory zones of the guest that arrived."""
+    return lab.guests[-1].agent.run("cat /proc/buddyinfo").splitlines()

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The guest kernel's own unit tests, in a booted guest."""
+
+import re
+from typing import Any, Dict
+
+from checks import SMALL
+from conftest import Lab
+
+SUITE = "free_page_hint"
+
+
+def test_kunit_passes(lab: Lab, measured: Dict[str, Any]) -> None:
+    """Every KUnit case of the walker passes in a guest with two nodes and movable memory."""
+    spec = SMALL.but(mem_mib=2048, nodes=2, cmdline=("kunit.enable=1", "movablecore=512M"))
+    guest = lab.launch(spec, "kunit")
+    guest.wait_ready()
+    console = guest.console.text()
+    passed = re.findall(r"^(?:\[.*?\] )? +ok \d+ (\w+)", console, re.MULTILINE)
+    failed = re.findall(r"^.*\bnot ok \d+ .*$", console, re.MULTILINE)
+    measured.update(passed=len(passed), skipped=console.count("# SKIP"))
+    assert re.search(rf"ok \d+ {SUITE}$", console, re.MULTILINE), "the suite did not run"
+    assert passed
+    assert not failed, failed

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where hints are switched off or impossible, nothing is asked and nothing is waited for."""
+
+from dataclasses import dataclass
+from typing import Any, Dict, Mapping
+
+import pytest
+from checks import FREED_PAGES, SMALL, assert_intact, assert_not_asked, fill_and_free, migration
+from conftest import Lab
+
+from livemig.migration import migrate
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way not to have hints."""
+
+    name: str
+    reason: str
+    guest: Mapping[str, Any]
+    hints: bool = True
+    wait: int = 500
+
+
+CASES = [
+    Case("capability-off", "disabled", {}, hints=False),
+    Case("wait-0", "no-wait", {}, wait=0),
+    Case("property-off", "no-device", {"balloon": "free-page-hint=off"}),
+    Case("no-balloon", "no-device", {"balloon": None}),
+    Case("no-driver", "no-driver", {"cmdline": ("initcall_blacklist=virtio_balloon_driver_init",)}),
+    Case("poison", "poison", {"cmdline": ("page_poison=1",)}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_no_hints(lab: Lab, case: Case) -> None:
+    """The migration says why there are no hints, asks nothing, sends everything, loses nothing."""
+    source = lab.boot(SMALL.but(**case.guest))
+    fill_and_free(source)
+    destination = lab.incoming(source.spec)
+    spec = migration(hints=case.hints, free_page_hint_wait=case.wait)
+    result = migrate(source, destination, spec)
+    assert_intact(destination)
+    assert_not_asked(result, case.reason)
+    assert result.normal_pages > 0.95 * FREED_PAGES
+
+
+def test_off_for_good(lab: Lab) -> None:
+    """-global migration.free-page-hint=off switches hints off for every migration."""
+    source = lab.boot(SMALL.but(args=("-global", "migration.free-page-hint=off")))
+    fill_and_free(source)
+    destination = lab.incoming(SMALL)
+    # No capability is set, as libvirt does.
+    result = migrate(source, destination, migration().with_capabilities())
+    assert_intact(destination)
+    assert_not_asked(result, "disabled")
+
+
+def test_on_by_default(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A balloon with free-page-hint=on is all that hints need."""
+    source = lab.boot(SMALL)
+    fill_and_free(source)
+    destination = lab.incoming(SMALL)
+    result = migrate(source, destination, migration().with_capabilities())
+    assert_intact(destination)
+    assert result.hints and result.hints.reason is None
+    measured["skipped_bytes"] = result.hints.skipped_bytes
+    assert result.normal_pages < 0.5 * FREED_PAGES

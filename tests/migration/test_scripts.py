@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands that people type."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+
+from livemig import control, demo, paths
+
+SCRIPTS = paths.REPO / "scripts"
+QUIT = b"\x1d"
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *command: str):
+        self._ours, theirs = pty.openpty()
+        # pylint: disable=consider-using-with  # ended by close()
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        self.text = b""
+
+    def type(self, keys: bytes) -> None:
+        """Press keys."""
+        os.write(self._ours, keys)
+
+    def wait_for(self, text: bytes, seconds: float = 120) -> None:
+        """Wait until the command has written a text."""
+        deadline = time.monotonic() + seconds
+        while text not in self.text:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.text[-2000:]!r}"
+            if select.select([self._ours], [], [], 1)[0]:
+                self.text += os.read(self._ours, 65536)
+
+    def close(self) -> None:
+        """End the command."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+        os.close(self._ours)
+
+
+def run(*command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run one of our scripts."""
+    return subprocess.run(
+        [str(SCRIPTS / command[0]), *command[1:]],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_guest_is_moved_under_its_user() -> None:
+    """scripts/migrate moves the guest that scripts/guest runs; its shell goes on, twice."""
+    if control.connect():
+        pytest.skip("a guest of scripts/guest runs on this machine")
+    terminal = Terminal(str(SCRIPTS / "guest"), "--mem", "512M")
+    try:
+        terminal.wait_for(b"/root # ")
+        terminal.type(b"x=42; echo first $((x + 1))\r")
+        terminal.wait_for(b"first 43")
+        for options in ([], ["--no-hints"]):
+            done = run("migrate", *options)
+            assert done.returncode == 0, done.stderr
+            assert ("disabled" in done.stdout) == bool(options)
+            assert "total time:" in done.stdout
+            marker = f"after{''.join(options)}"
+            terminal.type(f"echo {marker} $((x + 2))\r".encode())
+            terminal.wait_for(f"{marker} 44".encode())
+        refused = run("guest")
+        assert refused.returncode != 0
+        assert "only one at a time" in refused.stderr
+        terminal.type(QUIT)
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.close()
+
+
+def test_demo_writes_what_it_says(tmp_path: Path, measured: Dict[str, Any]) -> None:
+    """demo prints a line for each mode and writes an object for each run."""
+    out = tmp_path / "demo.json"
+    arguments = "--mem 1G --vcpus 2 --runs 2 --scenarios churn --modes none array --out"
+    done = run("demo", *arguments.split(), str(out))
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(out.read_text())
+    assert [(r["mode"], r["run"]) for r in runs] == [
+        ("none", 1),
+        ("array", 1),
+        ("none", 2),
+        ("array", 2),
+    ]
+    assert all(r["verified"] and r["checked_pages"] > r["verified_pages"] > 0 for r in runs)
+    assert runs[1]["hinted_bytes"] > 0 and runs[0]["hinted_bytes"] == 0
+    rows = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" yes")]
+    assert rows == ["none", "array"]
+    assert "medians of 2 runs" in done.stdout
+    measured.update({r["mode"]: r["total_ms"] for r in runs})
+
+
+def test_demo_fails_when_memory_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """demo ends with an error, and says so in the table, if a guest lost memory."""
+    out = tmp_path / "demo.json"
+
+    def lossy(*args: Any) -> Dict[str, Any]:
+        _, mode, scenario, *_ = args
+        good = demo.MigrationResult.from_qmp({})
+        return demo.record(mode, scenario, good, False, guest_free_max_order_bytes=0)
+
+    monkeypatch.setattr(demo, "run_once", lossy)
+    arguments = ["--mem", "1G", "--modes", "none", "--scenarios", "idle", "--out", str(out)]
+    assert demo.main(arguments) == 1
+    assert "NOT VERIFIED" in capsys.readouterr().out
+    assert json.loads(out.read_text())[0]["verified"] is False
+
+
+@pytest.mark.parametrize("script", ["make-initramfs"])
+def test_made_once(script: str, tmp_path: Path) -> None:
+    """An image is made once; a run that was killed leaves nothing that the next one trips over."""
+    first = run(script, FPH_CACHE=str(tmp_path))
+    assert first.returncode == 0, first.stderr
+    assert "made" in first.stdout
+    again = run(script, FPH_CACHE=str(tmp_path))
+    assert "up to date" in again.stdout
+
+    # As if it had been killed after the image was written, and before its stamp was.
+    (tmp_path / "images" / "initramfs.cpio.gz.stamp").unlink()
+    image = tmp_path / "images" / "initramfs.cpio.gz"
+    before = image.read_bytes()
+    recovered = run(script, FPH_CACHE=str(tmp_path))
+    assert "made" in recovered.stdout
+    assert image.read_bytes() == before, "the same input makes another image"
