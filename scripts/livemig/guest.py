@@ -2,6 +2,7 @@
 """A guest: one QEMU process with its monitor, console and agent."""
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -72,6 +73,8 @@ class Guest:
         self.name = name
         self.logs = logs or paths.OUT / "logs"
         self._listener = listener
+        # What is to be released when the QEMU has ended.
+        self.belongings = contextlib.ExitStack()
         self._incoming = incoming
         self._running = running
         self._machine: Optional[QEMUMachine] = None
@@ -132,6 +135,7 @@ class Guest:
             self._machine = None
             self.console.close()
             self._agent_port.close()
+        self.belongings.close()
 
     def arguments(self) -> List[str]:
         """QEMU's arguments without those of the monitor."""

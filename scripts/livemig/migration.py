@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Migrates a guest from one QEMU to another one and tells what happened."""
 
-import os
 import tempfile
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
 from livemig.errors import GuestError, MigrationError
@@ -104,20 +102,17 @@ def status_is(*statuses: str) -> Any:
 
 def start(source: Guest, destination: Guest, spec: MigrationSpec) -> None:
     """Start a migration and return at once."""
-    # A unix socket's path is short of 108 bytes; logs can be deep in the file system.
-    with tempfile.TemporaryDirectory(prefix="livemig-") as directory:
-        path = Path(directory) / "migration"
-        uri = f"unix:{path}"
-        set_capabilities(destination, {"events": True, **spec.common})
-        destination.qmp("migrate-incoming", uri=uri)
-        set_capabilities(source, {"events": True, **spec.common, **spec.capabilities})
-        if spec.parameters:
-            source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
-        source.qmp("migrate", uri=uri)
-        # Once it is active both ends are connected, and the name has served.
-        source.wait_event(status_is("active", *ENDED), "start of the migration", 60)
-        if os.path.exists(path):
-            os.unlink(path)
+    # A unix socket's path is short of 108 bytes; logs can be deep in the file system. It stays as
+    # long as the source: postcopy connects again.
+    directory = source.belongings.enter_context(tempfile.TemporaryDirectory(prefix="livemig-"))
+    uri = f"unix:{directory}/migration"
+    set_capabilities(destination, {"events": True, **spec.common})
+    destination.qmp("migrate-incoming", uri=uri)
+    set_capabilities(source, {"events": True, **spec.common, **spec.capabilities})
+    if spec.parameters:
+        source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
+    source.qmp("migrate", uri=uri)
+    source.wait_event(status_is("active", *ENDED), "start of the migration", 60)
 
 
 def finish(source: Guest, destination: Guest, timeout: float = TIMEOUT_SECONDS) -> MigrationResult:
