@@ -44,7 +44,7 @@ need_tools() {
 # need_disk DIR MIB WHAT: stop if the file system of DIR has less than MIB free.
 need_disk() {
     local free
-    mkdir -p "$1" || die "cannot create $1: set FPH_CACHE to a directory you can write to"
+    mkdir -p "$1" 2>/dev/null || die "cannot create $1: set FPH_CACHE to a directory you can write to"
     free=$(df -P -m "$1" | awk 'NR == 2 {print $4}')
     [ "$free" -ge "$2" ] ||
         die "$3 needs $2 MiB of disk in $1, only $free MiB are free" \
@@ -169,6 +169,7 @@ copy_source() {
         need=$((need + $(du -sm "$1" | cut -f1)))
     fi
     need_disk "$2" "$need" "building $(basename "$1")"
+    say "copying $(basename "$1")"
     mkdir "$2/build"
     cp "${how[@]}" "$1" "$2/src"
     basename "$1" >"$2/src.version"

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Hints arrive and are used."""
 
+import re
 from typing import Any, Dict
 
 import pytest
 from checks import FREED_MIB, FREED_PAGES, SMALL, assert_hints_used, assert_intact, fill_and_free
-from checks import hints_of
+from checks import hints_of, start_churn
 from conftest import Lab
 
 from livemig import workload
@@ -73,3 +74,23 @@ def test_many_blocks_share_a_message(lab: Lab, measured: Dict[str, Any]) -> None
 def source_zones(lab: Lab) -> list[str]:
     """The populated memory zones of the guest that arrived."""
     return lab.guests[-1].agent.run("cat /proc/buddyinfo").splitlines()
+
+
+def test_counter_matches_bitmap(lab: Lab, measured: Dict[str, Any]) -> None:
+    """When round 0 has ended, the counter of dirty pages is the number of bits that are set."""
+    spec = SMALL.but(trace="free_page_hint_check")
+    source = lab.boot(spec)
+    start_churn(source)
+    destination = lab.incoming(spec)
+    result = migrate(source, destination, migration_for_mode(MODES["array"]))
+    assert_hints_used(result, 256 * MIB)
+    assert_intact(destination, "churn")
+    found = re.search(
+        r"^free_page_hint_check counter (\d+) bits (\d+)$",
+        source.trace_log.read_text(),
+        re.MULTILINE,
+    )
+    assert found, "no trace event"
+    counter, bits = (int(number) for number in found.groups())
+    measured.update(counter=counter, bits=bits)
+    assert counter == bits
