@@ -104,6 +104,7 @@ def start(source: Guest, destination: Guest, spec: MigrationSpec) -> None:
     """Start a migration and return at once."""
     # A unix socket's path is short of 108 bytes; logs can be deep in the file system. It stays as
     # long as the source: postcopy connects again.
+    # pylint: disable-next=consider-using-with
     directory = source.belongings.enter_context(tempfile.TemporaryDirectory(prefix="livemig-"))
     uri = f"unix:{directory}/migration"
     set_capabilities(destination, {"events": True, **spec.common})

@@ -25,7 +25,8 @@
  *
  * The guest must not change or free a buffer before the device used it, and
  * the host must not trust one: it drops messages with another id than the
- * current, and rejects messages that break a rule below as a whole.
+ * current, messages that break a rule below, and addresses that are misaligned
+ * or no RAM.
  *
  * Everything is little endian, in legacy devices too.
  */
