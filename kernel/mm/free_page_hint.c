@@ -12,6 +12,8 @@
  */
 #include <linux/export.h>
 #include <linux/free_page_hint.h>
+#include <linux/gfp.h>
+#include <linux/kconfig.h>
 #include <linux/list.h>
 #include <linux/minmax.h>
 #include <linux/mm.h>
@@ -164,7 +166,8 @@ static int walk_zone(struct free_page_hint_walk *walk, struct zone *zone)
  * Each block was free, and of this order, at a time after the call. Blocks that
  * are freed, merged or split meanwhile may be missed or told twice. A zone's
  * lock is held for one batch at a time and not during @walk->fn. Nothing is
- * allocated, nothing is taken out of the allocator.
+ * allocated, nothing is taken out of the allocator; where this is built in, it
+ * is asked to move free pages from its per-CPU lists to its free lists first.
  *
  * Context: process context, may sleep.
  * Return: 0, what @walk->fn returned if that was not 0, or -EINVAL.
@@ -179,6 +182,14 @@ int free_page_hint_walk(struct free_page_hint_walk *walk)
 
 	if (walk->order > MAX_PAGE_ORDER || !walk->batch_len)
 		return -EINVAL;
+
+	/*
+	 * Free pages in per-CPU lists keep the blocks around them split: 84 MiB
+	 * in a guest of 8 GiB that had just freed 6 GiB. Not exported, so that
+	 * a module does without.
+	 */
+	if (IS_BUILTIN(CONFIG_FREE_PAGE_HINT))
+		drain_all_pages(NULL);
 
 	for_each_online_node(node) {
 		struct zone *zones = NODE_DATA(node)->node_zones;
