@@ -505,6 +505,104 @@ static void bounds_lock_hold(struct kunit *test)
 		   result.blocks, result.holds, result.max_hold_ns);
 }
 
+/* Blocks of which every second is free, so that they do not merge. */
+struct comb {
+	struct page *pages[1024];
+	unsigned int order;
+	/* The block that was freed last, and the buddy that keeps it apart. */
+	phys_addr_t first;
+	struct page *buddy;
+	unsigned long told;
+};
+
+static int merge_first(const phys_addr_t *addrs, unsigned int nr, void *private)
+{
+	struct comb *comb = private;
+
+	if (addrs[0] == comb->first && comb->buddy) {
+		__free_pages(comb->buddy, comb->order);
+		comb->buddy = NULL;
+	}
+
+	comb->told += nr;
+	return comb->told > ARRAY_SIZE(comb->pages) * 16 ? -E2BIG : 0;
+}
+
+/* Returns whether the block was the first that the walk read in its list. */
+static bool walk_comb(struct kunit *test, struct comb *comb)
+{
+	unsigned long i, j, nr = ARRAY_SIZE(comb->pages), nr_free;
+	struct page *first = NULL;
+	phys_addr_t batch[7];
+	struct free_page_hint_walk walk = {
+		.order = PAGE_ALLOC_COSTLY_ORDER + 1,
+		.batch = batch,
+		.batch_len = ARRAY_SIZE(batch),
+		.fn = merge_first,
+		.private = comb,
+	};
+
+	memset(comb, 0, sizeof(*comb));
+	comb->order = walk.order;
+	for (i = 0; i < nr; i++)
+		comb->pages[i] = alloc_pages(GFP_KERNEL | __GFP_NORETRY,
+					     comb->order);
+
+	/* Of a pair of buddies, one is kept and one is freed, as the last. */
+	for (i = 0; i < nr && !first; i += 2) {
+		for (j = 1; comb->pages[i] && j < nr && !first; j += 2) {
+			if (!comb->pages[j] ||
+			    page_to_pfn(comb->pages[j]) !=
+			    (page_to_pfn(comb->pages[i]) ^ 1UL << comb->order))
+				continue;
+			first = comb->pages[i];
+			comb->pages[i] = NULL;
+			comb->buddy = comb->pages[j];
+			comb->pages[j] = NULL;
+		}
+	}
+	for (i = 0; i < nr; i += 2) {
+		if (comb->pages[i])
+			__free_pages(comb->pages[i], comb->order);
+		comb->pages[i] = NULL;
+	}
+	if (first) {
+		comb->first = PFN_PHYS(page_to_pfn(first));
+		__free_pages(first, comb->order);
+	}
+
+	nr_free = count_free(comb->order);
+	KUNIT_EXPECT_EQ(test, 0, free_page_hint_walk(&walk));
+	/* The bound is per list, and there are few lists with that many. */
+	KUNIT_EXPECT_LE(test, comb->told, nr_free * 2);
+
+	for (i = 0; i < nr; i++)
+		if (comb->pages[i])
+			__free_pages(comb->pages[i], comb->order);
+	if (comb->buddy)
+		__free_pages(comb->buddy, comb->order);
+
+	return first && !comb->buddy;
+}
+
+/*
+ * A walk ends even if the entry that it read first leaves the list meanwhile:
+ * here it merges with its buddy.
+ */
+static void ends_without_its_first_entry(struct kunit *test)
+{
+	struct comb *comb = kunit_kmalloc(test, sizeof(*comb), GFP_KERNEL);
+	int try;
+
+	KUNIT_ASSERT_NOT_NULL(test, comb);
+	for (try = 0; try < TRIES; try++)
+		if (walk_comb(test, comb))
+			break;
+
+	if (try == TRIES)
+		kunit_skip(test, "found no block to merge in %d tries", TRIES);
+}
+
 /* The callback's result ends the walk and is the walk's. */
 static void stops_when_told(struct kunit *test)
 {
@@ -700,6 +798,7 @@ static struct kunit_case free_page_hint_cases[] = {
 	KUNIT_CASE(tells_a_freed_block),
 	KUNIT_CASE(never_tells_used_memory),
 	KUNIT_CASE(bounds_lock_hold),
+	KUNIT_CASE(ends_without_its_first_entry),
 	KUNIT_CASE(stops_when_told),
 	KUNIT_CASE(refuses_nonsense),
 	KUNIT_CASE(tells_movable_zones),
