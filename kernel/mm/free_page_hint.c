@@ -7,7 +7,7 @@
  * is for callers that can bear that: live migration logs all writes since
  * before it asked, and sends what was written again.
  *
- * Everything used here is exported, so that this file can also be built as a
+ * All that the walk uses is exported, so that this file can also be built as a
  * module against a kernel that does not have it.
  */
 #include <linux/export.h>
@@ -55,7 +55,9 @@ struct list_pos {
  * allocator takes entries of one list in any order. Page reporting brings its
  * first unreported entry to the front before it drops the lock, only in order
  * to find it quickly; it skips reported entries by their flag, so that a
- * rotation in between costs it time, as an allocation in between does.
+ * rotation in between costs it time, as an allocation in between does. In turn,
+ * its rotation can bring the first entry of this walk near the front, so that
+ * the walk ends early: what it misses then are blocks that were reported.
  */
 static unsigned int read_batch(struct free_page_hint_walk *walk,
 			       struct list_pos *pos, unsigned int max)
@@ -155,6 +157,24 @@ static int walk_zone(struct free_page_hint_walk *walk, struct zone *zone)
 }
 
 /**
+ * free_page_hint_drain - move free pages to where a walk sees them
+ *
+ * Free pages in per-CPU lists keep the blocks around them split: 84 MiB in a
+ * guest of 8 GiB that had just freed 6 GiB. Frees them as the allocator does
+ * itself, with a zone's lock held for a CPU's batch of pages, 2016 with the
+ * defaults. For once before the walks of a report. Does nothing in a module,
+ * for which drain_all_pages() is not exported.
+ *
+ * Context: process context, may sleep.
+ */
+void free_page_hint_drain(void)
+{
+	if (IS_BUILTIN(CONFIG_FREE_PAGE_HINT))
+		drain_all_pages(NULL);
+}
+EXPORT_SYMBOL_GPL(free_page_hint_drain);
+
+/**
  * free_page_hint_walk - tell all free blocks of one order
  * @walk: what to look for and whom to tell
  *
@@ -166,8 +186,7 @@ static int walk_zone(struct free_page_hint_walk *walk, struct zone *zone)
  * Each block was free, and of this order, at a time after the call. Blocks that
  * are freed, merged or split meanwhile may be missed or told twice. A zone's
  * lock is held for one batch at a time and not during @walk->fn. Nothing is
- * allocated, nothing is taken out of the allocator; where this is built in, it
- * is asked to move free pages from its per-CPU lists to its free lists first.
+ * allocated, nothing is taken out of the allocator.
  *
  * Context: process context, may sleep.
  * Return: 0, what @walk->fn returned if that was not 0, or -EINVAL.
@@ -182,14 +201,6 @@ int free_page_hint_walk(struct free_page_hint_walk *walk)
 
 	if (walk->order > MAX_PAGE_ORDER || !walk->batch_len)
 		return -EINVAL;
-
-	/*
-	 * Free pages in per-CPU lists keep the blocks around them split: 84 MiB
-	 * in a guest of 8 GiB that had just freed 6 GiB. Not exported, so that
-	 * a module does without.
-	 */
-	if (IS_BUILTIN(CONFIG_FREE_PAGE_HINT))
-		drain_all_pages(NULL);
 
 	for_each_online_node(node) {
 		struct zone *zones = NODE_DATA(node)->node_zones;

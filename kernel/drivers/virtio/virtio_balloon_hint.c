@@ -193,30 +193,33 @@ static void hint_free_bufs(struct virtio_balloon_hint *hint)
 }
 
 /*
- * Gets the buffers of a report, smaller ones where there are no larger ones.
- * Memory that is hard to get is not worth it: no hint is a correct hint. Some
- * buffers can still be there, with the device, from a report that was ended.
+ * Gets the buffers of a report, a smaller one and no more where there are no
+ * larger ones. Memory that is hard to get is not worth it, and the host does
+ * not wait for long: no hint is a correct hint. Some buffers can still be
+ * there, with the device, from a report that was ended.
  */
 static bool hint_alloc_bufs(struct virtio_balloon_hint *hint)
 {
 	/* One descriptor is for the end message. */
 	unsigned int i, want = min(virtqueue_get_vring_size(hint->vq) - 1,
 				   HINT_BUFS);
-	bool any = false;
+	bool any = false, scarce = false;
 
-	for (i = 0; i < want; i++) {
+	for (i = 0; i < want && !scarce; i++) {
 		struct hint_buf *buf = &hint->bufs[i];
 		int order = get_order(HINT_BUF_BYTES);
 
-		for (; !buf->data && order >= 0; order--) {
-			buf->data = (void *)__get_free_pages(GFP_KERNEL |
-							     __GFP_NORETRY |
-							     __GFP_NOWARN,
+		while (!buf->data && order >= 0) {
+			gfp_t gfp = order ? GFP_NOWAIT :
+					    GFP_KERNEL | __GFP_NORETRY;
+
+			buf->data = (void *)__get_free_pages(gfp | __GFP_NOWARN,
 							     order);
-			buf->order = order;
+			buf->order = order--;
 		}
 		if (buf->data)
 			any = true;
+		scarce = buf->order < get_order(HINT_BUF_BYTES);
 	}
 
 	return any;
@@ -370,6 +373,7 @@ static int hint_send_blocks(struct virtio_balloon_hint *hint)
 	int ret = 0;
 
 	hint->fill = NULL;
+	free_page_hint_drain();
 	for (order = MAX_PAGE_ORDER; !ret && order >= smallest; order--) {
 		hint->order = order;
 		walk.order = order;
@@ -417,8 +421,8 @@ static int hint_answer(struct virtio_balloon_hint *hint)
 		err = hint_wait_end_buf(hint);
 	if (!err)
 		err = hint_send_end(hint);
-	else if (err == -ECANCELED && hint_has_end_buf(hint))
-		/* The host ended it and need not be told, but may like to. */
+	else if (hint_has_end_buf(hint))
+		/* Nobody asks again for a report that sleep, say, cut short. */
 		hint_send_end(hint);
 
 	stats->last_ns = ktime_get_ns() - start;
@@ -436,8 +440,8 @@ static int hint_answer(struct virtio_balloon_hint *hint)
 
 /**
  * virtio_balloon_hint_report - answer the device's request, if there is one
- * @hint: what virtio_balloon_hint_create() made
- * @vq: the free page queue
+ * @hint: what virtio_balloon_hint_create() made, or NULL
+ * @vq: the free page queue, or NULL if there is none, after a failed resume
  *
  * To be called from a work item that is queued after each
  * virtio_balloon_hint_changed(). Returns when the device has returned all
@@ -447,10 +451,14 @@ static int hint_answer(struct virtio_balloon_hint *hint)
 void virtio_balloon_hint_report(struct virtio_balloon_hint *hint,
 				struct virtqueue *vq)
 {
-	/* The id comes first, the walk later: else a hint could be too old. */
-	u32 id = hint_read_id(hint);
+	u32 id;
 	int err = 0;
 
+	if (!hint || !vq)
+		return;
+
+	/* The id comes first, the walk later: else a hint could be too old. */
+	id = hint_read_id(hint);
 	hint->vq = vq;
 	if (id != VIRTIO_BALLOON_CMD_ID_STOP &&
 	    id != VIRTIO_BALLOON_CMD_ID_DONE && id != hint->id) {
@@ -502,7 +510,7 @@ EXPORT_SYMBOL_GPL(virtio_balloon_hint_stop);
 /**
  * virtio_balloon_hint_reset - take all buffers back from a device that was reset
  * @hint: what virtio_balloon_hint_create() made, or NULL
- * @vq: the free page queue, before it is deleted
+ * @vq: the free page queue, before it is deleted, or NULL if that was done
  *
  * The work item must not be running.
  */
@@ -511,7 +519,7 @@ void virtio_balloon_hint_reset(struct virtio_balloon_hint *hint,
 {
 	struct hint_buf *buf;
 
-	if (!hint)
+	if (!hint || !vq)
 		return;
 
 	while ((buf = virtqueue_detach_unused_buf(vq)))

@@ -44,6 +44,7 @@ struct free_page_hint_walk {
 	u64 max_hold_ns;
 };
 
+void free_page_hint_drain(void);
 int free_page_hint_walk(struct free_page_hint_walk *walk);
 
 #endif /* _LINUX_FREE_PAGE_HINT_H */
