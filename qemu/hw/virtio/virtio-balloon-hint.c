@@ -6,22 +6,22 @@
  * whatever it held.  A guest that lies here loses its own data at most: the
  * engine takes only RAM that this migration sends.
  *
+ * All of it runs with the BQL, the consumer of the queue in the main loop: it
+ * raises interrupts and may be given descriptors in MMIO memory, and both take
+ * the BQL anyway.  It never waits for the engine, which never waits for it.
+ *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
 
 #include "qemu/osdep.h"
 #include "qemu/iov.h"
-#include "qemu/lockable.h"
 #include "qemu/main-loop.h"
-#include "qemu/rcu.h"
-#include "block/aio-wait.h"
 #include "exec/address-spaces.h"
 #include "exec/target_page.h"
 #include "hw/virtio/virtio.h"
 #include "hw/virtio/virtio-access.h"
 #include "hw/virtio/virtio-balloon.h"
 #include "migration/free-page-hint-provider.h"
-#include "system/iothread.h"
 #include "virtio-balloon-hint-parse.h"
 #include "trace.h"
 
@@ -45,8 +45,12 @@ typedef struct HintRuns {
     FreePageHintRun *runs;
     unsigned n;
     unsigned max;
-    /* Memory that was found last, with a reference; .mr may be NULL */
+    /*
+     * Memory that was found last, with a reference; .mr may be NULL.  There is
+     * nothing between @from and it.
+     */
     MemoryRegionSection section;
+    hwaddr from;
 } HintRuns;
 
 static bool hint_arrays(VirtIOBalloon *s)
@@ -62,8 +66,8 @@ static void hint_runs_find(HintRuns *r, hwaddr addr)
     if (r->section.mr) {
         hwaddr base = r->section.offset_within_address_space;
 
-        if (addr >= base &&
-            addr - base < int128_get64(r->section.size)) {
+        if (addr >= r->from &&
+            (addr < base || addr - base < int128_get64(r->section.size))) {
             return;
         }
         memory_region_unref(r->section.mr);
@@ -71,17 +75,24 @@ static void hint_runs_find(HintRuns *r, hwaddr addr)
     /* All that follows @addr, so that most lookups end above */
     r->section = memory_region_find(get_system_memory(), addr,
                                     UINT64_MAX - addr);
+    r->from = addr;
 }
 
 /*
- * Append the runs for @range.  Returns false if some of it is not RAM, or if
- * there is no room for more runs; the rest is then left out.
+ * Append the runs for @range, which consists of blocks of @block bytes.
+ * Returns the number of blocks that are not RAM, all of them, or for which
+ * there is no room.
  */
-static bool hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range)
+static unsigned hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range,
+                              uint64_t block)
 {
+    unsigned invalid = 0;
+
     while (range.len) {
+        /* Up to the end of the block */
+        hwaddr len = (range.len - 1) % block + 1;
         MemoryRegion *mr;
-        hwaddr base, offset, len;
+        hwaddr base, offset;
 
         hint_runs_find(r, range.addr);
         mr = r->section.mr;
@@ -89,7 +100,10 @@ static bool hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range)
         if (!mr || range.addr < base || r->n == r->max ||
             !memory_region_is_ram(mr) || memory_region_is_rom(mr) ||
             memory_region_is_romd(mr) || memory_region_is_ram_device(mr)) {
-            return false;
+            invalid++;
+            range.addr += len;
+            range.len -= len;
+            continue;
         }
 
         offset = range.addr - base;
@@ -104,7 +118,7 @@ static bool hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range)
         range.addr += len;
         range.len -= len;
     }
-    return true;
+    return invalid;
 }
 
 static void hint_runs_done(HintRuns *r)
@@ -117,7 +131,6 @@ static void hint_runs_done(HintRuns *r)
 
 /* ---- one element of the queue ---- */
 
-/* Called with the lock. */
 static void hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
 {
     VirtIOBalloonHintHeader header = {};
@@ -171,15 +184,12 @@ static void hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
     n_ranges = virtio_balloon_hint_parse_addrs(addrs, n, block, ranges,
                                                &invalid);
     for (i = 0; i < n_ranges; i++) {
-        if (!hint_runs_add(&r, ranges[i])) {
-            invalid++;
-        }
+        invalid += hint_runs_add(&r, ranges[i], block);
     }
     free_page_hint_submit(id, r.runs, r.n, n, invalid);
     hint_runs_done(&r);
 }
 
-/* Called with the lock. */
 static void hint_handle_command(VirtIOBalloon *s, VirtQueueElement *elem)
 {
     VirtIOBalloonHint *h = &s->hint;
@@ -205,7 +215,6 @@ static void hint_handle_command(VirtIOBalloon *s, VirtQueueElement *elem)
     }
 }
 
-/* Called with the lock. */
 static void hint_handle_blocks(VirtIOBalloon *s, VirtQueueElement *elem)
 {
     HintRuns r = {};
@@ -224,8 +233,8 @@ static void hint_handle_blocks(VirtIOBalloon *s, VirtQueueElement *elem)
             .len = elem->in_sg[i].iov_len,
         };
 
-        if (!hint_runs_add(&r, range)) {
-            invalid++;
+        if (range.len) {
+            invalid += hint_runs_add(&r, range, range.len);
         }
     }
     free_page_hint_submit(s->hint.block_id, r.runs, r.n, elem->in_num, invalid);
@@ -235,7 +244,7 @@ static void hint_handle_blocks(VirtIOBalloon *s, VirtQueueElement *elem)
 /* ---- the queue ---- */
 
 /*
- * Called with the lock.  Returns true if there may be more elements: later, if
+ * Returns true if there may be more elements: later, if
  * the budget is spent, or when the engine calls back, if its queue is full.
  */
 static bool hint_handle_elements(VirtIOBalloon *s, bool *full)
@@ -289,8 +298,6 @@ static void virtio_balloon_hint_bh(void *opaque)
     VirtIOBalloonHint *h = &s->hint;
     bool more, full;
 
-    QEMU_LOCK_GUARD(&h->lock);
-
     if (!h->running) {
         return;
     }
@@ -340,7 +347,6 @@ static uint32_t virtio_balloon_hint_new_id(void *opaque)
 {
     VirtIOBalloon *s = opaque;
 
-    QEMU_LOCK_GUARD(&s->hint.lock);
     if (s->hint.cmd_id < CMD_ID_MIN || s->hint.cmd_id == UINT32_MAX) {
         s->hint.cmd_id = CMD_ID_MIN;
     } else {
@@ -351,27 +357,24 @@ static uint32_t virtio_balloon_hint_new_id(void *opaque)
 }
 
 /* The only writer of hint.status but for the migration stream. */
-static void virtio_balloon_hint_publish(VirtIOBalloon *s,
-                                        VirtIOBalloonHintStatus status)
+static void hint_set_status(VirtIOBalloon *s, VirtIOBalloonHintStatus status)
 {
-    WITH_QEMU_LOCK_GUARD(&s->hint.lock) {
-        trace_virtio_balloon_hint_status(s->hint.status, status,
-                                         s->hint.cmd_id);
-        s->hint.status = status;
-    }
-    virtio_notify_config(VIRTIO_DEVICE(s));
+    trace_virtio_balloon_hint_status(s->hint.status, status, s->hint.cmd_id);
+    s->hint.status = status;
 }
 
 static void virtio_balloon_hint_ask(void *opaque)
 {
-    virtio_balloon_hint_publish(opaque, VIRTIO_BALLOON_HINT_ASKED);
+    hint_set_status(opaque, VIRTIO_BALLOON_HINT_ASKED);
+    virtio_notify_config(VIRTIO_DEVICE(opaque));
 }
 
 static void virtio_balloon_hint_done(void *opaque)
 {
     VirtIOBalloon *s = opaque;
 
-    virtio_balloon_hint_publish(s, VIRTIO_BALLOON_HINT_DONE);
+    hint_set_status(s, VIRTIO_BALLOON_HINT_DONE);
+    virtio_notify_config(VIRTIO_DEVICE(s));
     /* Give back what waited for room in the engine's queue */
     qemu_bh_schedule(s->hint.bh);
 }
@@ -393,10 +396,17 @@ static const FreePageHintProviderOps virtio_balloon_hint_ops = {
 
 /* ---- the device ---- */
 
+uint64_t virtio_balloon_hint_features(uint64_t features)
+{
+    /* The queue and the command id are that feature's */
+    if (!virtio_has_feature(features, VIRTIO_BALLOON_F_FREE_PAGE_HINT)) {
+        virtio_clear_feature(&features, VIRTIO_BALLOON_F_HINT_ARRAYS);
+    }
+    return features;
+}
+
 uint32_t virtio_balloon_hint_config(VirtIOBalloon *s)
 {
-    QEMU_LOCK_GUARD(&s->hint.lock);
-
     switch (s->hint.status) {
     case VIRTIO_BALLOON_HINT_ASKED:
         return s->hint.cmd_id;
@@ -415,9 +425,7 @@ void virtio_balloon_hint_set_status(VirtIOBalloon *s, uint8_t status)
     if (!s->hint.bh) {
         return;
     }
-    WITH_QEMU_LOCK_GUARD(&s->hint.lock) {
-        s->hint.running = running;
-    }
+    s->hint.running = running;
     if (running) {
         qemu_bh_schedule(s->hint.bh);
     } else {
@@ -432,55 +440,33 @@ void virtio_balloon_hint_reset(VirtIOBalloon *s)
     if (!s->hint.bh) {
         return;
     }
-    WITH_QEMU_LOCK_GUARD(&s->hint.lock) {
-        s->hint.running = false;
-        s->hint.block_id = 0;
-        s->hint.status = VIRTIO_BALLOON_HINT_STOP;
-    }
+    s->hint.running = false;
+    s->hint.block_id = 0;
+    hint_set_status(s, VIRTIO_BALLOON_HINT_STOP);
     free_page_hint_abort(FREE_PAGE_HINT_REASON_RESET);
 }
 
 void virtio_balloon_hint_init(VirtIOBalloon *s)
 {
-    qemu_mutex_init(&s->hint.lock);
     s->hint.cmd_id = CMD_ID_MIN;
 }
 
 void virtio_balloon_hint_realize(VirtIOBalloon *s)
 {
     VirtIODevice *vdev = VIRTIO_DEVICE(s);
-    DeviceState *dev = DEVICE(s);
 
     s->hint.vq = virtio_add_queue(vdev, VIRTQUEUE_MAX_SIZE,
                                   virtio_balloon_hint_handle_vq);
-    if (s->iothread) {
-        object_ref(OBJECT(s->iothread));
-        s->hint.ctx = iothread_get_aio_context(s->iothread);
-    } else {
-        s->hint.ctx = qemu_get_aio_context();
-    }
-    s->hint.bh = aio_bh_new_guarded(s->hint.ctx, virtio_balloon_hint_bh, s,
-                                    &dev->mem_reentrancy_guard);
+    s->hint.bh = virtio_bh_new_guarded(DEVICE(s), virtio_balloon_hint_bh, s);
     free_page_hint_register(&virtio_balloon_hint_ops, s);
-}
-
-static void virtio_balloon_hint_nop(void *opaque)
-{
 }
 
 void virtio_balloon_hint_unrealize(VirtIOBalloon *s)
 {
     free_page_hint_unregister(s);
-    WITH_QEMU_LOCK_GUARD(&s->hint.lock) {
-        s->hint.running = false;
-    }
+    s->hint.running = false;
     qemu_bh_delete(s->hint.bh);
     s->hint.bh = NULL;
-    if (s->iothread) {
-        /* Wait until an iothread that runs the BH has left it */
-        aio_wait_bh_oneshot(s->hint.ctx, virtio_balloon_hint_nop, NULL);
-        object_unref(OBJECT(s->iothread));
-    }
     virtio_delete_queue(s->hint.vq);
     s->hint.vq = NULL;
 }

@@ -1,7 +1,8 @@
 /*
  * Virtio balloon: free page hints for live migration
  *
- * The balloon as a provider of free page hints (migration/free-page-hint.h).
+ * The balloon as a provider of free page hints, see
+ * migration/free-page-hint-provider.h.
  * It speaks two protocols on the free page queue:
  *
  *  - arrays (VIRTIO_BALLOON_F_HINT_ARRAYS): see virtio_balloon_hint.h;
@@ -17,20 +18,13 @@
 
 #include "hw/virtio/virtio.h"
 
+/* Protected by the BQL */
 typedef struct VirtIOBalloonHint {
     /* Constant between realize and unrealize */
     VirtQueue *vq;
-    AioContext *ctx;
+    /* The queue's consumer, in the main loop */
     QEMUBH *bh;
 
-    /*
-     * Keeps the queue's consumer (bh, possibly in an iothread) apart from
-     * reset, VM stop and unplug.  The consumer holds it while it handles a
-     * bounded number of elements and waits for nothing meanwhile.
-     *
-     * Protects all that follows.
-     */
-    QemuMutex lock;
     /* The VM runs and the driver is ready: the queue may be used */
     bool running;
     /*
@@ -64,6 +58,9 @@ void virtio_balloon_hint_realize(VirtIOBalloon *s);
 void virtio_balloon_hint_unrealize(VirtIOBalloon *s);
 void virtio_balloon_hint_reset(VirtIOBalloon *s);
 void virtio_balloon_hint_set_status(VirtIOBalloon *s, uint8_t status);
+
+/* The features to offer: @features without what needs another one. */
+uint64_t virtio_balloon_hint_features(uint64_t features);
 
 /* The command id to show in the config space. */
 uint32_t virtio_balloon_hint_config(VirtIOBalloon *s);
