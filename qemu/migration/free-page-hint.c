@@ -40,13 +40,20 @@
 /* Runs applied in one hold of bitmap_mutex: 4 GiB of 4 MiB blocks */
 #define APPLY_BATCH 1024
 
+/* Counting all bits at each merge is for builds with --enable-debug */
+#ifdef CONFIG_DEBUG_MUTEX
+#define CHECK_COUNTER true
+#else
+#define CHECK_COUNTER false
+#endif
+
 /* "no reason": hints were used, all of them */
 #define REASON_NONE FREE_PAGE_HINT_REASON__MAX
 
 static struct {
     /*
-     * Protects all fields down to the next comment.  A leaf: nothing is waited
-     * for, and no other lock is taken, while it is held.
+     * Protects all fields down to stats.  A leaf: nothing is waited for, and
+     * no other lock is taken, while it is held.
      */
     QemuMutex lock;
     /* Signalled when there is something to apply or the round is to end */
@@ -95,6 +102,13 @@ static void free_page_hint_set_state(FreePageHintState state)
     hint.state = state;
 }
 
+static bool free_page_hint_stopped(void)
+{
+    QEMU_LOCK_GUARD(&hint.lock);
+
+    return hint.reason != REASON_NONE;
+}
+
 /* Called with hint.lock. */
 static bool free_page_hint_asking(void)
 {
@@ -110,6 +124,32 @@ static uint64_t us_since(int64_t ns)
 static uint64_t block_pages(RAMBlock *rb)
 {
     return rb->used_length >> qemu_target_page_bits();
+}
+
+/*
+ * The counter of dirty pages changes together with the bits, or the migration
+ * ends too early or never.  Called with the BQL, so that no RAMBlock grows, and
+ * under bitmap_mutex, in an RCU critical section.
+ */
+static void free_page_hint_check(void)
+{
+    uint64_t counter = ram_dirty_pages_add(0);
+    uint64_t bits = 0;
+    RAMBlock *rb;
+
+    /* One that grew has ended the migration: then nobody counts any more */
+    if (!migration_is_running() ||
+        migrate_get_current()->state == MIGRATION_STATUS_CANCELLING ||
+        (!CHECK_COUNTER &&
+         !trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_CHECK))) {
+        return;
+    }
+
+    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+        bits += bitmap_count_one(rb->bmap, block_pages(rb));
+    }
+    trace_free_page_hint_check(counter, bits);
+    assert(!CHECK_COUNTER || counter == bits);
 }
 
 void free_page_hint_reset(void)
@@ -130,6 +170,9 @@ void free_page_hint_reset(void)
  */
 static FreePageHintReason free_page_hint_refusal(void)
 {
+    if (migrate_get_current()->state != MIGRATION_STATUS_ACTIVE) {
+        return FREE_PAGE_HINT_REASON_CANCELLED;
+    }
     if (!migrate_free_page_hint()) {
         return FREE_PAGE_HINT_REASON_DISABLED;
     }
@@ -198,12 +241,19 @@ void free_page_hint_cleanup(void)
  * TCG: a page's TLB entry may still allow writes that bypass the log, from
  * before the dirty bits were cleared.  Reset them, and wait until each vCPU has
  * left the translation block that may have looked at one.
+ *
+ * Stops early if the round is to end: nobody is asked then.
  */
 static void free_page_hint_arm(void)
 {
     int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     uint64_t chunks = 0;
     RAMBlock *rb;
+
+    /* First: a merge from here on needs the deferred clear done again */
+    ram_bitmap_lock();
+    hint.armed_epoch = hint.epoch;
+    ram_bitmap_unlock();
 
     WITH_RCU_READ_LOCK_GUARD() {
         RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
@@ -214,28 +264,28 @@ static void free_page_hint_arm(void)
             }
 
             step = 1ULL << rb->clear_bmap_shift;
-            for (page = 0; page < block_pages(rb); page += step) {
+            for (page = 0; page < block_pages(rb) && !free_page_hint_stopped();
+                 page += step) {
                 ram_bitmap_lock();
                 ram_clear_dirty_log(rb, page);
                 ram_bitmap_unlock();
                 chunks++;
-            }
-
-            if (tcg_enabled()) {
-                tlb_reset_dirty_range_all(rb->offset, rb->used_length);
             }
         }
     }
 
     if (tcg_enabled()) {
         bql_lock();
+        WITH_RCU_READ_LOCK_GUARD() {
+            RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+                if (rb->hint_bmap) {
+                    tlb_reset_dirty_range_all(rb->offset, rb->used_length);
+                }
+            }
+        }
         memory_global_after_dirty_log_sync();
         bql_unlock();
     }
-
-    ram_bitmap_lock();
-    hint.armed_epoch = hint.epoch;
-    ram_bitmap_unlock();
 
     WITH_QEMU_LOCK_GUARD(&hint.lock) {
         hint.stats.arm_time = us_since(start);
@@ -252,6 +302,8 @@ static bool free_page_hint_ask(void)
     /* Again, since the guest ran, and may have been reset, while we armed */
     if (reason != REASON_NONE) {
         free_page_hint_abort(reason);
+    }
+    if (free_page_hint_stopped()) {
         return false;
     }
 
@@ -306,7 +358,8 @@ static void free_page_hint_apply(FreePageHintRun *runs, unsigned n_runs)
 
             if (!free_page_hint_trim(&run->first, &run->npages,
                                      block_pages(rb),
-                                     rb->page_size / qemu_target_page_size())) {
+                                     MAX(1, rb->page_size /
+                                            qemu_target_page_size()))) {
                 invalid++;
                 continue;
             }
@@ -315,7 +368,7 @@ static void free_page_hint_apply(FreePageHintRun *runs, unsigned n_runs)
                                             run->first, run->npages);
             trace_free_page_hint_apply(rb->idstr, run->first, run->npages);
         }
-        ram_dirty_pages_sub(cleared);
+        ram_dirty_pages_add(-cleared);
         ram_bitmap_unlock();
     }
 
@@ -352,7 +405,9 @@ static unsigned free_page_hint_dequeue(FreePageHintRun *runs, unsigned max)
 static void free_page_hint_collect(void)
 {
     g_autofree FreePageHintRun *runs = g_new(FreePageHintRun, APPLY_BATCH);
-    int64_t deadline = hint.ask_ns + migrate_free_page_hint_wait() * SCALE_MS;
+    int64_t deadline = hint.ask_ns +
+                       (int64_t)migrate_free_page_hint_wait() *
+                       SCALE_MS;
 
     qemu_mutex_lock(&hint.lock);
     while (hint.reason == REASON_NONE) {
@@ -407,20 +462,18 @@ static void free_page_hint_finish(void)
     if (asked && hint.ops) {
         hint.ops->done(hint.opaque);
     }
-    bql_unlock();
-
-    if (trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_CHECK)) {
-        uint64_t counter, bits;
-
-        ram_count_dirty_pages(&counter, &bits);
-        trace_free_page_hint_check(counter, bits);
+    WITH_RCU_READ_LOCK_GUARD() {
+        ram_bitmap_lock();
+        free_page_hint_check();
+        ram_bitmap_unlock();
     }
+    bql_unlock();
 }
 
 void free_page_hint_round(void)
 {
     FreePageHintReason reason;
-    bool asked = false;
+    bool asked;
 
     bql_lock();
     reason = free_page_hint_refusal();
@@ -453,7 +506,7 @@ void free_page_hint_round(void)
     free_page_hint_finish();
 }
 
-/* ---- from ram.c, under bitmap_mutex ---- */
+/* ---- from ram.c ---- */
 
 void free_page_hint_synced(void)
 {
@@ -473,21 +526,25 @@ void free_page_hint_synced(void)
         QEMU_LOCK_GUARD(&hint.lock);
         hint.stats.redirtied_bytes += redirtied << qemu_target_page_bits();
     }
+    free_page_hint_check();
 }
 
-uint64_t free_page_hint_restore_all(void)
+void free_page_hint_restore_all(void)
 {
     uint64_t restored = 0;
     RAMBlock *rb;
 
+    ram_bitmap_lock();
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
         if (rb->hint_bmap) {
             restored += free_page_hint_restore(rb->bmap, rb->hint_bmap,
                                                block_pages(rb));
         }
     }
+    ram_dirty_pages_add(restored);
+    free_page_hint_check();
+    ram_bitmap_unlock();
     trace_free_page_hint_restore(restored);
-    return restored;
 }
 
 /* ---- from other threads ---- */

@@ -39,6 +39,11 @@ void free_page_hint_cancel(void);
 /* What query-migrate tells; to be freed by the caller.  Any thread. */
 FreePageHintInfo *free_page_hint_query(void);
 
+/* ---- for migration-hmp-cmds.c ---- */
+
+/* Print @info for "info migrate". */
+void hmp_info_free_page_hint(Monitor *mon, const FreePageHintInfo *info);
+
 /* ---- for ram.c ---- */
 
 /*
@@ -50,14 +55,15 @@ void free_page_hint_synced(void);
 
 /*
  * Mark all hinted pages dirty, for a switch to postcopy: the destination can
- * only fault in pages that are sent one day.  Called under bitmap_mutex, in an
- * RCU critical section.  Returns the number of pages that became dirty.
+ * only fault in pages that are sent one day.  Called without bitmap_mutex, in
+ * an RCU critical section.
  */
-uint64_t free_page_hint_restore_all(void);
+void free_page_hint_restore_all(void);
 
 /*
  * Was @page of @rb hinted and not dirtied since?  Then nobody needs its
- * contents, and a zero page does.  Called under bitmap_mutex.
+ * contents, and a zero page does.  Called under bitmap_mutex, or in postcopy,
+ * when the bits do not change any more.
  */
 static inline bool free_page_hint_test(RAMBlock *rb, unsigned long page)
 {

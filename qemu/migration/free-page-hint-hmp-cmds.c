@@ -1,0 +1,35 @@
+/*
+ * Free page hints: what "info migrate" tells
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "monitor/monitor.h"
+#include "free-page-hint.h"
+
+void hmp_info_free_page_hint(Monitor *mon, const FreePageHintInfo *info)
+{
+    monitor_printf(mon, "free page hints: %s%s%s%s\n",
+                   FreePageHintState_str(info->state),
+                   info->has_reason ? " (" : "",
+                   info->has_reason ? FreePageHintReason_str(info->reason) : "",
+                   info->has_reason ? ")" : "");
+    if (info->state == FREE_PAGE_HINT_STATE_IDLE) {
+        return;
+    }
+    monitor_printf(mon, "free page hints reported: %" PRIu64 " blocks in %"
+                   PRIu64 " arrays, %" PRIu64 " reports\n",
+                   info->blocks, info->arrays, info->reports);
+    monitor_printf(mon, "free page hints rejected: %" PRIu64 " stale, %"
+                   PRIu64 " invalid\n", info->stale, info->invalid);
+    monitor_printf(mon, "free pages hinted: %" PRIu64 " kbytes\n",
+                   info->hinted_bytes >> 10);
+    monitor_printf(mon, "free pages skipped: %" PRIu64 " kbytes\n",
+                   info->skipped_bytes >> 10);
+    monitor_printf(mon, "free pages dirtied again: %" PRIu64 " kbytes\n",
+                   info->redirtied_bytes >> 10);
+    monitor_printf(mon, "free page hint times: arm %" PRIu64 " us, first %"
+                   PRIu64 " us, end %" PRIu64 " us\n",
+                   info->arm_time, info->ask_to_first, info->ask_to_end);
+}
