@@ -32,6 +32,7 @@
 #include "system/tcg.h"
 #include "free-page-hint.h"
 #include "free-page-hint-bitmap.h"
+#include "free-page-hint-debug.h"
 #include "migration.h"
 #include "options.h"
 #include "ram.h"
@@ -39,13 +40,6 @@
 
 /* Runs applied in one hold of bitmap_mutex: 4 GiB of 4 MiB blocks */
 #define APPLY_BATCH 1024
-
-/* Counting all bits at each merge is for builds with --enable-debug */
-#ifdef CONFIG_DEBUG_MUTEX
-#define CHECK_COUNTER true
-#else
-#define CHECK_COUNTER false
-#endif
 
 /* "no reason": hints were used, all of them */
 #define REASON_NONE FREE_PAGE_HINT_REASON__MAX
@@ -127,29 +121,17 @@ static uint64_t block_pages(RAMBlock *rb)
 }
 
 /*
- * The counter of dirty pages changes together with the bits, or the migration
- * ends too early or never.  Called with the BQL, so that no RAMBlock grows, and
- * under bitmap_mutex, in an RCU critical section.
+ * Called with the BQL and under bitmap_mutex, in an RCU critical section.  A
+ * RAMBlock that grew has ended the migration: then nobody counts any more.
  */
 static void free_page_hint_check(void)
 {
-    uint64_t counter = ram_dirty_pages_add(0);
-    uint64_t bits = 0;
-    RAMBlock *rb;
-
-    /* One that grew has ended the migration: then nobody counts any more */
-    if (!migration_is_running() ||
-        migrate_get_current()->state == MIGRATION_STATUS_CANCELLING ||
-        (!CHECK_COUNTER &&
-         !trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_CHECK))) {
-        return;
+    if ((FREE_PAGE_HINT_DEBUG ||
+         trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_CHECK)) &&
+        migration_is_running() &&
+        migrate_get_current()->state != MIGRATION_STATUS_CANCELLING) {
+        free_page_hint_debug_counter();
     }
-
-    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-        bits += bitmap_count_one(rb->bmap, block_pages(rb));
-    }
-    trace_free_page_hint_check(counter, bits);
-    assert(!CHECK_COUNTER || counter == bits);
 }
 
 void free_page_hint_reset(void)
@@ -225,8 +207,14 @@ void free_page_hint_cleanup(void)
     RCU_READ_LOCK_GUARD();
 
     RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        if (rb->hint_bmap &&
+            trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_KEPT)) {
+            free_page_hint_debug_kept(rb);
+        }
         g_free(rb->hint_bmap);
         rb->hint_bmap = NULL;
+        g_free(rb->hint_checksums);
+        rb->hint_checksums = NULL;
     }
 }
 
@@ -285,6 +273,10 @@ static void free_page_hint_arm(void)
         }
         memory_global_after_dirty_log_sync();
         bql_unlock();
+    }
+
+    if (FREE_PAGE_HINT_DEBUG) {
+        free_page_hint_debug_armed();
     }
 
     WITH_QEMU_LOCK_GUARD(&hint.lock) {
@@ -527,6 +519,9 @@ void free_page_hint_synced(void)
         hint.stats.redirtied_bytes += redirtied << qemu_target_page_bits();
     }
     free_page_hint_check();
+    if (FREE_PAGE_HINT_DEBUG && !runstate_is_running()) {
+        free_page_hint_debug_stopped();
+    }
 }
 
 void free_page_hint_restore_all(void)

@@ -1,0 +1,112 @@
+/*
+ * Free page hints: what builds with --enable-debug check
+ *
+ * The argument of free-page-hint.c ends in this: a page that is still hinted
+ * when the guest has stopped was not written since the dirty log was armed.
+ * Here that is looked up.  A checksum of each page is taken right after arming
+ * and compared after the merge that follows the stop of the guest.  A page that
+ * is zero now may have been discarded, by the balloon say; zeroes are what the
+ * destination has.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include <zlib.h>
+#include "qemu/bitmap.h"
+#include "qemu/cutils.h"
+#include "qemu/error-report.h"
+#include "qemu/rcu.h"
+#include "exec/target_page.h"
+#include "free-page-hint.h"
+#include "free-page-hint-debug.h"
+#include "ram.h"
+#include "trace.h"
+
+static uint64_t block_pages(RAMBlock *rb)
+{
+    return rb->used_length >> qemu_target_page_bits();
+}
+
+static uint8_t *page_host(RAMBlock *rb, uint64_t page)
+{
+    return rb->host + (page << qemu_target_page_bits());
+}
+
+static uint32_t page_checksum(RAMBlock *rb, uint64_t page)
+{
+    return crc32(0, page_host(rb, page), qemu_target_page_size());
+}
+
+void free_page_hint_debug_counter(void)
+{
+    uint64_t counter = ram_dirty_pages_add(0);
+    uint64_t bits = 0;
+    RAMBlock *rb;
+
+    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+        bits += bitmap_count_one(rb->bmap, block_pages(rb));
+    }
+    trace_free_page_hint_check(counter, bits);
+    assert(!FREE_PAGE_HINT_DEBUG || counter == bits);
+}
+
+void free_page_hint_debug_armed(void)
+{
+    RAMBlock *rb;
+
+    RCU_READ_LOCK_GUARD();
+
+    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+        if (rb->hint_bmap) {
+            uint64_t page;
+
+            rb->hint_checksums = g_new(uint32_t, rb->max_length >>
+                                       qemu_target_page_bits());
+            for (page = 0; page < block_pages(rb); page++) {
+                rb->hint_checksums[page] = page_checksum(rb, page);
+            }
+        }
+    }
+}
+
+void free_page_hint_debug_stopped(void)
+{
+    uint64_t checked = 0;
+    RAMBlock *rb;
+
+    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+        uint64_t page;
+
+        if (!rb->hint_bmap || !rb->hint_checksums) {
+            continue;
+        }
+        for (page = find_first_bit(rb->hint_bmap, block_pages(rb));
+             page < block_pages(rb);
+             page = find_next_bit(rb->hint_bmap, block_pages(rb), page + 1)) {
+            checked++;
+            if (page_checksum(rb, page) != rb->hint_checksums[page] &&
+                !buffer_is_zero(page_host(rb, page), qemu_target_page_size())) {
+                error_report("free page hints: page 0x%" PRIx64 " of block %s "
+                             "was written, and the write is lost", page,
+                             rb->idstr);
+                abort();
+            }
+        }
+    }
+    trace_free_page_hint_unwritten(checked);
+}
+
+void free_page_hint_debug_kept(RAMBlock *rb)
+{
+    uint64_t page = 0;
+
+    while (page < block_pages(rb)) {
+        uint64_t first = find_next_bit(rb->hint_bmap, block_pages(rb), page);
+
+        page = find_next_zero_bit(rb->hint_bmap, block_pages(rb), first);
+        if (first < page) {
+            trace_free_page_hint_kept(rb->idstr, first, page - first);
+        }
+    }
+}

@@ -1,0 +1,40 @@
+/*
+ * Free page hints: what builds with --enable-debug check
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef QEMU_MIGRATION_FREE_PAGE_HINT_DEBUG_H
+#define QEMU_MIGRATION_FREE_PAGE_HINT_DEBUG_H
+
+#include "exec/ramblock.h"
+
+/* --enable-debug-mutex, which --enable-debug implies */
+#ifdef CONFIG_DEBUG_MUTEX
+#define FREE_PAGE_HINT_DEBUG true
+#else
+#define FREE_PAGE_HINT_DEBUG false
+#endif
+
+/*
+ * The counter of dirty pages changes together with the bits, or the migration
+ * ends too early or never: trace both, and in debug builds assert it.  Called
+ * with the BQL, so that no RAMBlock grows, and under bitmap_mutex, in an RCU
+ * critical section.
+ */
+void free_page_hint_debug_counter(void);
+
+/* The dirty log is armed, and the guest was not asked yet. */
+void free_page_hint_debug_armed(void);
+
+/*
+ * The guest has stopped, and the dirty log was merged: abort if a page that is
+ * still hinted was written since free_page_hint_debug_armed().  Called with the
+ * BQL and under bitmap_mutex, in an RCU critical section.
+ */
+void free_page_hint_debug_stopped(void);
+
+/* Trace the pages of @rb that are hinted still, at the end of a migration. */
+void free_page_hint_debug_kept(RAMBlock *rb);
+
+#endif
