@@ -41,20 +41,20 @@ need_tools() {
     done
 }
 
-# need_disk DIR MIB WHAT: stop if the file system of DIR has less than MIB free.
+# need_disk DIR MIB WHAT [ADVICE]: stop if the file system of DIR has less than MIB free.
 need_disk() {
-    local free
+    local free advice=${4:-FPH_CACHE=dir puts the cache elsewhere}
     mkdir -p "$1" 2>/dev/null || die "cannot create $1: set FPH_CACHE to a directory you can write to"
     free=$(df -P -m "$1" | awk 'NR == 2 {print $4}')
     [ "$free" -ge "$2" ] ||
-        die "$3 needs $2 MiB of disk in $1, only $free MiB are free" \
-            "(FPH_CACHE=dir puts the cache elsewhere)"
+        die "$3 needs $2 MiB of disk in $1, only $free MiB are free ($advice)"
 }
 
 # need_memory MIB WHAT: stop if less than MIB of memory is available.
 need_memory() {
     local free
-    free=$(awk '/^MemAvailable:/ {print int($2 / 1024)}' /proc/meminfo)
+    free=$(PYTHONPATH=$SCRIPTS /usr/bin/python3 -c \
+        'from livemig import host; print(host.available_mib())')
     [ "$free" -ge "$1" ] ||
         die "$2 needs $1 MiB of memory, only $free MiB are available (JOBS=1 needs less)"
 }

@@ -20,6 +20,9 @@ def run(module: str) -> NoReturn:
     """Run main() of livemig.MODULE with this process's arguments, and exit with what it returns."""
     command = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _terminated)
+    # Unless it is ignored, as under nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _terminated)
     try:
         sys.exit(importlib.import_module(f"livemig.{module}").main(sys.argv[1:]))
     except LivemigError as err:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from livemig import paths
+from livemig.errors import LivemigError
 
 
 def address() -> Path:
@@ -26,6 +27,9 @@ def listen() -> socket.socket:
     mask = os.umask(0o077)
     try:
         server.bind(str(path))
+    except OSError as err:
+        # Too long, most likely: a socket's path has 107 bytes at most.
+        raise LivemigError(f"{path}: {err}: set FPH_CACHE to another directory") from err
     finally:
         os.umask(mask)
     server.listen()

@@ -8,12 +8,13 @@ what was sent, which would make the next migration look better than it is.
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 from livemig import host, paths, report, workload
-from livemig.errors import NotEnoughMemory
+from livemig.errors import LivemigError, NotEnoughMemory
 from livemig.guest import Guest
 from livemig.migration import Hints, MigrationResult, migrate
 from livemig.options import add_guest_options
@@ -182,9 +183,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def check_writable(path: Path) -> None:
+    """Stop before the first run if its record could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a directory")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as err:
+        raise LivemigError(f"cannot write --out {path}: {err.strerror or err}") from err
+
+
 def write_json(path: Path, runs: List[Dict[str, Any]]) -> None:
     """Write what there is so far; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(runs, indent=1) + "\n", encoding="ascii")
     new.replace(path)
@@ -211,6 +223,7 @@ def run_all(args: argparse.Namespace) -> int:
         paths.kernel_image(build)
     paths.initramfs()
     check_memory(args.mem, scenarios)
+    check_writable(args.out)
 
     spec = GuestSpec(mem_mib=args.mem, vcpus=args.vcpus)
     # Modes in turn, so that whatever else the host does meets all of them.

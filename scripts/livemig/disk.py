@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Iterator
 
 from livemig import paths
+from livemig.errors import LivemigError
 
 
 @contextlib.contextmanager
@@ -23,7 +24,10 @@ def debian_disk() -> Iterator[Path]:
     with os.fdopen(handle, "r+b") as copy:
         try:
             # In place: the copy is the file that is open.
-            subprocess.run(["cp", "--sparse=always", str(image), name], check=True)
+            command = ["cp", "--sparse=always", str(image), name]
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         finally:
             os.unlink(name)
+        if done.returncode:
+            raise LivemigError(f"cannot copy the Debian image: {done.stderr.strip()}")
         yield Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}")

@@ -1,21 +1,41 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The memory of the machine that the guests run on."""
 
+import contextlib
 import mmap
 from pathlib import Path
+from typing import Iterator
 
-from livemig.errors import LivemigError
+from livemig.errors import LivemigError, NotEnoughMemory
 
 PAGE_BYTES = 4096
 MIB = 1 << 20
 
+# Where control groups are (version 2).
+CGROUPS = Path("/sys/fs/cgroup")
+
 
 def available_mib() -> int:
-    """The memory that the host can give without swapping."""
+    """The memory that the host, or the container that we are in, can give without swapping."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) // 1024
+            return min([int(line.split()[1]) // 1024, *_left_by_limits_mib()])
     raise LivemigError("/proc/meminfo does not tell how much memory is available")
+
+
+def _left_by_limits_mib() -> Iterator[int]:
+    """What is left of the memory limits of our control group and of those above it."""
+    own = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
+    for group in (CGROUPS / own, *(CGROUPS / own).parents):
+        # Without a file there is no limit, nor with the word "max".
+        with contextlib.suppress(OSError, ValueError):
+            limit = int((group / "memory.max").read_text(encoding="ascii"))
+            used = int((group / "memory.current").read_text(encoding="ascii"))
+            stat = (group / "memory.stat").read_text(encoding="ascii").split()
+            # Cached files are dropped when there is need.
+            for word in "active_file", "inactive_file":
+                used -= int(stat[stat.index(word) + 1])
+            yield max(limit - used, 0) // MIB
 
 
 def warm(mib: int) -> None:
@@ -26,8 +46,13 @@ def warm(mib: int) -> None:
     slower than on bare metal: what is measured is what happened to run before. Memory that was
     freed a moment ago is backed, and is the first to be allocated again.
     """
-    with mmap.mmap(-1, mib * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        # As QEMU does with guest RAM: the cost is in clearing huge pages.
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        free = mmap.mmap(-1, mib * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as err:
+        raise NotEnoughMemory(f"the host does not give {mib} MiB: {err.strerror}") from err
+    with free as memory:
+        # As QEMU does with guest RAM: the cost is in clearing huge pages. Not every host has them.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
         for offset in range(0, mib * MIB, PAGE_BYTES):
             memory[offset] = 1

@@ -9,7 +9,6 @@ import socket
 import sys
 import termios
 import tty
-from dataclasses import asdict
 from typing import Iterator, Sequence
 
 from livemig import control, paths
@@ -23,6 +22,8 @@ from livemig.spec import DOWNTIME_LIMIT_MS, UNLIMITED, GuestSpec, MigrationSpec
 LOGS = paths.OUT / "logs" / "guest"
 QUIT = b"\x1d"  # Ctrl-]
 LIVENESS_SECONDS = 0.5
+# How long a client may take to say what it wants: the terminal stands still meanwhile.
+REQUEST_SECONDS = 5
 
 
 @contextlib.contextmanager
@@ -72,17 +73,21 @@ class Session:
         return result
 
     def serve(self, client: socket.socket) -> None:
-        """Migrate, as scripts/migrate asks."""
+        """Migrate, as scripts/migrate asks. Whatever a client does, the guest lives on."""
         with client:
-            request = control.receive(client)
-            if not request:
-                return
+            client.settimeout(REQUEST_SECONDS)
             try:
-                result = self.move(MigrationSpec(**request))
+                request = control.receive(client)
+                if not request:
+                    return
+                reply = {"result": self.move(MigrationSpec(**request)).raw}
             except LivemigError as err:
-                control.send(client, {"error": str(err)})
-            else:
-                control.send(client, {"result": asdict(result)["raw"]})
+                reply = {"error": str(err)}
+            except (OSError, TypeError, ValueError) as err:
+                reply = {"error": f"the guest was not migrated: {err}"}
+            # It may have gone away.
+            with contextlib.suppress(OSError):
+                control.send(client, reply)
 
     def relay(self, server: socket.socket) -> None:
         """Pass keys to the guest until it ends or the user leaves."""
@@ -102,9 +107,10 @@ class Session:
 
 
 def unlimited() -> MigrationSpec:
-    """A migration as fast as it can go."""
+    """A migration as fast as it can go; the source goes on if the destination fails."""
     return MigrationSpec(
-        parameters={"max-bandwidth": UNLIMITED, "downtime-limit": DOWNTIME_LIMIT_MS}
+        parameters={"max-bandwidth": UNLIMITED, "downtime-limit": DOWNTIME_LIMIT_MS},
+        common={"return-path": True},
     )
 
 
