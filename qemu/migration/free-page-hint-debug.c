@@ -97,16 +97,24 @@ void free_page_hint_debug_stopped(void)
     trace_free_page_hint_unwritten(checked);
 }
 
-void free_page_hint_debug_kept(RAMBlock *rb)
+void free_page_hint_debug_kept(void)
 {
-    uint64_t page = 0;
+    uint64_t kept = 0;
+    RAMBlock *rb;
 
-    while (page < block_pages(rb)) {
-        uint64_t first = find_next_bit(rb->hint_bmap, block_pages(rb), page);
+    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+        uint64_t page = 0;
 
-        page = find_next_zero_bit(rb->hint_bmap, block_pages(rb), first);
-        if (first < page) {
-            trace_free_page_hint_kept(rb->idstr, first, page - first);
+        while (rb->hint_bmap && page < block_pages(rb)) {
+            uint64_t first = find_next_bit(rb->hint_bmap, block_pages(rb),
+                                           page);
+
+            page = find_next_zero_bit(rb->hint_bmap, block_pages(rb), first);
+            if (first < page) {
+                trace_free_page_hint_kept(rb->idstr, first, page - first);
+                kept += page - first;
+            }
         }
     }
+    trace_free_page_hint_kept_all(kept);
 }

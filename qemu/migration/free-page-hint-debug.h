@@ -34,7 +34,10 @@ void free_page_hint_debug_armed(void);
  */
 void free_page_hint_debug_stopped(void);
 
-/* Trace the pages of @rb that are hinted still, at the end of a migration. */
-void free_page_hint_debug_kept(RAMBlock *rb);
+/*
+ * Trace the pages that are hinted still, at the end of a migration.  Called in
+ * an RCU critical section.
+ */
+void free_page_hint_debug_kept(void);
 
 #endif

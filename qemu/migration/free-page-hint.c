@@ -206,11 +206,11 @@ void free_page_hint_cleanup(void)
 
     RCU_READ_LOCK_GUARD();
 
+    if (trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_KEPT)) {
+        free_page_hint_debug_kept();
+    }
+
     RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        if (rb->hint_bmap &&
-            trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_KEPT)) {
-            free_page_hint_debug_kept(rb);
-        }
         g_free(rb->hint_bmap);
         rb->hint_bmap = NULL;
         g_free(rb->hint_checksums);

@@ -9,12 +9,12 @@ import time
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, Dict, List, Optional, Type
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 from livemig import paths
 from livemig.errors import GuestError
 from livemig.serial import Agent, Port
-from livemig.spec import CPU, GuestSpec
+from livemig.spec import GuestSpec
 
 paths.add_qemu_python()
 # pylint: disable=wrong-import-position,import-error
@@ -109,9 +109,8 @@ class Guest:
         self._machine = QEMUMachine(
             str(paths.qemu_binary(self.spec.qemu)),
             args=self.arguments(),
-            wrapper=WRAPPER,
+            wrapper=self._wrapper(),
             name=self.name,
-            base_temp_dir="/tmp",
             log_dir=str(self.logs),
         )
         try:
@@ -140,18 +139,10 @@ class Guest:
     def arguments(self) -> List[str]:
         """QEMU's arguments without those of the monitor."""
         spec = self.spec
-        root = "root=/dev/vda rw init=/sbin/guest-init" if spec.disk else ""
-        cmdline = ["console=ttyS0", "panic=-1", root, *spec.cmdline]
         args = ["-nodefaults", "-no-user-config", "-no-reboot"]
-        args += ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", CPU]
+        args += ["-machine", "q35", "-accel", spec.accel, "-cpu", spec.cpu]
         args += ["-smp", str(spec.vcpus), "-m", f"{spec.mem_mib}M", *self._memory()]
-        args += ["-kernel", str(paths.kernel_image(spec.kernel))]
-        args += ["-append", " ".join(word for word in cmdline if word)]
-        if spec.disk:
-            args += ["-drive", f"file={spec.disk},format=raw,if=none,id=root,cache=writeback"]
-            args += ["-device", "virtio-blk-pci,drive=root"]
-        else:
-            args += ["-initrd", str(paths.initramfs())]
+        args += self._software()
         for name, port, log in (
             ("console", self.console, f",logfile={self.console_log}"),
             ("agent", self._agent_port, ""),
@@ -170,6 +161,28 @@ class Guest:
             args += ["-S"]
         return args + list(spec.args)
 
+    def _wrapper(self) -> Tuple[str, ...]:
+        """What QEMU is started with."""
+        if self.spec.preload:
+            return (*WRAPPER, "env", f"LD_PRELOAD={self.spec.preload}")
+        return WRAPPER
+
+    def _software(self) -> List[str]:
+        """QEMU's arguments for what runs in the guest."""
+        spec = self.spec
+        if spec.firmware:
+            return ["-bios", str(spec.firmware)]
+        root = "root=/dev/vda rw init=/sbin/guest-init" if spec.disk else ""
+        cmdline = ["console=ttyS0", "panic=-1", root, *spec.cmdline]
+        args = ["-kernel", str(paths.kernel_image(spec.kernel))]
+        args += ["-append", " ".join(word for word in cmdline if word)]
+        if spec.disk:
+            args += ["-drive", f"file={spec.disk},format=raw,if=none,id=root,cache=writeback"]
+            args += ["-device", "virtio-blk-pci,drive=root"]
+        else:
+            args += ["-initrd", str(paths.initramfs())]
+        return args
+
     def _memory(self) -> List[str]:
         """QEMU's arguments for the guest's memory."""
         spec = self.spec
@@ -185,7 +198,7 @@ class Guest:
                 args += ["-object", f"memory-backend-file,{size},mem-path={spec.mem_file},share=on"]
             else:
                 # Not reserved: a guest may be larger than the host, only what it uses counts.
-                args += ["-object", f"memory-backend-ram,{size},reserve=off"]
+                args += ["-object", f"{spec.mem_backend},{size},reserve=off"]
             if spec.nodes > 1:
                 args += ["-numa", f"node,nodeid={node},memdev={part}"]
         return args
@@ -259,6 +272,15 @@ class Guest:
             if self.machine.is_running():
                 raise GuestError(f"{self.name}: {command}: {err}") from err
             raise self._dead(command) from err
+
+    def qmp_oob(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command that does not wait for the guest, nor for other commands."""
+        arguments = {k.replace("_", "-"): v for k, v in arguments.items()}
+        # pylint: disable-next=protected-access
+        reply = self.machine._qmp.cmd_obj({"exec-oob": command, "arguments": arguments})
+        if "error" in reply:
+            raise GuestError(f"{self.name}: {command}: {reply['error']['desc']}")
+        return reply["return"]
 
     def hmp(self, command: str) -> str:
         """Run a command of the human monitor, return what it prints."""

@@ -3,28 +3,38 @@
 
 Both guests keep their memory in files (GuestSpec.mem_file). The source has stopped for good and
 the destination has not started yet: all pages must be equal, but for those that a hint took out
-of the migration.
+of the migration and that were not written since.
 """
 
 import contextlib
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, List, Tuple
 
 import numpy as np
 
+from livemig.errors import MigrationError
+
 PAGE_BYTES = 4096
 CHUNK_PAGES = 16384
 
-# What QEMU's trace log says about each run of pages that a hint took out of the migration. The
-# block's name tells the guest's RAM from other memory (video, firmware).
+# What the source's trace log says, when the migration has ended, about each run of pages that were
+# kept from the destination: hinted, and not written since. The block's name tells the guest's RAM
+# from other memory (video, firmware).
+# A spec that is to be compared has them in its `trace`.
+KEPT_EVENTS = "free_page_hint_kept*"
+# One for each run of pages that a hint took out, when that happens.
 HINT_EVENT = "free_page_hint_apply"
-HINT_LINE = re.compile(
-    HINT_EVENT + r"\s+block '(?P<block>[^']*)' first (?P<first>0x[0-9a-f]+|\d+)"
-    r" pages (?P<pages>0x[0-9a-f]+|\d+)"
+KEPT_LINE = re.compile(
+    r"^free_page_hint_kept block '(?P<block>[^']*)' first (?P<first>0x[0-9a-f]+)"
+    r" pages (?P<pages>0x[0-9a-f]+)$",
+    re.MULTILINE,
 )
+KEPT_ALL_LINE = re.compile(r"^free_page_hint_kept_all \d+ pages$", re.MULTILINE)
+LOG_SECONDS = 60
 
 
 @contextlib.contextmanager
@@ -40,27 +50,39 @@ class Comparison:
     """How the memory of two guests differs."""
 
     pages: int
-    hinted: int
+    kept: int
     different: int
-    # Numbers of pages that differ and were not hinted: lost.
+    # Numbers of pages that differ and were not kept back on purpose: lost.
     lost: Tuple[int, ...]
 
 
-def hinted_pages(trace_log: Path, pages: int) -> "np.ndarray[Tuple[int], np.dtype[np.bool_]]":
-    """Which pages of the guest's RAM the trace log of the source says were hinted."""
-    hinted = np.zeros(pages, dtype=bool)
-    text = trace_log.read_text(errors="replace") if trace_log.exists() else ""
-    for match in HINT_LINE.finditer(text):
+def _finished_log(trace_log: Path) -> str:
+    """The source's trace log; it is complete a moment after the migration."""
+    deadline = time.monotonic() + LOG_SECONDS
+    while time.monotonic() < deadline:
+        text = trace_log.read_text(errors="replace")
+        if KEPT_ALL_LINE.search(text):
+            return text
+        time.sleep(0.01)
+    raise MigrationError(f"{trace_log} does not tell which pages were kept back")
+
+
+def kept_pages(trace_log: Path, pages: int) -> "np.ndarray[Tuple[int], np.dtype[np.bool_]]":
+    """Which pages of the guest's RAM were kept from the destination of the last migration."""
+    kept = np.zeros(pages, dtype=bool)
+    text = _finished_log(trace_log)
+    ends = [match.end() for match in KEPT_ALL_LINE.finditer(text)]
+    for match in KEPT_LINE.finditer(text, ends[-2] if len(ends) > 1 else 0):
         if match["block"].endswith("pc.ram"):
             first, count = int(match["first"], 0), int(match["pages"], 0)
-            hinted[first : first + count] = True
-    return hinted
+            kept[first : first + count] = True
+    return kept
 
 
 def compare(source: Path, destination: Path, trace_log: Path) -> Comparison:
     """Compare two memory files, given the trace log of the source."""
     pages = source.stat().st_size // PAGE_BYTES
-    hinted = hinted_pages(trace_log, pages)
+    kept = kept_pages(trace_log, pages)
     different = np.zeros(pages, dtype=bool)
     # Read, not mapped: reading a hole of a file in memory this way does not fill it.
     with open(source, "rb") as one, open(destination, "rb") as other:
@@ -73,7 +95,7 @@ def compare(source: Path, destination: Path, trace_log: Path) -> Comparison:
             different[start : start + len(differs)] = differs
     return Comparison(
         pages=pages,
-        hinted=int(hinted.sum()),
+        kept=int(kept.sum()),
         different=int(different.sum()),
-        lost=tuple(int(page) for page in np.flatnonzero(different & ~hinted)[:20]),
+        lost=tuple(int(page) for page in np.flatnonzero(different & ~kept)[:20]),
     )

@@ -3,6 +3,7 @@
 
 import tempfile
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
 from livemig.errors import GuestError, MigrationError
@@ -100,6 +101,12 @@ def status_is(*statuses: str) -> Any:
     return match
 
 
+def _prepare(source: Guest, spec: MigrationSpec) -> None:
+    set_capabilities(source, {"events": True, **spec.common, **spec.capabilities})
+    if spec.parameters:
+        source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
+
+
 def start(source: Guest, destination: Guest, spec: MigrationSpec) -> None:
     """Start a migration and return at once."""
     # A unix socket's path is short of 108 bytes; logs can be deep in the file system. It stays as
@@ -109,9 +116,7 @@ def start(source: Guest, destination: Guest, spec: MigrationSpec) -> None:
     uri = f"unix:{directory}/migration"
     set_capabilities(destination, {"events": True, **spec.common})
     destination.qmp("migrate-incoming", uri=uri)
-    set_capabilities(source, {"events": True, **spec.common, **spec.capabilities})
-    if spec.parameters:
-        source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
+    _prepare(source, spec)
     source.qmp("migrate", uri=uri)
     source.wait_event(status_is("active", *ENDED), "start of the migration", 60)
 
@@ -146,3 +151,21 @@ def migrate(
     """
     start(source, destination, spec)
     return finish(source, destination, timeout)
+
+
+def save(source: Guest, file: Path, spec: MigrationSpec) -> MigrationResult:
+    """Migrate a guest to a file. Raises MigrationError unless it completed."""
+    _prepare(source, spec)
+    source.qmp("migrate", uri=f"file:{file}")
+    source.wait_event(status_is(*ENDED), "end of the migration", TIMEOUT_SECONDS)
+    result = query(source)
+    if result.status != "completed":
+        raise MigrationError(f"the migration {result.status}: {result.error or 'no reason given'}")
+    return result
+
+
+def restore(destination: Guest, file: Path, spec: MigrationSpec) -> None:
+    """Let an incoming guest take what save() wrote."""
+    set_capabilities(destination, {"events": True, **spec.common})
+    destination.qmp("migrate-incoming", uri=f"file:{file}")
+    destination.wait_event(status_is("completed"), "end of the restore", TIMEOUT_SECONDS)

@@ -15,7 +15,7 @@ BUILDS = ("ours", "stock")
 
 def cache_dir() -> Path:
     """The directory of sources, builds and images."""
-    if "FPH_CACHE" in os.environ:
+    if os.environ.get("FPH_CACHE"):
         return Path(os.environ["FPH_CACHE"]).absolute()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "free-page-hint"
@@ -29,7 +29,7 @@ def require(path: Path, make_it: str) -> Path:
 
 
 def qemu_binary(build: str) -> Path:
-    """The QEMU of a build, 'ours' or 'stock'."""
+    """The QEMU of a build: 'ours', 'stock', or 'debug', which is ours with all checks."""
     path = cache_dir() / f"qemu-{build}" / "bin" / "qemu-system-x86_64"
     return require(path, f"scripts/build-qemu {build}")
 
@@ -42,6 +42,11 @@ def kernel_image(build: str) -> Path:
 def initramfs() -> Path:
     """The busybox guest."""
     return require(cache_dir() / "images" / "initramfs.cpio.gz", "scripts/make-initramfs")
+
+
+def bare_metal(name: str) -> Path:
+    """The bare-metal guest (a .bin) or a library that goes with it (a .so)."""
+    return require(cache_dir() / "images" / "bare-metal" / name, "scripts/make-bare-metal")
 
 
 def debian_image() -> Path:

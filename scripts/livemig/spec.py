@@ -83,10 +83,16 @@ MODES: Mapping[str, Mode] = {mode.name: mode for mode in _MODES}
 class GuestSpec:
     """A virtual machine, the same for the source and the destination of a migration."""
 
+    # pylint: disable=too-many-instance-attributes
+
     mem_mib: int = 1024
     vcpus: int = 2
     qemu: str = "ours"
+    accel: str = "tcg,thread=multi"
+    cpu: str = CPU
     kernel: str = "ours"
+    # A program to run in place of the BIOS, and of a kernel and all that follows.
+    firmware: Optional[Path] = None
     # Properties of virtio-balloon-pci; None leaves the device out.
     balloon: Optional[str] = "free-page-hint=on"
     # NUMA nodes that share the memory and the vCPUs out.
@@ -99,8 +105,12 @@ class GuestSpec:
     disk: Optional[Path] = None
     # Keep the guest's memory in a file here, so that it can be read from outside.
     mem_file: Optional[Path] = None
+    # Or what it is made of: a type of memory backend and its properties.
+    mem_backend: str = "memory-backend-ram"
     # Trace events (a pattern) for the guest's trace log.
     trace: Optional[str] = None
+    # A shared library for QEMU to load before its own.
+    preload: Optional[Path] = None
 
     def but(self, **changes: Any) -> "GuestSpec":
         """A copy with some fields changed."""

@@ -12,13 +12,13 @@ from typing import BinaryIO, Iterator
 
 import numpy as np
 import pytest
-from checks import SMALL
+from checks import INIT_ON_FREE, SMALL, WITH_HINTS, assert_hints_used
 from conftest import Lab
 
-from livemig import demo, memory, paths, report
+from livemig import demo, host, memory, paths, report, workload
 from livemig.errors import GuestError
 from livemig.guest import Guest
-from livemig.migration import MigrationResult
+from livemig.migration import MigrationResult, migrate
 from livemig.spec import MODES
 
 PAGE = 4096
@@ -52,7 +52,11 @@ class Memstamp:
     def _server(self) -> int:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
-                words = (entry / "cmdline").read_bytes().split(b"\0")
+                try:
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    # It has just ended.
+                    continue
                 if words[:1] == [self.command[0].encode()] and self.name.encode() in words:
                     return int(entry.name)
         raise AssertionError("memstamp does not run")
@@ -109,31 +113,52 @@ def test_memstamp_sees(memstamp: Memstamp, fault: str) -> None:
     assert done.returncode == int(fault != "none")
 
 
+def test_memstamp_sees_memory_that_is_not_clear(lab: Lab) -> None:
+    """memstamp finds new pages that are not clear, in a guest that clears those that it frees.
+
+    What a hint took out of the migration keeps what the destination's memory held before: here
+    that is not zero.
+    """
+    with memory.memory_files("garbage") as (garbage,):
+        garbage.write_bytes(b"x" * (SMALL.mem_mib << 20))
+        source = lab.boot(SMALL.but(cmdline=INIT_ON_FREE))
+        destination = lab.incoming(source.spec.but(mem_file=garbage))
+        assert_hints_used(migrate(source, destination, WITH_HINTS), 512 << 20)
+        workload.stamp(destination, 512)
+        verdict = workload.verify(destination)
+    assert verdict.errors > 0 and "not clear" in verdict.first
+
+
 def test_comparison_sees_a_lost_page(tmp_path: Path) -> None:
-    """The comparison of memories tells a page that was lost from one that was hinted."""
+    """The comparison of memories tells a page that was lost from one that was kept back."""
     one, other, log = (tmp_path / name for name in ("one", "other", "trace"))
     pages = np.full((64, PAGE), 7, dtype=np.uint8)
     pages.tofile(one)
     pages[[10, 11, 20]] = 0
     pages.tofile(other)
-    log.write_text("free_page_hint_apply block 'pc.ram' first 0xa pages 0x2\n")
+    # Of two migrations, the first of which did not complete.
+    log.write_text(
+        "free_page_hint_kept block 'pc.ram' first 0x0 pages 0x40\n"
+        "free_page_hint_kept_all 64 pages\n"
+        "free_page_hint_kept block 'pc.ram' first 0xa pages 0x2\n"
+        "free_page_hint_kept_all 2 pages\n"
+    )
     result = memory.compare(one, other, log)
-    assert (result.pages, result.hinted, result.different, result.lost) == (64, 2, 3, (20,))
+    assert (result.pages, result.kept, result.different, result.lost) == (64, 2, 3, (20,))
 
 
 def test_trace_event_is_the_one_that_qemu_has() -> None:
-    """The comparison reads the trace event in the format that QEMU writes."""
+    """The comparison reads the trace events in the format that QEMU writes."""
     hooks = "".join(path.read_text() for path in (paths.REPO / "qemu" / "patches").rglob("*.patch"))
-    found = re.search(rf'^\+{memory.HINT_EVENT}\(.*?\) (".*)$', hooks, re.MULTILINE)
-    assert found, "QEMU's hooks do not have this trace event"
-    text = (
-        found[1]
-        .replace('%" PRIx64 "', "400")
-        .replace('%" PRIx64', "400")
-        .replace('"', "")
-        .replace("%s", "pc.ram")
-    )
-    assert memory.HINT_LINE.search(f"{memory.HINT_EVENT} {text}")
+    for event, line in (
+        ("free_page_hint_kept", memory.KEPT_LINE),
+        ("free_page_hint_kept_all", memory.KEPT_ALL_LINE),
+    ):
+        found = re.search(rf'^\+{event}\(.*?\) (".*)$', hooks, re.MULTILINE)
+        assert found, f"QEMU's hooks do not have the trace event {event}"
+        text = re.sub(r'%" PRI[xu]64( "|)', "400", found[1]).replace('"', "")
+        assert line.search(f"{event} {text.replace('%s', 'pc.ram')}")
+    assert f"\n+{memory.HINT_EVENT}(" in hooks
 
 
 def test_guest_that_does_not_boot(lab: Lab) -> None:
@@ -151,17 +176,19 @@ def test_qemu_that_does_not_start(lab: Lab) -> None:
         lab.launch(SMALL.but(args=("-device", "no-such-device")), "broken")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_no_qemu_is_left(tmp_path: Path, number: int) -> None:
-    """However a command ends, its QEMUs end with it."""
+    """However a command ends, its QEMUs end; their directories are gone unless it was killed."""
     script = tmp_path / "command"
     script.write_text(
-        "import sys, time\n"
+        "import sys, tempfile, time\n"
         f"sys.path[:0] = [{str(paths.REPO / 'scripts')!r}]\n"
         "from pathlib import Path\n"
         "from livemig import cli, demo, guest, spec\n"
         "def main(argv):\n"
         f"    with guest.Guest(spec.GuestSpec(), 'left', logs=Path({str(tmp_path)!r})) as g:\n"
+        f"        place = tempfile.TemporaryDirectory(dir={str(tmp_path)!r}, prefix='place-')\n"
+        "        g.belongings.enter_context(place)\n"
         "        print(g.pid, flush=True)\n"
         "        time.sleep(600)\n"
         "demo.main = main\n"
@@ -175,10 +202,13 @@ def test_no_qemu_is_left(tmp_path: Path, number: int) -> None:
         assert Path(f"/proc/{pid}/exe").readlink() == paths.qemu_binary("ours").resolve()
         process.send_signal(number)
         assert process.wait(60) != 0
+    assert bool(list(tmp_path.glob("place-*"))) == (number == signal.SIGKILL)
+    # A process that has ended has no program, even where nobody takes note of its end.
+    program = Path(f"/proc/{pid}/exe")
     deadline = time.monotonic() + 60
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+    while program.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not Path(f"/proc/{pid}").exists()
+    assert not program.exists()
 
 
 def test_record_has_the_fields_that_were_agreed() -> None:
@@ -221,6 +251,28 @@ def test_too_little_memory(capfd: pytest.CaptureFixture[str]) -> None:
     command = [str(paths.REPO / "scripts" / "demo"), "--mem", "100000G"]
     assert subprocess.run(command, check=False, timeout=60).returncode != 0
     assert re.search(r"need \d+ MiB of memory, \d+ MiB are available", capfd.readouterr().err)
+
+
+def test_memory_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that is available is that of the host, or less in a container with a limit."""
+    free = host.available_mib()
+    monkeypatch.setattr(host, "CGROUPS", tmp_path)
+    for limit, expected in (("max", free), (str(300 << 20), 250)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text(str(100 << 20))
+        stat = f"anon 1\nactive_file {30 << 20}\ninactive_file {20 << 20}\n"
+        (tmp_path / "memory.stat").write_text(stat)
+        assert host.available_mib() == pytest.approx(expected, abs=expected // 10)
+
+
+def test_unwritable_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """demo says before the first run that it could not write its record."""
+    (tmp_path / "file").touch()
+    command = [str(paths.REPO / "scripts" / "demo"), "--mem", "512M", "--out"]
+    for out in tmp_path / "file" / "demo.json", tmp_path:
+        assert subprocess.run([*command, str(out)], check=False, timeout=60).returncode != 0
+        said = capfd.readouterr()
+        assert f"error: cannot write --out {out}" in said.err and not said.out
 
 
 def test_missing_build(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
