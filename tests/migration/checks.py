@@ -8,19 +8,32 @@ from typing import Optional
 from livemig import workload
 from livemig.guest import Guest
 from livemig.migration import Hints, MigrationResult, query
-from livemig.spec import MODES, GuestSpec, MigrationSpec, migration_for_mode
+from livemig.spec import MODES, GuestSpec, MigrationSpec, Mode, migration_for_mode
 
 # A small guest boots fast, and most of it is free.
 SMALL = GuestSpec(mem_mib=1024, vcpus=2)
 STAMP_MIB = 16
+# A guest that clears memory when it is freed, and not again when it is used: but for huge pages.
+INIT_ON_FREE = ("init_on_free=1", "transparent_hugepage=never")
 # What tests write and free so that there is something for hints to skip.
 FREED_MIB = 512
 FREED_PAGES = FREED_MIB * 256
 
+# As long as a migration can be told to wait: tests are not about how soon a guest answers, and on a
+# machine that has other things to do it may take seconds.
+PATIENT_MS = 60000
+
+# Hints as users get them, with the default deadline.
 OUT_OF_THE_BOX = migration_for_mode(MODES["array"])
+WITH_HINTS = OUT_OF_THE_BOX.with_parameters(free_page_hint_wait=PATIENT_MS)
 NO_HINTS = migration_for_mode(MODES["none"])
 # Stock QEMU does not know the capability.
 FOR_STOCK = replace(OUT_OF_THE_BOX, capabilities={})
+
+
+def patient(mode: Mode) -> MigrationSpec:
+    """The migration of one of our modes, that waits for the guest's answer however late it is."""
+    return migration_for_mode(mode).with_parameters(free_page_hint_wait=PATIENT_MS)
 
 
 def fill_and_free(guest: Guest) -> None:
@@ -40,6 +53,17 @@ def assert_intact(guest: Guest, name: str = "default") -> workload.Verdict:
     assert verdict.pages > 0
     assert verdict.errors == 0, verdict.first
     return verdict
+
+
+def assert_goes_on(guest: Guest, seconds: float = 120) -> workload.Verdict:
+    """The guest goes on with what start_churn() began, and finds all of it right."""
+    arrived = assert_intact(guest, "churn")
+    deadline = time.monotonic() + seconds
+    while True:
+        now = assert_intact(guest, "churn")
+        if now.passes > arrived.passes and now.reallocs > arrived.reallocs:
+            return now
+        assert time.monotonic() < deadline, f"the guest stands still: {arrived}, {now}"
 
 
 def hints_of(result: MigrationResult) -> Hints:
@@ -64,7 +88,7 @@ def assert_not_asked(result: MigrationResult, reason: str) -> None:
 
 
 def migration(
-    base: MigrationSpec = OUT_OF_THE_BOX, hints: Optional[bool] = None, **parameters: object
+    base: MigrationSpec = WITH_HINTS, hints: Optional[bool] = None, **parameters: object
 ) -> MigrationSpec:
     """A migration with other parameters, and hints switched on or off."""
     if hints is not None:
@@ -80,3 +104,4 @@ def wait_hints_ended(source: Guest, seconds: float = 60) -> Hints:
         if hints.state == "ended":
             return hints
         assert time.monotonic() < deadline, f"the hints are still {hints.state}"
+        time.sleep(0.05)

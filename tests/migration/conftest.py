@@ -2,13 +2,15 @@
 """Fixtures of the migration tests.
 
 A test's docstring is its promise. What was promised, how it ended and what was measured is
-written to out/test-results.json; the logs of a test's guests are in out/logs/tests/TEST.
+written to out/test-results.json (a run of some of the tests replaces it with those); the logs of
+a test's guests are in out/logs/tests/TEST.
 """
 
 import contextlib
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
@@ -22,6 +24,11 @@ from livemig.guest import Guest  # noqa: E402
 from livemig.spec import GuestSpec  # noqa: E402
 
 RESULTS: List[Dict[str, Any]] = []
+
+
+def pytest_configure() -> None:
+    """End in order when told to, as after Ctrl-C: else directories of guests are left."""
+    signal.signal(signal.SIGTERM, lambda number, _: pytest.exit("terminated", 128 + number))
 
 
 class Lab:

@@ -3,7 +3,7 @@
 
 from typing import Any, Dict
 
-from checks import FREED_MIB, OUT_OF_THE_BOX, SMALL, assert_hints_used, assert_intact
+from checks import FREED_MIB, WITH_HINTS, SMALL, assert_hints_used, assert_intact
 from checks import fill_and_free, migration, start_churn, wait_hints_ended
 from conftest import Lab
 
@@ -33,7 +33,7 @@ def test_cancel_and_migrate_again(lab: Lab, measured: Dict[str, Any]) -> None:
         measured[f"cancelled-{attempt}"] = hints.skipped_bytes
 
     destination = lab.incoming(SMALL)
-    result = migrate(source, destination, OUT_OF_THE_BOX)
+    result = migrate(source, destination, WITH_HINTS)
     assert_hints_used(result, FREED_MIB * MIB)
     assert_intact(destination)
     assert_intact(destination, "churn")
@@ -52,7 +52,7 @@ def test_destination_dies(lab: Lab) -> None:
     assert_intact(source, "churn")
 
     destination = lab.incoming(SMALL)
-    result = migrate(source, destination, OUT_OF_THE_BOX)
+    result = migrate(source, destination, WITH_HINTS)
     assert_hints_used(result, FREED_MIB * MIB)
     assert_intact(destination)
     assert_intact(destination, "churn")

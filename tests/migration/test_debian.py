@@ -3,7 +3,7 @@
 
 from typing import Any, Dict
 
-from checks import OUT_OF_THE_BOX, SMALL, assert_hints_used, assert_intact
+from checks import SMALL, WITH_HINTS, assert_hints_used, assert_intact
 from conftest import Lab
 
 from livemig import workload
@@ -32,15 +32,15 @@ def test_compiler_runs_on(lab: Lab, measured: Dict[str, Any]) -> None:
         workload.stamp(here, 32)
         here.agent.run(f"setsid sh -c '{BUILD}' & until [ -s /root/build.log ]; do sleep 0.1; done")
         for hop in range(2):
-            before = int(here.agent.run(f"echo {BUILT}"))
             there = lab.incoming(spec, f"hop-{hop}")
-            result = migrate(here, there, OUT_OF_THE_BOX)
+            result = migrate(here, there, WITH_HINTS)
             hints = assert_hints_used(result, 512 << 20)
             here.close()
             here = there
             assert_intact(here)
             # The premise: the compiler goes on at the destination.
-            here.agent.run(f"until [ {BUILT} -gt {before + 2} ]; do sleep 0.1; done")
+            arrived = int(here.agent.run(f"echo {BUILT}"))
+            here.agent.run(f"until [ {BUILT} -gt {arrived + 2} ]; do sleep 0.1; done")
             measured[f"hop-{hop}"] = {"ms": result.total_ms, "skipped": hints.skipped_bytes}
         assert here.agent.run("sort -u /root/build.log | wc -l").strip() == "1"
         assert "work.o" in here.agent.run("tail -n 1 /root/build.log")

@@ -5,13 +5,13 @@ import re
 from typing import Any, Dict
 
 import pytest
-from checks import FREED_MIB, FREED_PAGES, SMALL, assert_hints_used, assert_intact, fill_and_free
-from checks import hints_of, start_churn
+from checks import FREED_MIB, FREED_PAGES, NO_HINTS, SMALL, WITH_HINTS, assert_hints_used
+from checks import assert_intact, fill_and_free, hints_of, patient, start_churn
 from conftest import Lab
 
 from livemig import workload
 from livemig.migration import MigrationResult, migrate
-from livemig.spec import MODES, migration_for_mode
+from livemig.spec import MODES
 
 MIB = 1 << 20
 
@@ -19,11 +19,10 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def without_hints(module_lab: Lab) -> MigrationResult:
     """The control: the same guest, migrated with hints switched off."""
-    mode = MODES["none"]
-    source = module_lab.boot(SMALL.for_mode(mode))
+    source = module_lab.boot(SMALL.for_mode(MODES["none"]))
     fill_and_free(source)
     destination = module_lab.incoming(source.spec)
-    result = migrate(source, destination, migration_for_mode(mode))
+    result = migrate(source, destination, NO_HINTS)
     assert_intact(destination)
     for guest in (source, destination):
         guest.close()
@@ -43,7 +42,7 @@ def test_freed_memory_is_not_sent(
     fill_and_free(source)
     free_bytes = workload.free_max_order_bytes(source)
     destination = lab.incoming(source.spec)
-    result = migrate(source, destination, migration_for_mode(mode))
+    result = migrate(source, destination, patient(mode))
     assert_intact(destination)
 
     hints = assert_hints_used(result, FREED_MIB * MIB)
@@ -53,7 +52,8 @@ def test_freed_memory_is_not_sent(
         arrays=hints.arrays,
         blocks=hints.blocks,
     )
-    assert hints.hinted_bytes >= 0.97 * free_bytes
+    # The guest took some of it when it was connected to and while it answered.
+    assert hints.hinted_bytes >= 0.9 * free_bytes
     # Not all that was freed lies in blocks of the largest order.
     assert without_hints.sent_bytes - result.sent_bytes > 0.8 * FREED_MIB * MIB
     assert without_hints.normal_pages - result.normal_pages > 0.8 * FREED_PAGES
@@ -63,7 +63,7 @@ def test_many_blocks_share_a_message(lab: Lab, measured: Dict[str, Any]) -> None
     """A report takes one queue element per 8192 blocks, and one more per memory zone at most."""
     source = lab.boot(SMALL.but(mem_mib=4096))
     destination = lab.incoming(source.spec)
-    result = migrate(source, destination, migration_for_mode(MODES["array"]))
+    result = migrate(source, destination, WITH_HINTS)
     hints = assert_hints_used(result, 3 << 30)
     zones = len(source_zones(lab))
     measured.update(arrays=hints.arrays, blocks=hints.blocks, zones=zones)
@@ -82,7 +82,7 @@ def test_counter_matches_bitmap(lab: Lab, measured: Dict[str, Any]) -> None:
     source = lab.boot(spec)
     start_churn(source)
     destination = lab.incoming(spec)
-    result = migrate(source, destination, migration_for_mode(MODES["array"]))
+    result = migrate(source, destination, WITH_HINTS)
     assert_hints_used(result, 256 * MIB)
     assert_intact(destination, "churn")
     found = re.findall(

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any, Dict
 
 import pytest
-from checks import FREED_MIB, OUT_OF_THE_BOX, SMALL, assert_hints_used, assert_intact
-from checks import fill_and_free, hints_of, start_churn
+from checks import FREED_MIB, WITH_HINTS, SMALL, assert_hints_used, assert_intact
+from checks import fill_and_free, start_churn, wait_hints_ended
 from conftest import Lab
 
 from livemig import workload
@@ -30,13 +30,13 @@ def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], preemp
         source,
         destination,
         replace(
-            OUT_OF_THE_BOX,
+            WITH_HINTS,
             common={"postcopy-ram": True, "postcopy-preempt": preempt},
-            parameters={"max-bandwidth": MIB},
+            parameters={**WITH_HINTS.parameters, "max-bandwidth": MIB},
         ),
     )
-    while hints_of(query(source)).state != "ended":
-        assert query(source).status == "active"
+    wait_hints_ended(source)
+    assert query(source).status == "active"
     source.qmp("migrate-start-postcopy")
     source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
     result = finish(source, destination)

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -12,10 +13,17 @@ from typing import Any, Dict
 
 import pytest
 
-from livemig import control, demo, paths
+from livemig import control, demo, interactive, paths
+from livemig.errors import MigrationError
+from livemig.spec import GuestSpec
 
 SCRIPTS = paths.REPO / "scripts"
 QUIT = b"\x1d"
+
+
+# What clients of scripts/guest may do that scripts/migrate does not: leave before they get an
+# answer, send nonsense, say nothing at all.
+RUDE = (b'{"capabilities": {}}\n', b"nonsense\n", b"[1]\n", b'{"unknown": 1}\n', b"")
 
 
 class Terminal:
@@ -61,7 +69,7 @@ def run(*command: str, **environment: str) -> "subprocess.CompletedProcess[str]"
 
 
 def test_guest_is_moved_under_its_user() -> None:
-    """scripts/migrate moves the guest that scripts/guest runs; its shell goes on, twice."""
+    """scripts/migrate moves the guest of scripts/guest; its shell goes on, whatever clients do."""
     if control.connect():
         pytest.skip("a guest of scripts/guest runs on this machine")
     terminal = Terminal(str(SCRIPTS / "guest"), "--mem", "512M")
@@ -77,6 +85,16 @@ def test_guest_is_moved_under_its_user() -> None:
             marker = f"after{''.join(options)}"
             terminal.type(f"echo {marker} $((x + 2))\r".encode())
             terminal.wait_for(f"{marker} 44".encode())
+        for number, request in enumerate(RUDE):
+            client = control.connect()
+            assert client
+            with client:
+                client.sendall(request)
+                # The last one says nothing, and stays.
+                if request:
+                    client.close()
+                terminal.type(f"echo rude{number} $((x + 3))\r".encode())
+                terminal.wait_for(f"rude{number} 45".encode())
         refused = run("guest")
         assert refused.returncode != 0
         assert "only one at a time" in refused.stderr
@@ -84,6 +102,26 @@ def test_guest_is_moved_under_its_user() -> None:
         assert terminal.process.wait(60) == 0
     finally:
         terminal.close()
+
+
+def test_failed_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest on a terminal goes on where it is when a move fails, and can be moved later."""
+    monkeypatch.setattr(interactive, "LOGS", tmp_path)
+    spec = GuestSpec(mem_mib=512)
+    session = interactive.Session(spec)
+    try:
+        session.guest.wait_ready()
+        # Such a device cannot take over from one that has agreed on arrays.
+        session.spec = spec.but(balloon="free-page-hint=on,free-page-hint-arrays=off")
+        with pytest.raises(MigrationError):
+            session.move(interactive.unlimited())
+        assert session.guest.qmp("query-status")["status"] == "running"
+        assert session.guest.agent.run("echo here").strip() == "here"
+        session.spec = spec
+        session.move(interactive.unlimited())
+        assert session.guest.agent.run("echo there").strip() == "there"
+    finally:
+        session.guest.close()
 
 
 def test_demo_writes_what_it_says(tmp_path: Path, measured: Dict[str, Any]) -> None:
@@ -134,10 +172,36 @@ def test_made_once(script: str, tmp_path: Path) -> None:
     again = run(script, FPH_CACHE=str(tmp_path))
     assert "up to date" in again.stdout
 
-    # As if it had been killed after the image was written, and before its stamp was.
-    (tmp_path / "images" / "initramfs.cpio.gz.stamp").unlink()
-    image = tmp_path / "images" / "initramfs.cpio.gz"
-    before = image.read_bytes()
+    images = tmp_path / "images"
+    stamp, image = images / "initramfs.cpio.gz.stamp", images / "initramfs.cpio.gz"
+    before, files = image.read_bytes(), set(images.iterdir())
+    # Make it again, and be killed on the way.
+    stamp.unlink()
+    environment = {**os.environ, "FPH_CACHE": str(tmp_path)}
+    with subprocess.Popen([SCRIPTS / script], env=environment, start_new_session=True) as killed:
+        while set(images.iterdir()) <= files:
+            assert killed.poll() is None, "it ended before it could be killed"
+        os.killpg(killed.pid, signal.SIGKILL)
+    assert not stamp.exists()
     recovered = run(script, FPH_CACHE=str(tmp_path))
     assert "made" in recovered.stdout
     assert image.read_bytes() == before, "the same input makes another image"
+    assert set(images.iterdir()) == files
+
+
+@pytest.mark.parametrize("mine", [False, True], ids=["foreign", "its-own"])
+def test_export_spares_what_it_did_not_write(tmp_path: Path, mine: bool) -> None:
+    """export-patches replaces a series that it wrote, and deletes nothing else."""
+    directory = tmp_path / "qemu"
+    directory.mkdir()
+    kept = directory / "kept.c"
+    kept.touch()
+    if mine:
+        (directory / "series").write_text("# base: qemu-10.0.0\n")
+    done = run("export-patches", str(tmp_path), "qemu")
+    if mine:
+        assert done.returncode == 0, done.stderr
+        assert not kept.exists() and list(directory.glob("0001-*.patch"))
+    else:
+        assert done.returncode != 0 and "choose another OUTDIR" in done.stderr
+        assert kept.exists()

@@ -6,7 +6,7 @@ from typing import Any, Dict
 
 import pytest
 from checks import FOR_STOCK, FREED_MIB, FREED_PAGES, SMALL, assert_hints_used, assert_intact
-from checks import OUT_OF_THE_BOX, fill_and_free, start_churn
+from checks import WITH_HINTS, fill_and_free, start_churn
 from conftest import Lab
 
 from livemig import workload
@@ -25,7 +25,7 @@ def test_stock_guest_on_our_qemu(lab: Lab, measured: Dict[str, Any]) -> None:
     fill_and_free(source)
     start_churn(source)
     destination = lab.incoming(source.spec)
-    result = migrate(source, destination, OUT_OF_THE_BOX)
+    result = migrate(source, destination, WITH_HINTS)
     assert_intact(destination)
     assert_intact(destination, "churn")
     hints = assert_hints_used(result, FREED_MIB * MIB)
@@ -62,7 +62,7 @@ def test_destination_is_stock(lab: Lab, kernel: str) -> None:
     fill_and_free(source)
     start_churn(source)
     destination = lab.incoming(source.spec.but(qemu="stock", balloon=STOCK_BALLOON))
-    result = migrate(source, destination, OUT_OF_THE_BOX)
+    result = migrate(source, destination, WITH_HINTS)
     assert_hints_used(result, FREED_MIB * MIB)
     assert_intact(destination)
     assert_intact(destination, "churn")
@@ -78,7 +78,7 @@ def test_source_is_stock(lab: Lab) -> None:
     assert_intact(middle)
     workload.dirty_and_free(middle, FREED_MIB)
     destination = lab.incoming(ours)
-    result = migrate(middle, destination, OUT_OF_THE_BOX)
+    result = migrate(middle, destination, WITH_HINTS)
     assert_hints_used(result, FREED_MIB * MIB)
     assert_intact(destination)
 
@@ -94,7 +94,7 @@ def test_stock_destination_refuses_arrays(lab: Lab, return_path: bool) -> None:
     fill_and_free(source)
     refuses = lab.incoming(SMALL.but(qemu="stock", balloon=STOCK_BALLOON), "refuses")
     with pytest.raises(MigrationError, match="(?s)[Ff]eatures 0x.* unsupported"):
-        migrate(source, refuses, replace(OUT_OF_THE_BOX, common={"return-path": return_path}))
+        migrate(source, refuses, replace(WITH_HINTS, common={"return-path": return_path}))
     status = source.qmp("query-status")["status"]
     assert status == ("running" if return_path else "postmigrate")
     if not return_path:
@@ -102,5 +102,5 @@ def test_stock_destination_refuses_arrays(lab: Lab, return_path: bool) -> None:
     assert_intact(source)
     # And can move to where it can go.
     destination = lab.incoming(SMALL)
-    assert_hints_used(migrate(source, destination, OUT_OF_THE_BOX), FREED_MIB * MIB)
+    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
     assert_intact(destination)

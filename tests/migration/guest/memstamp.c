@@ -10,7 +10,7 @@
  * page is written. Each 4 KiB page carries a magic number, its index, the
  * generation of its contents and words made from those, so that a page that
  * is lost (zero), old (an earlier generation), swapped with another one or
- * torn is told apart from the right one.
+ * torn is told apart from the right one. A page that is new must be clear.
  *
  * With --churn, the server checks and rewrites all pages over and over; with
  * --realloc (which implies it) it also maps, writes, checks and unmaps up to that many MiB in
@@ -22,7 +22,8 @@
  *
  * `verify` makes the server check everything that it holds and prints
  *   verified=PAGES errors=N checked=PAGES passes=N reallocs=CHUNKS first=TEXT
- * where checked and errors count since the start. It exits with 0 if there
+ * where checked, errors and reallocs (chunks taken from the allocator) count
+ * since the start. It exits with 0 if there
  * were no errors.
  */
 #define _GNU_SOURCE
@@ -166,11 +167,30 @@ static void check_page(struct server *s, const struct area *area, size_t i,
 			 (unsigned long long)generation);
 }
 
-static void fill_area(const struct area *area, uint64_t generation)
+/* A new page must read as zero. */
+static void check_clear(struct server *s, const struct area *area, size_t i)
 {
-	for (size_t i = 0; i < area->pages; i++)
+	/* Volatile: its first write, not a look at it, makes the page. */
+	volatile uint64_t *page = area->base + i * PAGE_WORDS;
+	uint64_t found = 0;
+
+	page[WORD_MAGIC] = MAGIC;
+	for (size_t word = WORD_MAGIC + 1; word < PAGE_WORDS; word++)
+		found |= page[word];
+	if (found && !s->errors++)
+		snprintf(s->first_error, sizeof(s->first_error),
+			 "page %llu is new and not clear",
+			 (unsigned long long)(area->first_index + i));
+}
+
+static void fill_area(struct server *s, const struct area *area,
+		      uint64_t generation)
+{
+	for (size_t i = 0; i < area->pages; i++) {
+		check_clear(s, area, i);
 		write_page(area->base + i * PAGE_WORDS, area->first_index + i,
 			   generation);
+	}
 }
 
 static void check_area(struct server *s, const struct area *area,
@@ -231,8 +251,9 @@ static void realloc_step(struct server *s)
 		chunk = &s->chunks[s->chunks_held];
 		map_area(chunk, CHUNK_PAGES,
 			 s->main.pages + s->chunks_held * CHUNK_PAGES);
-		fill_area(chunk, s->chunk_generation);
+		fill_area(s, chunk, s->chunk_generation);
 		s->chunks_held++;
+		s->reallocs++;
 		return;
 	}
 
@@ -240,7 +261,6 @@ static void realloc_step(struct server *s)
 		chunk = &s->chunks[--s->chunks_held];
 		check_area(s, chunk, s->chunk_generation);
 		unmap_area(chunk);
-		s->reallocs++;
 	}
 	s->chunk_generation++;
 	s->chunks_goal = 1 + mix(s->chunk_generation) % s->max_chunks;
@@ -367,7 +387,7 @@ static int start(size_t mib, bool churn, size_t realloc_mib, const char *name)
 		s.chunks_goal = s.max_chunks;
 	}
 	map_area(&s.main, mib * PAGES_PER_MIB, 0);
-	fill_area(&s.main, s.pass - 1);
+	fill_area(&s, &s.main, s.pass - 1);
 	if (write(ready[1], "r", 1) != 1)
 		die("write");
 	close(ready[0]);
