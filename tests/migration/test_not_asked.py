@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Dict, Mapping
 
 import pytest
-from checks import FREED_PAGES, SMALL, assert_intact, assert_not_asked, fill_and_free, migration
+from checks import FREED_PAGES, OUT_OF_THE_BOX, SMALL, WITH_HINTS, assert_hints_used
+from checks import assert_intact, assert_not_asked, fill_and_free, migration
 from conftest import Lab
 
 from livemig.migration import migrate
@@ -57,12 +58,30 @@ def test_off_for_good(lab: Lab) -> None:
 
 
 def test_on_by_default(lab: Lab, measured: Dict[str, Any]) -> None:
-    """A balloon with free-page-hint=on is all that hints need."""
+    """A balloon with free-page-hint=on is all that hints need; the default deadline is enough."""
     source = lab.boot(SMALL)
     fill_and_free(source)
     destination = lab.incoming(SMALL)
-    result = migrate(source, destination, migration().with_capabilities())
+    result = migrate(source, destination, OUT_OF_THE_BOX.with_capabilities())
     assert_intact(destination)
     assert result.hints and result.hints.reason is None
     measured["skipped_bytes"] = result.hints.skipped_bytes
     assert result.normal_pages < 0.5 * FREED_PAGES
+
+
+def test_stopped_guest(lab: Lab) -> None:
+    """A guest that is stopped is not asked, arrives stopped and whole, and has hints next time."""
+    source = lab.boot(SMALL)
+    fill_and_free(source)
+    source.qmp("stop")
+    middle = lab.incoming(SMALL, "middle")
+    result = migrate(source, middle, WITH_HINTS)
+    assert_not_asked(result, "vm-stopped")
+    assert result.normal_pages > 0.95 * FREED_PAGES
+    assert middle.qmp("query-status")["status"] == "paused"
+    middle.qmp("cont")
+    assert_intact(middle)
+
+    destination = lab.incoming(SMALL)
+    assert_hints_used(migrate(middle, destination, WITH_HINTS), FREED_PAGES * 4096)
+    assert_intact(destination)

@@ -1,28 +1,44 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest that does not answer costs the deadline and no more."""
+"""A guest that does not answer is migrated without hints after the deadline."""
+
+import time
 
 import pytest
-from checks import FREED_PAGES, SMALL, fill_and_free, hints_of, migration
+from checks import FREED_MIB, FREED_PAGES, SMALL, WITH_HINTS, assert_hints_used, assert_intact
+from checks import fill_and_free, hints_of, migration, wait_hints_ended
 from conftest import Lab
 
-from livemig.migration import migrate
+from livemig.guest import Guest
+from livemig.migration import finish, migrate, query, start, status_is
+from livemig.spec import GuestSpec
 
 WAIT_MS = 1500
+MIB = 1 << 20
+
+
+def crashed(lab: Lab, spec: GuestSpec) -> Guest:
+    """A guest whose kernel has halted: its driver stays as it is, and silent."""
+    lab.trouble_expected = True
+    source = lab.boot(spec.but(cmdline=("panic=0",)))
+    fill_and_free(source)
+    source.agent.send("echo c > /proc/sysrq-trigger")
+    source.console.wait_for("end Kernel panic", 60)
+    return source
+
+
+def wait_asked(source: Guest) -> None:
+    """Wait until the guest has been asked: no event tells."""
+    deadline = time.monotonic() + 60
+    while (state := hints_of(query(source)).state) != "asked":
+        assert time.monotonic() < deadline, f"the hints are still {state}"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("arrays", ["on", "off"])
 def test_crashed_guest_migrates(lab: Lab, arrays: str) -> None:
     """A guest that has crashed and never answers is migrated whole after the deadline."""
-    lab.trouble_expected = True
-    # The kernel halts when it panics: its driver stays as it is, and silent.
-    spec = SMALL.but(
-        balloon=f"free-page-hint=on,free-page-hint-arrays={arrays}", cmdline=("panic=0",)
-    )
-    source = lab.boot(spec)
-    fill_and_free(source)
-    source.agent.send("echo c > /proc/sysrq-trigger")
-    source.console.wait_for("end Kernel panic", 60)
-
+    spec = SMALL.but(balloon=f"free-page-hint=on,free-page-hint-arrays={arrays}")
+    source = crashed(lab, spec)
     destination = lab.incoming(spec)
     result = migrate(source, destination, migration(free_page_hint_wait=WAIT_MS))
     hints = hints_of(result)
@@ -32,3 +48,41 @@ def test_crashed_guest_migrates(lab: Lab, arrays: str) -> None:
     assert result.total_ms > WAIT_MS
     assert result.normal_pages > 0.95 * FREED_PAGES
     assert destination.qmp("query-status")["status"] == "running"
+
+
+def test_stop_ends_the_wait(lab: Lab) -> None:
+    """Stopping a guest that was asked ends the wait for its answer, and it is migrated whole."""
+    source = crashed(lab, SMALL)
+    destination = lab.incoming(SMALL)
+    start(source, destination, WITH_HINTS)
+    wait_asked(source)
+    source.qmp("stop")
+    result = finish(source, destination)
+    hints = hints_of(result)
+    assert (hints.state, hints.reason, hints.hinted_bytes) == ("ended", "vm-stopped", 0)
+    assert result.normal_pages > 0.95 * FREED_PAGES
+    assert destination.qmp("query-status")["status"] == "paused"
+
+
+def test_reset_ends_the_wait(lab: Lab) -> None:
+    """Resetting a guest that was asked ends the wait; it boots, and migrates with hints later."""
+    source = crashed(lab, SMALL)
+    # The harness lets a QEMU end when its guest reboots.
+    source.qmp("set-action", reboot="reset")
+    abandoned = lab.incoming(SMALL, "abandoned")
+    # So slow that it cannot complete.
+    start(source, abandoned, migration(max_bandwidth=MIB))
+    wait_asked(source)
+    so_far = len(source.console.text())
+    source.qmp("system_reset")
+    hints = wait_hints_ended(source)
+    assert (hints.reason, hints.hinted_bytes) == ("reset", 0)
+    source.qmp("migrate_cancel")
+    source.wait_event(status_is("cancelled"), "end of the cancelled migration", 60)
+    abandoned.close()
+
+    source.console.wait_for(r"^READY\n", 120, so_far)
+    fill_and_free(source)
+    destination = lab.incoming(SMALL)
+    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+    assert_intact(destination)
