@@ -2,7 +2,7 @@
 # Everything is built in $(FPH_CACHE), ~/.cache/free-page-hint if it is not set. "make help" lists
 # the targets.
 
-FPH_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/free-page-hint
+FPH_CACHE := $(or $(FPH_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/free-page-hint)
 JOBS ?= $(shell nproc)
 export FPH_CACHE JOBS
 
@@ -14,7 +14,7 @@ SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock kernel kernel-stock images debian-image run migrate demo \
+.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock images debian-image run migrate demo \
 	test unit lint patches check-patches clean distclean
 
 help: ## list the targets
@@ -32,6 +32,9 @@ qemu: fetch ## build QEMU with free page hints
 
 qemu-stock: fetch ## build the unpatched QEMU, to compare with
 	@scripts/build-qemu stock
+
+qemu-debug: fetch ## build QEMU with sanitizers and all checks, for tests
+	@scripts/build-qemu debug
 
 kernel: fetch ## build the guest kernel with free page hints
 	@scripts/build-kernel ours
@@ -57,7 +60,7 @@ demo: qemu kernel images $(if $(STOCK),qemu-stock kernel-stock) ## migrate an 8 
 unit: qemu ## run the C unit tests
 	@$(FPH_CACHE)/qemu-ours/build/tests/unit/test-free-page-hint
 
-test: unit qemu-stock kernel kernel-stock images debian-image ## run all tests
+test: qemu qemu-debug qemu-stock kernel kernel-stock images debian-image ## run all tests
 	@/usr/bin/python3 -m pytest tests
 
 lint: deps ## check the style of scripts and Python code
