@@ -105,3 +105,11 @@ def wait_hints_ended(source: Guest, seconds: float = 60) -> Hints:
             return hints
         assert time.monotonic() < deadline, f"the hints are still {hints.state}"
         time.sleep(0.05)
+
+
+def wait_asked(source: Guest) -> None:
+    """Wait until the guest has been asked: no event tells."""
+    deadline = time.monotonic() + 60
+    while (state := hints_of(query(source)).state) != "asked":
+        assert time.monotonic() < deadline, f"the hints are still {state}"
+        time.sleep(0.05)

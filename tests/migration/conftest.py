@@ -19,7 +19,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 # pylint: disable=wrong-import-position
-from livemig import paths  # noqa: E402
+from livemig import paths, workload  # noqa: E402
 from livemig.guest import Guest  # noqa: E402
 from livemig.spec import GuestSpec  # noqa: E402
 
@@ -56,6 +56,15 @@ class Lab:
     def incoming(self, spec: GuestSpec, name: str = "destination", running: bool = True) -> Guest:
         """Start a QEMU that waits for a guest to come in."""
         return self.launch(spec, name, incoming=True, running=running)
+
+    def boot_crashed(self, spec: GuestSpec, freed_mib: int) -> Guest:
+        """A guest that wrote and freed memory and has halted: its driver is there, and silent."""
+        self.trouble_expected = True
+        guest = self.boot(spec.but(cmdline=("panic=0",)))
+        workload.dirty_and_free(guest, freed_mib)
+        guest.agent.send("echo c > /proc/sysrq-trigger")
+        guest.console.wait_for("end Kernel panic", 60)
+        return guest
 
     def trouble(self) -> List[str]:
         """What the guests' kernels complained about."""

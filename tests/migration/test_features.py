@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hints work together with the other features of migration, and no write is lost."""
+
+import secrets
+import subprocess
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Dict, Mapping, Tuple
+
+import pytest
+from checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_used, assert_intact
+from checks import assert_not_asked, fill_and_free, hints_of, migration, start_churn
+from checks import wait_hints_ended
+from conftest import Lab
+from oracle import Oracle
+
+from livemig import memory, workload
+from livemig.guest import Guest
+from livemig.migration import finish, migrate, query, restore, save, set_capabilities
+from livemig.migration import start, status_is
+
+MIB = 1 << 20
+MULTIFD = {"multifd": True}
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature of migration, as capabilities and parameters."""
+
+    common: Mapping[str, bool] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+FEATURES = {
+    "multifd": Feature(MULTIFD, {"zero-page-detection": "multifd"}),
+    "multifd-legacy-zero-pages": Feature(MULTIFD, {"zero-page-detection": "legacy"}),
+    "multifd-no-zero-pages": Feature(MULTIFD, {"zero-page-detection": "none"}),
+    "multifd-4-channels": Feature(MULTIFD, {"multifd-channels": 4}),
+    "no-zero-pages": Feature({}, {"zero-page-detection": "none"}),
+    "xbzrle": Feature({"xbzrle": True}, {"xbzrle-cache-size": 64 * MIB}),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_hints_with(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """Hints are used, several rounds are sent, and every page arrives that had to."""
+    feature = FEATURES[name]
+    with Oracle(lab, SMALL) as oracle:
+        source = oracle.boot()
+        fill_and_free(source)
+        start_churn(source)
+        destination = oracle.arrival()
+        destination.qmp_dict("migrate-set-parameters", dict(feature.parameters))
+        spec = replace(WITH_HINTS, common=feature.common).with_parameters(
+            **feature.parameters, downtime_limit=1, max_bandwidth=400 * MIB
+        )
+        start(source, destination, spec)
+        wait_rounds(source, 3)
+        source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
+        result = finish(source, destination)
+        hints = assert_hints_used(result, FREED_MIB * MIB)
+        seen = oracle.check()
+        measured.update(kept=seen.kept, redirtied=hints.redirtied_bytes, rounds=result.rounds)
+        if name == "xbzrle":
+            assert result.raw["xbzrle-cache"]["pages"] > 0
+        assert_intact(destination)
+        assert_goes_on(destination)
+
+
+def wait_rounds(source: Guest, rounds: int) -> None:
+    """Wait until memory is sent for the rounds-th time."""
+    source.wait_event(
+        lambda event: event["event"] == "MIGRATION_PASS" and event["data"]["pass"] >= rounds,
+        f"round {rounds}",
+        120,
+    )
+
+
+def test_auto_converge(lab: Lab, measured: Dict[str, Any]) -> None:
+    """Syncs from another thread, auto-converge's timer, lose no write either."""
+    with Oracle(lab, SMALL) as oracle:
+        source = oracle.boot()
+        fill_and_free(source)
+        start_churn(source)
+        destination = oracle.arrival()
+        spec = replace(WITH_HINTS, common={"auto-converge": True}).with_parameters(
+            cpu_throttle_initial=50, throttle_trigger_threshold=1, downtime_limit=1
+        )
+        start(source, destination, spec.with_parameters(max_bandwidth=30 * MIB))
+        wait_hints_ended(source)
+        throttled = 0
+        while not throttled:
+            # The premise: the guest is slowed down, which starts the timer.
+            wait_rounds(source, 2)
+            throttled = query(source).raw.get("cpu-throttle-percentage", 0)
+        source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
+        assert_hints_used(finish(source, destination), FREED_MIB * MIB)
+        measured.update(throttled=throttled, kept=oracle.check().kept)
+        assert_intact(destination)
+        assert_intact(destination, "churn")
+
+
+@pytest.mark.parametrize(
+    "common",
+    [{}, {"mapped-ram": True}, {"mapped-ram": True, "multifd": True}],
+    ids=["plain", "mapped-ram", "mapped-ram-multifd"],
+)
+def test_through_a_file(
+    lab: Lab, measured: Dict[str, Any], tmp_path: Path, common: Dict[str, bool]
+) -> None:
+    """A guest saved to a file while it ran, with hints, is whole when it is restored."""
+    spec = replace(WITH_HINTS, common=common)
+    with Oracle(lab, SMALL) as oracle:
+        source = oracle.boot()
+        fill_and_free(source)
+        start_churn(source)
+        result = save(source, tmp_path / "guest", spec)
+        assert_hints_used(result, FREED_MIB * MIB)
+        destination = oracle.arrival()
+        restore(destination, tmp_path / "guest", spec)
+        seen = oracle.check()
+        file_bytes = (tmp_path / "guest").stat().st_blocks * 512
+        measured.update(kept=seen.kept, file_bytes=file_bytes)
+        # Hints keep free memory out of the file.
+        assert file_bytes < FREED_MIB * MIB
+        assert_intact(destination)
+        assert_goes_on(destination)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A way to give a guest its memory."""
+
+    guest: Mapping[str, Any]
+    # What the guest must have.
+    total_mib: int = 1024
+
+
+def _dimm(size_mib: int) -> Tuple[str, ...]:
+    return (
+        *("-object", f"memory-backend-ram,id=dimm,size={size_mib}M,reserve=off"),
+        *("-device", "pc-dimm,id=dimm0,memdev=dimm"),
+    )
+
+
+def _virtio_mem(size_mib: int, plugged_mib: int) -> Tuple[str, ...]:
+    return (
+        *("-object", f"memory-backend-ram,id=vmem,size={size_mib}M,reserve=off"),
+        *("-device", f"virtio-mem-pci,id=vm0,memdev=vmem,requested-size={plugged_mib}M"),
+    )
+
+
+ROOM = ("-m", "maxmem=8G,slots=4")
+ONLINE = ("memhp_default_state=online_movable",)
+MEMORIES = {
+    "memfd": Memory({"mem_backend": "memory-backend-memfd,share=on"}),
+    "private": Memory({}),
+    "numa": Memory({"nodes": 2, "mem_mib": 2048}, 2048),
+    "dimm": Memory({"args": (*ROOM, *_dimm(1024)), "cmdline": ONLINE}, 2048),
+    "virtio-mem": Memory({"args": (*ROOM, *_virtio_mem(2048, 1024)), "cmdline": ONLINE}, 2048),
+}
+
+
+def total_mib(guest: Guest) -> int:
+    """What the guest manages, in MiB."""
+    return int(guest.agent.run("awk '/^MemTotal/ {print $2}' /proc/meminfo")) // 1024
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_memory_of_kind(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """Free memory of each kind is hinted, and what the guest wrote arrives."""
+    kind = MEMORIES[name]
+    spec = SMALL.but(qemu="debug", trace="free_page_hint_*", **kind.guest)
+    source = lab.boot(spec)
+    assert total_mib(source) > 0.9 * kind.total_mib
+    workload.dirty_and_free(source, kind.total_mib // 2)
+    workload.stamp(source, kind.total_mib // 4)
+    start_churn(source)
+    destination = lab.incoming(spec)
+    result = migrate(source, destination, WITH_HINTS)
+    hints = assert_hints_used(result, kind.total_mib // 4 * MIB)
+    # The premise: the blocks of RAM that were hinted in, and more than one where there are more.
+    blocks = {
+        line.split("'")[1]
+        for line in source.trace_log.read_text().splitlines()
+        if line.startswith(f"{memory.HINT_EVENT} ")
+    }
+    measured.update(blocks=sorted(blocks), skipped=hints.skipped_bytes)
+    assert (len(blocks) > 1) == (name in ("numa", "dimm", "virtio-mem"))
+    assert_intact(destination)
+    assert_goes_on(destination)
+
+
+def test_hot_plugged_memory(lab: Lab, measured: Dict[str, Any]) -> None:
+    """Memory that came while the guest ran is hinted like the rest."""
+    spec = SMALL.but(qemu="debug", args=ROOM, cmdline=ONLINE, trace="free_page_hint_*")
+    source = lab.boot(spec)
+    source.qmp_dict(
+        "object-add",
+        {"qom-type": "memory-backend-ram", "id": "dimm", "size": 1024 * MIB, "reserve": False},
+    )
+    source.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="dimm")
+    source.agent.run(
+        "until [ $(awk '/^MemTotal/ {print $2}' /proc/meminfo) -gt 1900000 ]; do sleep 0.1; done"
+    )
+    workload.dirty_and_free(source, 1200)
+    workload.stamp(source, 500)
+    start_churn(source)
+    destination = lab.incoming(spec.but(args=(*ROOM, *_dimm(1024))))
+    hints = assert_hints_used(migrate(source, destination, WITH_HINTS), 500 * MIB)
+    measured.update(skipped=hints.skipped_bytes)
+    assert re_dimm(source) > 0, "nothing of the new memory was hinted"
+    assert_intact(destination)
+    assert_goes_on(destination)
+
+
+def re_dimm(source: Guest) -> int:
+    """How many runs were hinted in the block of RAM called dimm."""
+    return source.trace_log.read_text().count(f"{memory.HINT_EVENT} block 'dimm'")
+
+
+def test_huge_pages(lab: Lab, measured: Dict[str, Any]) -> None:
+    """With memory in pages of 2 MiB, whole host pages are hinted and nothing is lost."""
+    wanted = 2 * (SMALL.mem_mib // 2)
+    before = int(HUGE_PAGES.read_text(encoding="ascii")) if HUGE_PAGES.exists() else 0
+    try:
+        HUGE_PAGES.write_text(str(before + wanted), encoding="ascii")
+        if int(HUGE_PAGES.read_text(encoding="ascii")) < before + wanted:
+            pytest.skip(f"this host has no {wanted} free huge pages of 2 MiB")
+        spec = SMALL.but(
+            qemu="debug", mem_backend="memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
+        )
+        source = lab.boot(spec)
+        fill_and_free(source)
+        start_churn(source)
+        destination = lab.incoming(spec)
+        hints = assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+        measured.update(skipped=hints.skipped_bytes)
+        assert_intact(destination)
+        assert_goes_on(destination)
+        source.close()
+        destination.close()
+    except OSError as err:
+        pytest.skip(f"huge pages cannot be set aside on this host: {err}")
+    finally:
+        if HUGE_PAGES.exists() and int(HUGE_PAGES.read_text(encoding="ascii")) != before:
+            HUGE_PAGES.write_text(str(before), encoding="ascii")
+
+
+def test_transparent_huge_pages(lab: Lab, measured: Dict[str, Any]) -> None:
+    """With its memory in transparent huge pages or not, a guest arrives whole."""
+    for backend, huge in (("memory-backend-ram", True), ("memory-backend-memfd,share=on", False)):
+        spec = SMALL.but(qemu="debug", mem_backend=backend)
+        source = lab.boot(spec, f"source-{huge}")
+        fill_and_free(source)
+        start_churn(source)
+        text = Path(f"/proc/{source.pid}/smaps_rollup").read_text(encoding="ascii")
+        kib = int(text.split("AnonHugePages:")[1].split()[0])
+        measured[f"huge_kib_{huge}"] = kib
+        # The premise. QEMU itself may have a few, where the guest has none.
+        assert (kib > 64 * 1024) == huge
+        destination = lab.incoming(spec, f"destination-{huge}")
+        assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+        assert_intact(destination)
+        assert_goes_on(destination)
+        source.close()
+        destination.close()
+
+
+def test_shared_memory_that_stays(lab: Lab) -> None:
+    """With x-ignore-shared, hints in memory that is not sent are dropped, and all is well."""
+    with memory.memory_files("guest") as (file,):
+        spec = SMALL.but(qemu="debug", mem_file=file)
+        source = lab.boot(spec)
+        fill_and_free(source)
+        start_churn(source)
+        destination = lab.incoming(spec)
+        result = migrate(source, destination, replace(WITH_HINTS, common={"x-ignore-shared": True}))
+        hints = hints_of(result)
+        assert hints.reports == 1
+        # The premise: the memory itself was not sent.
+        assert result.normal_pages < 16 * 256
+        assert (hints.skipped_bytes, hints.hinted_bytes) == (0, 0)
+        assert hints.invalid > 0
+        assert_intact(destination)
+        assert_goes_on(destination)
+
+
+def test_tls(lab: Lab, tmp_path: Path) -> None:
+    """Hints are used over an encrypted connection."""
+    (tmp_path / "keys.psk").write_text(f"qemu:{secrets.token_hex(32)}\n")
+    with Oracle(lab, SMALL) as oracle:
+        source = oracle.boot()
+        fill_and_free(source)
+        start_churn(source)
+        destination = oracle.arrival()
+        for guest, endpoint in ((source, "client"), (destination, "server")):
+            credentials = {"qom-type": "tls-creds-psk", "id": "tls", "dir": str(tmp_path)}
+            credentials["endpoint"] = endpoint
+            if endpoint == "client":
+                credentials["username"] = "qemu"
+            guest.qmp_dict("object-add", credentials)
+        destination.qmp("migrate-set-parameters", tls_creds="tls")
+        # Encryption is slow: let it end although the guest goes on writing.
+        spec = migration(tls_creds="tls", tls_hostname="localhost", downtime_limit=100000)
+        result = migrate(source, destination, spec)
+        assert_hints_used(result, FREED_MIB * MIB)
+        oracle.check()
+        assert_intact(destination)
+        assert_goes_on(destination)
+
+
+def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A source that drops what it sent has given everything to a postcopy destination."""
+    spec = SMALL.but(qemu="debug")
+    source = lab.boot(spec)
+    fill_and_free(source)
+    start_churn(source)
+    destination = lab.incoming(spec)
+    common = {"postcopy-ram": True, "release-ram": True}
+    start(
+        source, destination, replace(WITH_HINTS, common=common).with_parameters(max_bandwidth=MIB)
+    )
+    wait_hints_ended(source)
+    source.qmp("migrate-start-postcopy")
+    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+    result = finish(source, destination)
+    hints = assert_hints_used(result, FREED_MIB * MIB)
+    measured.update(skipped=hints.skipped_bytes)
+    assert result.raw["ram"]["postcopy-bytes"] > 0
+    assert_intact(destination)
+    assert_goes_on(destination)
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
+    """Postcopy that was cut off after hints goes on over a new connection, nothing lost."""
+    spec = SMALL.but(qemu="debug")
+    source = lab.boot(spec)
+    fill_and_free(source)
+    start_churn(source)
+    destination = lab.incoming(spec)
+    common = {"postcopy-ram": True, "postcopy-preempt": preempt}
+    start(
+        source,
+        destination,
+        replace(WITH_HINTS, common=common).with_parameters(
+            max_bandwidth=MIB, max_postcopy_bandwidth=MIB
+        ),
+    )
+    wait_hints_ended(source)
+    source.qmp("migrate-start-postcopy")
+    # Before it runs there, a guest that is cut off is lost, hints or not.
+    destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
+    source.qmp_oob("migrate-pause")
+    source.wait_event(status_is("postcopy-paused"), "the source's pause", 60)
+    destination.wait_event(status_is("postcopy-paused"), "the destination's pause", 60)
+    uri = f"unix:{lab.logs}/again"
+    # A vCPU that waits for a page that was not sent holds up all other commands.
+    destination.qmp_oob("migrate-recover", uri=uri)
+    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+    source.qmp("migrate", uri=uri, resume=True)
+    result = finish(source, destination)
+    assert_hints_used(result, FREED_MIB * MIB)
+    assert_intact(destination)
+    assert_goes_on(destination)
+
+
+def test_background_snapshot_is_refused(lab: Lab, tmp_path: Path) -> None:
+    """A background snapshot sends each page as it was at its start, and asks for no hints."""
+    source = lab.boot(SMALL.but(qemu="debug"))
+    fill_and_free(source)
+    set_capabilities(source, {"background-snapshot": True, "events": True})
+    result = save(source, tmp_path / "snapshot", WITH_HINTS)
+    assert_not_asked(result, "unsupported")
+    # Zero pages are most of it; what was written and freed is not left out.
+    assert result.normal_pages > 0.95 * FREED_MIB * 256
+    assert_intact(source)
+
+
+def test_colo_is_refused(lab: Lab) -> None:
+    """With COLO, which sends the same memory again and again, the guest is not asked."""
+    spec = SMALL.but(qemu="debug")
+    source = lab.boot(spec)
+    destination = lab.incoming(spec)
+    start(source, destination, replace(WITH_HINTS, common={"x-colo": True}))
+    source.wait_event(status_is("colo"), "COLO", 120)
+    assert_not_asked(query(source), "unsupported")
+
+
+def test_savevm(lab: Lab, tmp_path: Path) -> None:
+    """A snapshot in an image asks for no hints, and the guest is whole when it is loaded."""
+    image = tmp_path / "snapshots.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1G"], check=True)
+    drive = ("-drive", f"file={image},if=none,id=snapshots")
+    source = lab.boot(SMALL.but(qemu="debug", args=drive))
+    fill_and_free(source)
+    start_churn(source)
+    assert source.hmp("savevm one") == ""
+    assert hints_of(query(source)).state == "idle"
+    workload.dirty_and_free(source, FREED_MIB)
+    assert source.hmp("loadvm one") == ""
+    source.qmp("cont")
+    assert_intact(source)
+    assert_goes_on(source)
