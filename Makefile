@@ -14,8 +14,8 @@ SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock images debian-image run migrate demo \
-	test unit lint patches check-patches clean distclean
+.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug images debian-image run migrate demo \
+	test unit hostile lint patches check-patches clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [JOBS=n] [FPH_CACHE=dir]"
@@ -42,8 +42,12 @@ kernel: fetch ## build the guest kernel with free page hints
 kernel-stock: fetch ## build the unpatched guest kernel, to compare with
 	@scripts/build-kernel stock
 
-images: deps ## make the guest's initramfs
+kernel-debug: fetch ## build the guest kernel with lockdep, KASAN and more, for tests
+	@scripts/build-kernel debug
+
+images: deps ## make the guest's initramfs and the bare-metal guest
 	@scripts/make-initramfs
+	@scripts/make-bare-metal
 
 debian-image: deps ## make a Debian guest image with gcc, make and sysbench
 	@scripts/make-debian-image
@@ -62,6 +66,10 @@ unit: qemu ## run the C unit tests
 
 test: qemu qemu-debug qemu-stock kernel kernel-stock images debian-image ## run all tests
 	@/usr/bin/python3 -m pytest tests
+
+hostile: qemu qemu-stock qemu-debug images ## let a hostile guest try longer: FPH_REPEAT=n FPH_SECONDS=s FPH_SEED=n
+	@FPH_REPEAT=$${FPH_REPEAT:-20} FPH_SECONDS=$${FPH_SECONDS:-10} /usr/bin/python3 -m pytest \
+		tests/migration/test_bare_metal.py tests/migration/test_hostile.py
 
 lint: deps ## check the style of scripts and Python code
 	@shellcheck -x $(SHELL_FILES)
