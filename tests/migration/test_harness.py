@@ -114,18 +114,22 @@ def test_memstamp_sees(memstamp: Memstamp, fault: str) -> None:
 
 
 def test_memstamp_sees_memory_that_is_not_clear(lab: Lab) -> None:
-    """memstamp finds new pages that are not clear, in a guest that clears those that it frees.
+    """A guest that clears what it frees does not live with new pages that are not clear.
 
     What a hint took out of the migration keeps what the destination's memory held before: here
-    that is not zero.
+    that is not zero. memstamp finds it, if the guest's kernel does not trip over it before.
     """
+    lab.trouble_expected = True
     with memory.memory_files("garbage") as (garbage,):
         garbage.write_bytes(b"x" * (SMALL.mem_mib << 20))
         source = lab.boot(SMALL.but(cmdline=INIT_ON_FREE))
         destination = lab.incoming(source.spec.but(mem_file=garbage))
         assert_hints_used(migrate(source, destination, WITH_HINTS), 512 << 20)
-        workload.stamp(destination, 512)
-        verdict = workload.verify(destination)
+        try:
+            workload.stamp(destination, 512)
+            verdict = workload.verify(destination)
+        except GuestError:
+            return
     assert verdict.errors > 0 and "not clear" in verdict.first
 
 
