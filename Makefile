@@ -15,7 +15,7 @@ SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug images debian-image run migrate demo \
-	test unit hostile lint patches check-patches clean distclean
+	test unit model hostile fuzz lint patches check-patches clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [JOBS=n] [FPH_CACHE=dir]"
@@ -67,9 +67,15 @@ unit: qemu ## run the C unit tests
 test: qemu qemu-debug qemu-stock kernel kernel-stock images debian-image ## run all tests
 	@/usr/bin/python3 -m pytest tests
 
+model: fetch ## let spin try every order of the protocol's steps, and find each mutant
+	@/usr/bin/python3 -m pytest -v -s tests/migration/test_model.py
+
 hostile: qemu qemu-stock qemu-debug images ## let a hostile guest try longer: FPH_REPEAT=n FPH_SECONDS=s FPH_SEED=n
 	@FPH_REPEAT=$${FPH_REPEAT:-20} FPH_SECONDS=$${FPH_SECONDS:-10} /usr/bin/python3 -m pytest \
 		tests/migration/test_bare_metal.py tests/migration/test_hostile.py
+
+fuzz: qemu ## fuzz what the device makes of a message: RUNS=n
+	@scripts/fuzz -runs=$(or $(RUNS),10000000) -print_final_stats=1
 
 lint: deps ## check the style of scripts and Python code
 	@shellcheck -x $(SHELL_FILES)
