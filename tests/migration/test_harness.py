@@ -126,6 +126,7 @@ def test_memstamp_sees_memory_that_is_not_clear(lab: Lab) -> None:
         destination = lab.incoming(source.spec.but(mem_file=garbage))
         assert_hints_used(migrate(source, destination, WITH_HINTS), 512 << 20)
         try:
+            destination.agent.run("true", timeout=20)
             workload.stamp(destination, 512)
             verdict = workload.verify(destination)
         except GuestError:
