@@ -1,0 +1,440 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The migration thread and the main loop. */
+
+/* ---- round 0 ---- */
+
+#if defined(M8) || defined(M21)
+bit second_round;
+#endif
+
+/* free_page_hint_refusal() */
+#define CAN_ASK (migrating && vm_running && device_running)
+
+inline free_page_hint_ask(asked)
+{
+	bql_lock();
+	d_step {
+		if
+		:: CAN_ASK && !reason ->
+			state = ASKED;
+			asked = 1;
+#ifdef CHECK_ARMED
+			for_each_page(i) {
+				CHECK(S3_armed_when_asked, epoch_moved || ARMED(i))
+			}
+#endif
+			virtio_balloon_hint_ask();
+			hint_id = cmd_id
+		:: else
+		fi
+	}
+	bql_unlock()
+}
+
+#ifdef M24
+#define EXPIRED 0
+#else
+#define EXPIRED expired
+#endif
+#define GO_ON (!reason && migrating && !EXPIRED)
+
+inline free_page_hint_collect(page)
+{
+	do
+	:: d_step { reason || !migrating } -> break
+	:: d_step { EXPIRED -> MARK(deadline_passed) } -> break
+	/* free_page_hint_dequeue() */
+	:: atomic {
+		GO_ON && nempty(queue) -> queue?page;
+		bh = bh || starved;
+		starved = 0
+	   }
+		free_page_hint_apply(page)
+	:: d_step { GO_ON && empty(queue) && complete -> MARK(report_complete) } -> break
+	od
+}
+
+inline free_page_hint_finish(asked)
+{
+	d_step {
+		do
+		:: nempty(queue) -> queue?c
+		:: empty(queue) -> break
+		od;
+		state = ENDED;
+		starved = 0;
+		/* Only query-migrate reads these any more. */
+		complete = 0;
+		reason = 0;
+		expired = 0
+	}
+	bql_lock();
+	d_step {
+		if
+		:: asked -> virtio_balloon_hint_done()
+		:: else
+		fi;
+		asked = 0
+	}
+	bql_unlock()
+}
+
+inline free_page_hint_round(asked, page)
+{
+	bql_lock();
+	if
+	:: CAN_ASK ->
+		state = ARMING;
+		bql_unlock();
+#ifdef M3
+		free_page_hint_ask(asked);
+		free_page_hint_arm(page);
+#else
+		free_page_hint_arm(page);
+		free_page_hint_ask(asked);
+#endif
+		if
+		:: asked -> free_page_hint_collect(page)
+		:: else
+		fi;
+		free_page_hint_finish(asked)
+	:: else -> bql_unlock()
+	fi
+}
+
+/* The time that free-page-hint-wait allows passes. */
+active proctype clock()
+{
+	do
+	:: atomic { free_page_hint_asking() && !expired -> expired = 1 }
+	od
+}
+
+/* ---- other rounds ---- */
+
+#ifdef NO_LOG
+#define NONE_IN_USE 1
+#elif PAGES == 1
+#define NONE_IN_USE (!marking[0] && !STORING(0) && !dma[0])
+#else
+#define NONE_IN_USE (!marking[0] && !STORING(0) && !dma[0] && \
+		     !marking[1] && !STORING(1) && !dma[1])
+#endif
+
+/* With the BQL. Returns when vCPUs have left the accelerator and I/O is drained. */
+inline vm_stop()
+{
+	vm_running = 0;
+	NONE_IN_USE;
+	virtio_balloon_hint_set_status(0)
+}
+
+/* With the BQL. */
+inline vm_start()
+{
+	vm_running = 1;
+	virtio_balloon_hint_set_status(1)
+}
+
+/* In a d_step. */
+inline check_page(p)
+{
+	CHECK(S1_no_lost_write, !live[p] || !differs[p]);
+#ifdef INIT_ON_FREE
+	CHECK(S6_free_page_reads_zero, live[p] || !differs[p])
+#else
+	skip
+#endif
+}
+
+inline check_destination()
+{
+	d_step {
+		for_each_page(i) {
+			check_page(i)
+		}
+		migrating = 0
+	}
+}
+
+#ifdef NO_LOG
+/*
+ * Nothing stalls here. It can in QEMU, with the BQL, but that is so without
+ * hints too. The VM goes on at the destination: with the same queue, and with
+ * an engine that is idle.
+ */
+inline migration_completion(p, runs)
+{
+	bql_lock();
+	if
+	:: migrating ->
+		runs = vm_running;
+		vm_stop();
+		migration_bitmap_sync(p);
+		migrating = 0;
+		if
+		:: runs -> vm_start()
+		:: else
+		fi
+	:: else
+	fi;
+	bql_unlock()
+}
+#else
+inline migration_completion(p, unused)
+{
+	bql_lock();
+	if
+	:: migrating ->
+		vm_stop();
+		migration_bitmap_sync(p);
+		do
+		:: p < PAGES -> ram_save_host_page(p); p++
+		:: else -> break
+		od;
+		ALL_READ;
+		check_destination()
+	:: else
+	fi;
+	bql_unlock()
+}
+#endif
+
+#ifdef POSTCOPY
+proctype destination_vcpu(byte p)
+{
+	do
+	/* migrate_send_rp_req_pages() */
+	:: d_step { postcopy && !mapped[p] && !fault[p] -> fault[p] = 1 }
+	:: d_step { postcopy && mapped[p] -> check_page(p);
+		if
+		:: fault[p] && hint_bmap[p] -> MARK(fault_on_hinted_page)
+		:: else
+		fi;
+		fault[p] = 0
+	   }
+	od
+}
+
+inline ram_postcopy_send_discard_bitmap(p)
+{
+	migration_bitmap_sync(p);
+#if !defined(M14) && !defined(M15B)
+	free_page_hint_restore_all();
+#endif
+	/* postcopy_each_ram_send_discard() */
+	d_step {
+		for_each_page(i) {
+			if
+			:: bmap[i] ->
+				mapped[i] = 0;
+				dst_zero[i] = 1;
+				differs[i] = !zero[i]
+			:: else
+			fi
+		}
+		postcopy = 1
+	}
+#ifdef M15B
+	free_page_hint_restore_all()
+#endif
+}
+
+/* What is left is sent in any order: asked for, or not. */
+inline postcopy_start(p)
+{
+	bql_lock();
+	vm_stop();
+	ram_postcopy_send_discard_bitmap(p);
+	bql_unlock();
+	do
+	:: !ALL_SENT ->
+		if
+		:: bmap[0] -> p = 0
+		:: bmap[PAGES - 1] -> p = PAGES - 1
+		fi;
+		/* qemu_ufd_copy_ioctl() fails if there is a page. */
+		d_step { CHECK(S7_page_placed_once, !mapped[p]); skip };
+		ram_save_host_page(p);
+		ALL_READ
+	:: else -> break
+	od;
+	p = NONE;
+	d_step {
+		for_each_page(i) {
+			CHECK(L5_fault_answered, mapped[i] || !fault[i])
+		}
+		skip
+	}
+	check_destination()
+}
+#endif
+
+active proctype migration_thread()
+{
+	byte page = NONE;
+	byte done;
+	bit asked;
+	bit runs;
+
+	do
+	:: done < MIGRATIONS ->
+		bql_lock();
+		d_step {
+			migrating = 1;
+			state = IDLE;
+			page = 0
+		}
+#ifndef NO_LOG
+		ram_init_bitmaps();
+#endif
+		migration_bitmap_sync(page);
+		page = NONE;
+		bql_unlock();
+#ifndef NO_HINTS
+		free_page_hint_round(asked, page);
+#endif
+		do
+		:: migrating ->
+			if
+			/* ram_save_iterate() */
+			:: ram_save_host_page(0)
+#if PAGES > 1
+			:: ram_save_host_page(1)
+#endif
+#ifndef NO_LOG
+			:: ram_save_host_page(ELSEWHERE)
+#endif
+			/* multifd_ram_flush_and_sync(), migration_bitmap_sync_precopy() */
+			:: ALL_READ ->
+				bql_lock();
+				page = 0;
+				migration_bitmap_sync(page);
+				page = NONE;
+				bql_unlock()
+#if defined(M8) || defined(M21)
+			:: !second_round ->
+				second_round = 1;
+				free_page_hint_round(asked, page)
+#endif
+			:: ALL_READ ->
+				page = 0;
+				migration_completion(page, runs);
+				page = NONE;
+				runs = 0
+#ifdef POSTCOPY
+			:: ALL_READ ->
+				page = 0;
+				postcopy_start(page)
+			/* Other pages came, and with them a huge page for all. */
+			:: mapped[0] = 1
+#endif
+			fi
+		:: else -> break
+		od;
+		/* migration_cleanup() */
+		bql_lock();
+		d_step {
+			for_each_page(i) {
+				inflight[i] = 0
+			}
+			bql_unlock()
+		}
+		done++
+	:: else -> break
+	od
+}
+
+/* ---- the main loop ---- */
+
+#ifdef TIMER
+/*
+ * Any sync but the migration thread's. This one comes only when the migration
+ * thread has synced twice; the model does not count on it.
+ */
+active proctype cpu_throttle_dirty_sync_timer_tick()
+{
+	byte v;
+
+	do
+	:: atomic { vm_running && migrating && !bql -> bql = 1 }
+		migration_bitmap_sync(v);
+		unlock(bql)
+	od
+}
+#endif
+
+/* With the BQL. */
+inline migration_cancel()
+{
+	free_page_hint_abort();
+	migrating = 0
+}
+
+#ifdef CANCEL
+active proctype qmp_migrate_cancel()
+{
+	do
+	:: atomic { migrating && !bql -> bql = 1 }
+		migration_cancel();
+		unlock(bql)
+	od
+}
+#endif
+
+#ifdef LIFE
+#define CANCELS 1
+#define STOPS 2
+#define RESETS 4
+
+/* Those of them that LIFE says, each once, in any order, at any time. */
+active proctype control()
+{
+	byte left = LIFE;
+
+	do
+	:: atomic { left & CANCELS -> left = left - CANCELS; control_busy = 1 }
+		bql_lock_control();
+		migration_cancel();
+		unlock(bql);
+		control_busy = 0
+	:: atomic { left & STOPS -> left = left - STOPS; control_busy = 1 }
+		bql_lock_control();
+		vm_stop();
+		unlock(bql);
+		bql_lock_control();
+		vm_start();
+		unlock(bql);
+		control_busy = 0
+	:: atomic { left & RESETS -> left = left - RESETS; control_busy = 1 }
+		bql_lock_control();
+		virtio_balloon_hint_set_status(0);
+		virtio_balloon_hint_reset();
+		d_step { reboot(); skip };
+		virtio_balloon_hint_set_status(1);
+		unlock(bql);
+		control_busy = 0
+	:: !left -> break
+	od
+}
+#endif
+
+#ifndef NO_LOG
+init
+{
+	atomic {
+		for_each_page(i) {
+			run page_users(i);
+			run multifd_send_thread(i);
+#ifdef POSTCOPY
+			run destination_vcpu(i);
+#endif
+		}
+#ifdef TCG
+		for (i : 0 .. PAGES * VCPUS - 1) {
+			run tcg_vcpu(i / VCPUS, i)
+		}
+#endif
+	}
+}
+#endif

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The protocol as a model, and every order of its steps: tests/migration/model.
+
+Each run is a full search of one variant. What must not hold is tested too: the model without one of
+its rules, a mutant, has to break the very property that the rule is there for.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+import pytest
+
+MODEL = Path(__file__).resolve().parent / "model" / "free_page_hint.pml"
+
+# Searches at once, and what one of them may use. The largest needs a third of that.
+SEARCHES = 2
+MEMORY_MIB = 3500
+DEPTH = 2_000_000
+TIMEOUT_S = 1200
+
+KVM = "KVM_MANUAL NO_DEVICE"
+SAFETY = "-DSAFETY -DNOFAIR"
+# Weak fairness for more than six processes.
+LIVENESS = "-DNFAIR=3"
+
+
+@dataclass(frozen=True)
+class Search:
+    """A full search of the model with @options, for a violation of @claim if that is given."""
+
+    options: str
+    claim: str = ""
+    depth: int = DEPTH
+    mib: int = MEMORY_MIB
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What spin's verifier said."""
+
+    # What does not hold: the name of a property, or "" if all of them do.
+    violated: str
+    # Every state was visited, or all up to the violation.
+    complete: bool
+    states: int
+    depth: int
+    mib: float
+    seconds: float
+    output: str
+
+
+def _run(command: str, directory: str) -> str:
+    done = subprocess.run(
+        command.split(),
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}:\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+def _number(pattern: str, output: str) -> str:
+    found = re.search(pattern, output)
+    assert found, output
+    return found.group(1)
+
+
+def search(what: Search) -> Verdict:
+    """Build the verifier and run it."""
+    for tool in ("spin", "gcc"):
+        assert shutil.which(tool), f"there is no {tool}: run scripts/install-deps test"
+    defines = " ".join(f"-D{option}" for option in what.options.split())
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="free-page-hint-model-") as directory:
+        _run(f"spin {defines} -a {MODEL}", directory)
+        mode = LIVENESS if what.claim else SAFETY
+        _run(f"gcc -w -O1 {mode} -DNOREDUCE -DMEMLIM={what.mib} -o pan pan.c", directory)
+        flags = f"-a -f -N {what.claim}" if what.claim else ""
+        output = _run(f"./pan -n -E -m{what.depth} {flags}", directory)
+    violated = ""
+    if int(_number(r"errors: (\d+)", output)):
+        violated = what.claim
+        if not re.search(r"pan:1: acceptance cycle", output):
+            violated = _number(r"pan:1: assertion violated (.*) \(at depth", output)
+    checked = r"acceptance +cycles\s+\+ \(fairness" if what.claim else r"assertion violations\s+\+$"
+    return Verdict(
+        violated=violated,
+        complete="Full statespace search for:" in output
+        and not re.search(r"too small|MEMLIM|out of memory|interrupted|hash-compact", output)
+        and bool(re.search(checked, output, re.MULTILINE))
+        and ("Search not completed" in output) == bool(violated),
+        states=int(_number(r"(\d+) states, stored", output)),
+        depth=int(_number(r"depth reached (\d+)", output)),
+        mib=float(_number(r"([\d.]+)\s+total actual memory usage", output)),
+        seconds=round(time.monotonic() - start, 1),
+        output=output,
+    )
+
+
+# What is built in, and why.
+HOLDS = {
+    "kvm": "KVM_MANUAL",
+    "kvm-others-dma-syncs": f"{KVM} OTHERS DMA TIMER",
+    "kvm-two-pages": f"{KVM} PAGES=2",
+    "kvm-cancel-and-again": f"{KVM} CANCEL MIGRATIONS=2",
+    "kvm-postcopy": f"{KVM} POSTCOPY TIMER",
+    "kvm-init-on-free": f"{KVM} INIT_ON_FREE TIMER",
+    "kvm-init-on-free-postcopy": f"{KVM} INIT_ON_FREE POSTCOPY",
+    "kvm-stock-guest": "KVM_MANUAL BLOCKS",
+    "kvm-auto-protect": "KVM_AUTO NO_DEVICE OTHERS DMA TIMER",
+    "kvm-ring": "KVM_RING NO_DEVICE OTHERS TIMER",
+    "kvm-ring-dma-cancel-and-again": "KVM_RING NO_DEVICE DMA CANCEL MIGRATIONS=2",
+    "kvm-ring-postcopy": "KVM_RING NO_DEVICE POSTCOPY TIMER",
+    "tcg": "TCG OTHERS DMA",
+    "tcg-two-vcpus": "TCG NO_DEVICE VCPUS=2 OTHERS DMA",
+    "tcg-two-pages": "TCG NO_DEVICE PAGES=2",
+    "tcg-cancel-and-again": "TCG NO_DEVICE CANCEL MIGRATIONS=2",
+    "tcg-queue-cancel-and-again": "TCG CANCEL MIGRATIONS=2",
+    "tcg-postcopy-two-pages": "TCG NO_DEVICE POSTCOPY PAGES=2",
+    "tcg-init-on-free": "TCG NO_DEVICE INIT_ON_FREE OTHERS",
+    "tcg-stock-guest-cancel-and-again": "TCG BLOCKS CANCEL MIGRATIONS=2",
+}
+
+CLAIMS = ("L1", "L2", "L3", "L4")
+# 1 cancel, 2 stop and go on, 4 reset.
+ENDS_WELL = {
+    "cancel-and-again": ("LIFE=1 MIGRATIONS=2", CLAIMS),
+    "cancel-and-again-stock-guest": ("LIFE=1 MIGRATIONS=2 BLOCKS", CLAIMS),
+    "cancel-stop": ("LIFE=3", CLAIMS),
+    "cancel-reset": ("LIFE=5", CLAIMS),
+    "stop-reset": ("LIFE=6", CLAIMS),
+    # It has no right to its buffers.
+    "hostile-stop": ("LIFE=2 HOSTILE", ("L1", "L2", "L4")),
+}
+
+LOST = "S1_no_lost_write"
+# The rule that is left out: what must notice, and where.
+MUTANTS = {
+    "M1-hint-clears-unarmed-log": (LOST, f"{KVM} M1"),
+    "M1-hint-clears-unarmed-log-stock-guest": (LOST, "KVM_MANUAL BLOCKS M1"),
+    "M2-sender-clears-unarmed-log": (LOST, f"{KVM} M2"),
+    "M3-armed-after-asking": (LOST, f"{KVM} M3"),
+    "M4-armed-without-tlb-flush": (LOST, f"{KVM} M4"),
+    "M4-armed-without-tlb-flush-seen-at-once": ("S3_armed_when_asked", f"{KVM} M4 CHECK_ARMED"),
+    "M5-applied-after-merge": (LOST, f"{KVM} TIMER M5"),
+    "M5-applied-after-merge-auto-protect": (LOST, "KVM_AUTO NO_DEVICE TIMER M5"),
+    "M5-applied-after-merge-ring": (LOST, "KVM_RING NO_DEVICE TIMER M5"),
+    "M6-epoch-read-without-mutex": (LOST, f"{KVM} TIMER M6"),
+    "M7-hint-clears-dirty-memory": (LOST, f"{KVM} TIMER M7"),
+    "M7-hint-clears-dirty-memory-tcg": (LOST, "TCG NO_DEVICE M7"),
+    "M8-asked-again-unarmed": (LOST, f"{KVM} M8"),
+    "M9-id-read-after-walk": (LOST, f"{KVM} M9"),
+    "M9-id-read-after-walk-tcg": (LOST, "TCG NO_DEVICE M9"),
+    "M10-walk-without-lock": (LOST, f"{KVM} M10"),
+    "M11-buffer-freed-too-early": (LOST, "TCG M11"),
+    "M12-epoch-of-first-batch-only": (LOST, f"{KVM} TIMER M12"),
+    "M13-queue-served-for-stopped-vm": ("S5_stopped_vm_unchanged", "KVM_MANUAL M13"),
+    "M14-nothing-restored-for-postcopy": ("L5_fault_answered", f"{KVM} POSTCOPY M14"),
+    "M15A-dirtied-page-stays-hinted": (LOST, f"{KVM} POSTCOPY M15A"),
+    "M15B-restored-after-discard": ("S7_page_placed_once", f"{KVM} POSTCOPY M15B"),
+    "M16-counted-without-mutex": ("S4_counter_is_popcount", f"{KVM} TIMER M16"),
+    "M17-device-applies-with-bql": ("L2", "NO_LOG LIFE=2 M17"),
+    "M18-log-cleared-with-ones": (LOST, f"{KVM} M18"),
+    "M19-ring-initially-all-set": (LOST, "KVM_RING NO_DEVICE M19"),
+    "M20-tlb-reset-if-newly-dirty": (LOST, "TCG NO_DEVICE M20"),
+    "M21-init-on-free-asked-again": ("S6_free_page_reads_zero", f"{KVM} INIT_ON_FREE M21"),
+    "M22-any-id-accepted": (LOST, f"{KVM} CANCEL MIGRATIONS=2 M22"),
+    "M23-done-not-published": ("L1", "NO_LOG LIFE=2 M23"),
+    "M24-no-deadline": ("L4", "NO_LOG LIFE=2 M24"),
+    "M25-stale-element-kept": ("L3", "NO_LOG LIFE=2 M25"),
+    "M26-done-does-not-serve-queue": ("L3", "NO_LOG LIFE=2 M26"),
+    "M27-start-does-not-serve-queue": ("L3", "NO_LOG LIFE=2 M27"),
+    "M28-epoch-read-after-arming": (LOST, f"{KVM} TIMER M28"),
+}
+
+# Where the model has to get to. L4 has no part in it, but LIFE is for such.
+REACHED = {
+    "hint_applied": KVM,
+    "hint_redirtied": KVM,
+    "hint_after_merge": f"{KVM} TIMER",
+    "hint_of_earlier_request": f"{KVM} CANCEL MIGRATIONS=2",
+    "queue_full": "KVM_MANUAL",
+    "deadline_passed": KVM,
+    "report_complete": KVM,
+    "zero_page_sent": f"{KVM} POSTCOPY",
+    "fault_on_hinted_page": f"{KVM} POSTCOPY",
+    "link_stalled": "NO_LOG LIFE=2",
+    "guest_hangs": "NO_LOG LIFE=2",
+}
+
+# Only manual protection leaves pages writable that the log has no trace of.
+NEED_NOT_ARM = {
+    "kvm-auto-protect": "KVM_AUTO NO_DEVICE OTHERS M2",
+    "kvm-ring": "KVM_RING NO_DEVICE OTHERS M2",
+    "tcg": "TCG NO_DEVICE OTHERS M2",
+}
+
+# What QEMU has without hints too, and the model therefore leaves out.
+UPSTREAM = {
+    "tcg-sync-in-main-loop": "TCG NO_DEVICE NO_HINTS TIMER",
+    "tcg-set-dirty-after-sync": "TCG NO_DEVICE NO_HINTS NOTDIRTY_RACE",
+}
+
+# Too little for the model without any option, which needs a depth of some hundreds.
+TOO_SMALL = {
+    "depth": Search(KVM, depth=100),
+    "memory": Search("KVM_MANUAL", mib=245),
+}
+
+
+def _holds(options: str) -> Tuple[Search, ...]:
+    return (Search(f"{options} CHECK_ARMED"),)
+
+
+def _ends_well(options: str, claims: Tuple[str, ...]) -> Tuple[Search, ...]:
+    return tuple(Search(f"NO_LOG {options}", claim) for claim in claims)
+
+
+def _mutant(violates: str, options: str) -> Tuple[Search, ...]:
+    return (Search(options, violates if violates in CLAIMS else ""),)
+
+
+# All searches, by the test function and the case.
+SEARCHES_OF: Dict[Tuple[str, str], Tuple[Search, ...]] = {
+    **{("test_no_write_is_lost", case): _holds(options) for case, options in HOLDS.items()},
+    **{("test_ends_well", case): _ends_well(*how) for case, how in ENDS_WELL.items()},
+    **{("test_mutant_is_caught", case): _mutant(*how) for case, how in MUTANTS.items()},
+    **{
+        ("test_gets_there", place): (
+            Search(f"{options} REACHED={place}", "L4" if "LIFE" in options else ""),
+        )
+        for place, options in REACHED.items()
+    },
+    **{("test_need_not_arm", case): _holds(options) for case, options in NEED_NOT_ARM.items()},
+    **{("test_upstream_race", case): (Search(options),) for case, options in UPSTREAM.items()},
+    **{("test_incomplete_is_noticed", case): (what,) for case, what in TOO_SMALL.items()},
+}
+
+
+def _of(item: pytest.Item) -> Tuple[Search, ...]:
+    params = getattr(item, "callspec").params
+    return SEARCHES_OF[(getattr(item, "originalname"), params["case"])]
+
+
+@pytest.fixture(scope="module")
+def searches(request: pytest.FixtureRequest) -> Iterator[Dict[Search, "Future[Verdict]"]]:
+    """The searches of all tests of this file that were selected, under way."""
+    with ThreadPoolExecutor(SEARCHES) as pool:
+        selected = [item for item in request.session.items if item.path == request.node.path]
+        wanted = [what for item in selected for what in _of(item)]
+        yield {what: pool.submit(search, what) for what in dict.fromkeys(wanted)}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def verdicts(
+    request: pytest.FixtureRequest,
+    searches: Dict[Search, "Future[Verdict]"],
+    measured: Dict[str, Any],
+) -> Tuple[Verdict, ...]:
+    """What the searches of this test have found."""
+    found = tuple(searches[what].result() for what in _of(request.node))
+    measured.update(
+        states=[verdict.states for verdict in found],
+        depth=[verdict.depth for verdict in found],
+        mib=[verdict.mib for verdict in found],
+        seconds=[verdict.seconds for verdict in found],
+    )
+    total = sum(verdict.states for verdict in found)
+    seconds = sum(verdict.seconds for verdict in found)
+    print(f"{total:,} states, {seconds:.1f} s", end=" ")
+    return found
+
+
+@pytest.fixture
+def violated(verdicts: Tuple[Verdict, ...]) -> List[str]:
+    """The properties that the searches of this test have found not to hold."""
+    for verdict in verdicts:
+        assert verdict.complete, verdict.output
+    return [verdict.violated for verdict in verdicts if verdict.violated]
+
+
+@pytest.mark.parametrize("case", HOLDS)
+@pytest.mark.usefixtures("case")
+def test_no_write_is_lost(violated: List[str]) -> None:
+    """No order of the steps of guest, log, device and migration breaks a property."""
+    assert not violated
+
+
+@pytest.mark.parametrize("case", ENDS_WELL)
+@pytest.mark.usefixtures("case")
+def test_ends_well(violated: List[str]) -> None:
+    """The guest is answered, commands return, buffers come back and round 0 ends, always."""
+    assert not violated
+
+
+@pytest.mark.parametrize("case", MUTANTS)
+def test_mutant_is_caught(case: str, violated: List[str]) -> None:
+    """Without one of the rules, the property that it is there for does not hold."""
+    assert violated == [MUTANTS[case][0]]
+
+
+@pytest.mark.parametrize("case", REACHED)
+@pytest.mark.usefixtures("case")
+def test_gets_there(violated: List[str]) -> None:
+    """What the properties speak of does happen."""
+    assert ["never_reached" in name for name in violated] == [True]
+
+
+@pytest.mark.parametrize("case", NEED_NOT_ARM)
+@pytest.mark.usefixtures("case")
+def test_need_not_arm(violated: List[str]) -> None:
+    """Arming changes nothing where no clear is deferred: it is a second lock there."""
+    assert not violated
+
+
+@pytest.mark.parametrize("case", UPSTREAM)
+@pytest.mark.usefixtures("case")
+def test_upstream_race(violated: List[str]) -> None:
+    """A race that the model leaves out loses a write without any hint."""
+    assert violated == [LOST]
+
+
+@pytest.mark.parametrize("case", TOO_SMALL)
+@pytest.mark.usefixtures("case")
+def test_incomplete_is_noticed(verdicts: Tuple[Verdict, ...]) -> None:
+    """A search that could not visit every state does not pass for one that found nothing."""
+    assert [(verdict.violated, verdict.complete) for verdict in verdicts] == [("", False)]
