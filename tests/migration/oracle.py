@@ -7,8 +7,7 @@ only such pages may differ; the guest verifies its own pages, where a test asks 
 """
 
 import contextlib
-from types import TracebackType
-from typing import Optional, Type
+from typing import Optional
 
 from conftest import Lab
 
@@ -17,27 +16,16 @@ from livemig.guest import Guest
 from livemig.spec import GuestSpec
 
 
-class Oracle:
+class Oracle(contextlib.ExitStack):
     """Watches one migration of a guest: boot() it, let it go to arrival(), then check()."""
 
     def __init__(self, lab: Lab, spec: GuestSpec):
+        super().__init__()
         self._lab = lab
         self._spec = spec.but(qemu="debug", trace=memory.KEPT_EVENTS)
-        self._stack = contextlib.ExitStack()
-        self._files = self._stack.enter_context(memory.memory_files("source", "destination"))
+        self._files = self.enter_context(memory.memory_files("source", "destination"))
         self.source: Optional[Guest] = None
         self.destination: Optional[Guest] = None
-
-    def __enter__(self) -> "Oracle":
-        return self
-
-    def __exit__(
-        self,
-        exc_type: Optional[Type[BaseException]],
-        exc: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
-        self._stack.close()
 
     def boot(self) -> Guest:
         """Start the guest that is to be migrated."""
