@@ -165,6 +165,8 @@ def later_rounds(guest: Metal) -> None:
 def test_writes_survive_whenever_they_come(lab: Lab, measured: Dict[str, Any], case: Case) -> None:
     """Hinted pages that are written, at any moment after the ask, arrive as they were written.
 
+    The model's counterexample for M2: a write to a page, its hint, and the deferred clear of the
+    log when another page of the same chunk is sent.
     Pages that were hinted and are clean since the ask are the only ones that may differ, and do.
     """
     with metal(lab, case.protocol.features, **spec_changes(case)) as guest:
@@ -311,6 +313,33 @@ def test_blocks_count_between_start_and_stop(lab: Lab, accel: str) -> None:
         assert_counters_match(guest.source)
 
 
+@each_accelerator
+def test_hints_after_a_sync_are_stale(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
+    """A page that was written, merged and not yet sent is sent, though a hint for it comes then.
+
+    The model's counterexample for M5: the answer, with the right id, is applied after a sync.
+    """
+    with metal(lab, accel=accel) as guest:
+        guest.write_all()
+        destination = guest.incoming()
+        start(guest.source, destination, held().with_parameters(free_page_hint_wait=100))
+        cmd_id = guest.balloon.wait_asked()
+        guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES, kick=False)
+        assert wait_ended(guest.source).reason == "timeout"
+        later_rounds(guest)
+        guest.balloon.queue.kick()
+        guest.balloon.queue.wait_returned()
+        # The premise: there was a sync, and the pages were not sent since.
+        during = query(guest.source)
+        measured.update(remaining=during.raw["ram"]["remaining"], rounds=during.rounds)
+        assert during.rounds == 2
+        assert during.raw["ram"]["remaining"] > len(pages_of("in round 1")) * PAGE
+        hints = hints_of(let_go(guest.source, destination))
+        assert (hints.hinted_bytes, hints.stale) == (0, len(HINTED_PAGES))
+        assert not any(guest.lost(part) for part in PARTS)
+        assert_counters_match(guest.source)
+
+
 # What stock QEMU does
 
 # More than the first chunk, 1 GiB, whose log stock QEMU clears when it sends the first page.
@@ -367,6 +396,7 @@ def test_reuse_before_a_hint_is_processed(
 ) -> None:
     """A block that is used again before its hint is processed keeps what was written.
 
+    The model's counterexample for M1: the hint clears the log, and the trace of the write with it.
     Stock QEMU loses it under KVM, each time: the experiment that shows why the dirty log has to be
     armed before hints are asked for. It does not under TCG, which has no log to clear later.
     """

@@ -536,6 +536,45 @@ def test_reset_with_a_full_queue(lab: Lab, accel: str) -> None:
         assert_hints_work(guest)
 
 
+@tcg_at_least
+def test_a_stopped_guest_is_left_alone(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
+    """Nothing of a full queue is handled while its guest is stopped, and all of it afterwards.
+
+    What the device writes into the memory of a guest that was stopped for good is not sent.
+    """
+    measured["left"] = []
+    with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
+        guest.write_all()
+        set_up(guest.source)
+        for _ in range(3):
+            guest.source.qmp("migrate", uri=TO_NOWHERE)
+            prepare_flood(guest, "large", guest.balloon.wait_asked())
+            guest.balloon.queue.pile(0, 1000)
+            guest.source.qmp("stop")
+            handled = returned_says_memory(guest)
+            blocks = hints_now(guest.source).blocks
+            for _ in range(10):
+                assert guest.source.qmp("query-status")["status"] == "paused"
+            assert returned_says_memory(guest) == handled
+            assert hints_now(guest.source).blocks == blocks
+            guest.source.qmp("cont")
+            measured["left"].append((guest.balloon.queue.offered() - handled) & 0xFFFF)
+            guest.balloon.queue.wait_returned()
+            assert wait_ended(guest.source).reason == "vm-stopped"
+            guest.source.qmp("migrate_cancel")
+            guest.source.wait_event(status_is("cancelled"), "end of the migration", 60)
+        # The premise: there was something left to handle.
+        assert all(measured["left"])
+        assert_hints_work(guest)
+
+
+def returned_says_memory(guest: Metal) -> int:
+    """How many chains the device has returned, modulo 2^16, without asking the guest."""
+    with open(guest.files[0], "rb") as file:
+        file.seek(guest.balloon.queue.used + 2)
+        return struct.unpack("<H", file.read(2))[0]  # type: ignore[no-any-return]
+
+
 # All of it, at random
 
 MESSAGES = 60
