@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What to run, as data: guests, migrations, and the modes that are compared."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Mapping, Optional, Tuple
@@ -8,6 +9,9 @@ from typing import Any, Mapping, Optional, Tuple
 # REP MOVSB/STOSB are slow under TCG, and with erms or fsrm that is what the guest's kernel and libc
 # fill and copy pages with: writing 6 GiB takes six times as long.
 CPU = "max,-erms,-fsrm"
+
+# What guests run with. FPH_ACCEL=kvm is for machines whose KVM runs Linux guests.
+ACCEL = os.environ.get("FPH_ACCEL", "tcg,thread=multi")
 
 # A migration goes as fast as it can and may stop the guest for as long as this.
 UNLIMITED = 0
@@ -88,7 +92,7 @@ class GuestSpec:
     mem_mib: int = 1024
     vcpus: int = 2
     qemu: str = "ours"
-    accel: str = "tcg,thread=multi"
+    accel: str = ACCEL
     cpu: str = CPU
     kernel: str = "ours"
     # A program to run in place of the BIOS, and of a kernel and all that follows.
