@@ -36,6 +36,8 @@ KEPT_LINE = re.compile(
 KEPT_ALL_LINE = re.compile(r"^free_page_hint_kept_all \d+ pages$", re.MULTILINE)
 LOG_SECONDS = 60
 
+Mask = np.ndarray[Tuple[int], np.dtype[np.bool_]]
+
 
 @contextlib.contextmanager
 def memory_files(*names: str) -> Iterator[List[Path]]:
@@ -56,21 +58,24 @@ class Comparison:
     lost: Tuple[int, ...]
 
 
-def _finished_log(trace_log: Path) -> str:
-    """The source's trace log; it is complete a moment after the migration."""
+def _finished_log(trace_log: Path, start: int) -> str:
+    """The source's trace log from an offset; it is complete a moment after the migration."""
     deadline = time.monotonic() + LOG_SECONDS
     while time.monotonic() < deadline:
-        text = trace_log.read_text(errors="replace")
+        text = trace_log.read_text(errors="replace")[start:]
         if KEPT_ALL_LINE.search(text):
             return text
         time.sleep(0.01)
     raise MigrationError(f"{trace_log} does not tell which pages were kept back")
 
 
-def kept_pages(trace_log: Path, pages: int) -> "np.ndarray[Tuple[int], np.dtype[np.bool_]]":
-    """Which pages of the guest's RAM were kept from the destination of the last migration."""
+def kept_pages(trace_log: Path, pages: int, start: int = 0) -> Mask:
+    """Which pages of the guest's RAM were kept from the destination of the last migration.
+
+    The log is read from an offset, which lies before the migration's start.
+    """
     kept = np.zeros(pages, dtype=bool)
-    text = _finished_log(trace_log)
+    text = _finished_log(trace_log, start)
     ends = [match.end() for match in KEPT_ALL_LINE.finditer(text)]
     for match in KEPT_LINE.finditer(text, ends[-2] if len(ends) > 1 else 0):
         if match["block"].endswith("pc.ram"):
@@ -79,10 +84,9 @@ def kept_pages(trace_log: Path, pages: int) -> "np.ndarray[Tuple[int], np.dtype[
     return kept
 
 
-def compare(source: Path, destination: Path, trace_log: Path) -> Comparison:
-    """Compare two memory files, given the trace log of the source."""
+def different_pages(source: Path, destination: Path) -> Mask:
+    """Which pages of two memory files differ."""
     pages = source.stat().st_size // PAGE_BYTES
-    kept = kept_pages(trace_log, pages)
     different = np.zeros(pages, dtype=bool)
     # Read, not mapped: reading a hole of a file in memory this way does not fill it.
     with open(source, "rb") as one, open(destination, "rb") as other:
@@ -93,9 +97,20 @@ def compare(source: Path, destination: Path, trace_log: Path) -> Comparison:
             )
             differs = (left != right).reshape(-1, PAGE_BYTES // 8).any(axis=1)
             different[start : start + len(differs)] = differs
+    return different
+
+
+def judge(different: Mask, kept: Mask) -> Comparison:
+    """Which of the pages that differ were not kept back on purpose."""
     return Comparison(
-        pages=pages,
+        pages=len(different),
         kept=int(kept.sum()),
         different=int(different.sum()),
         lost=tuple(int(page) for page in np.flatnonzero(different & ~kept)[:20]),
     )
+
+
+def compare(source: Path, destination: Path, trace_log: Path, start: int = 0) -> Comparison:
+    """Compare two memory files, given the trace log of the source (from an offset)."""
+    different = different_pages(source, destination)
+    return judge(different, kept_pages(trace_log, len(different), start))

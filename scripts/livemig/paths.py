@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where built things are. All of it is in the cache, which FPH_CACHE moves."""
+"""Where built things are. All of it is in the cache, which FPH_CACHE moves.
+
+FPH_QEMU and FPH_KERNEL name builds to be used in the place of ours: FPH_QEMU=debug runs all tests
+with sanitizers, FPH_KERNEL=debug with a guest kernel that checks itself.
+"""
 
 import os
 import sys
@@ -28,15 +32,26 @@ def require(path: Path, make_it: str) -> Path:
     return path
 
 
+def _in_place_of_ours(build: str, variable: str) -> str:
+    return os.environ.get(variable) or build if build == "ours" else build
+
+
 def qemu_binary(build: str) -> Path:
     """The QEMU of a build: 'ours', 'stock', or 'debug', which is ours with all checks."""
+    build = _in_place_of_ours(build, "FPH_QEMU")
     path = cache_dir() / f"qemu-{build}" / "bin" / "qemu-system-x86_64"
     return require(path, f"scripts/build-qemu {build}")
 
 
 def kernel_image(build: str) -> Path:
-    """The guest kernel of a build, 'ours' or 'stock'."""
+    """The guest kernel of a build: 'ours', 'stock', or 'debug', which is ours with all checks."""
+    build = _in_place_of_ours(build, "FPH_KERNEL")
     return require(cache_dir() / f"kernel-{build}" / "bzImage", f"scripts/build-kernel {build}")
+
+
+def is_quick(kernel: str) -> bool:
+    """Whether a kernel boots in seconds, as those do that do not check themselves."""
+    return _in_place_of_ours(kernel, "FPH_KERNEL") != "debug"
 
 
 def initramfs() -> Path:

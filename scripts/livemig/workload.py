@@ -47,14 +47,14 @@ def stamp(
 
 def verify(guest: Guest, name: str = "default") -> Verdict:
     """Let the guest check all pages that `stamp` filled."""
-    _, output = guest.agent.exec(f"memstamp verify --name {name}")
+    status, output = guest.agent.exec(f"memstamp verify --name {name}")
     match = re.search(
         r"^verified=(\d+) errors=(\d+) checked=(\d+) passes=(\d+) reallocs=(\d+) first=(.*)$",
         output,
         re.MULTILINE,
     )
     if not match:
-        raise GuestError(f"{guest.name}: memstamp does not answer: {output}")
+        raise GuestError(f"{guest.name}: memstamp does not answer ({status}): {output!r}")
     numbers = [int(text) for text in match.groups()[:5]]
     return Verdict(*numbers, first=match.group(6))
 
