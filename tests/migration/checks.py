@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Checks and set-ups that several test files use."""
 
+import re
 import time
 from dataclasses import replace
 from typing import Optional
@@ -82,6 +83,14 @@ def assert_hints_used(result: MigrationResult, least_bytes: int) -> Hints:
     return hints
 
 
+def assert_hints_if(wanted: bool, result: MigrationResult, least_bytes: int) -> Hints:
+    """Hints were used, or, in a control run, switched off: what fails there is not their fault."""
+    if wanted:
+        return assert_hints_used(result, least_bytes)
+    assert_not_asked(result, "disabled")
+    return hints_of(result)
+
+
 def assert_not_asked(result: MigrationResult, reason: str) -> None:
     """The guest was not asked, for this reason, and nothing was waited for."""
     assert hints_of(result) == Hints(state="idle", reason=reason)
@@ -96,20 +105,37 @@ def migration(
     return base.with_parameters(**parameters)
 
 
-def wait_hints_ended(source: Guest, seconds: float = 60) -> Hints:
-    """Wait until a migration is done with asking for hints: no event tells."""
+def wait_hints(source: Guest, state: str, seconds: float = 60) -> Hints:
+    """Wait until the hints of a migration have come to a state: no event tells."""
     deadline = time.monotonic() + seconds
     while True:
         hints = hints_of(query(source))
-        if hints.state == "ended":
+        if hints.state == state:
             return hints
         assert time.monotonic() < deadline, f"the hints are still {hints.state}"
-        time.sleep(0.05)
+        time.sleep(0.02)
+
+
+def wait_hints_ended(source: Guest, seconds: float = 60) -> Hints:
+    """Wait until a migration is done with asking for hints."""
+    return wait_hints(source, "ended", seconds)
 
 
 def wait_asked(source: Guest) -> None:
-    """Wait until the guest has been asked: no event tells."""
-    deadline = time.monotonic() + 60
-    while (state := hints_of(query(source)).state) != "asked":
-        assert time.monotonic() < deadline, f"the hints are still {state}"
-        time.sleep(0.05)
+    """Wait until the guest has been asked."""
+    wait_hints(source, "asked")
+
+
+def wait_rounds(source: Guest, rounds: int) -> None:
+    """Wait until memory is sent for the rounds-th time."""
+    source.wait_event(
+        lambda event: event["event"] == "MIGRATION_PASS" and event["data"]["pass"] >= rounds,
+        f"round {rounds}",
+        120,
+    )
+
+
+def assert_watched(guest: Guest) -> None:
+    """Lockdep of the debug kernel looks on: it stops after its first complaint."""
+    stats = guest.agent.run("cat /proc/lockdep_stats")
+    assert re.search(r"debug_locks: +1$", stats, re.MULTILINE), stats

@@ -2,12 +2,13 @@
 """Fixtures of the migration tests.
 
 A test's docstring is its promise. What was promised, how it ended and what was measured is
-written to out/test-results.json (a run of some of the tests replaces it with those); the logs of
-a test's guests are in out/logs/tests/TEST.
+written to out/test-results.json (a run of some of the tests replaces it with those), or to
+out/$FPH_RESULTS; the logs of a test's guests are in out/logs/tests/TEST.
 """
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -20,10 +21,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 # pylint: disable=wrong-import-position
 from livemig import paths, workload  # noqa: E402
-from livemig.guest import Guest  # noqa: E402
+from livemig.guest import BOOT_SECONDS, Guest  # noqa: E402
 from livemig.spec import GuestSpec  # noqa: E402
 
 RESULTS: List[Dict[str, Any]] = []
+
+# What a QEMU with sanitizers says when it finds something.
+SANITIZERS = re.compile(r"^.*(?:runtime error|ERROR: AddressSanitizer).*$", re.MULTILINE)
 
 
 def pytest_configure() -> None:
@@ -50,7 +54,7 @@ class Lab:
     def boot(self, spec: GuestSpec, name: str = "source") -> Guest:
         """Start a guest and wait until it has booted."""
         guest = self.launch(spec, name)
-        guest.wait_ready()
+        guest.wait_ready(BOOT_SECONDS * (1 if paths.is_quick(spec.kernel) else 5))
         return guest
 
     def incoming(self, spec: GuestSpec, name: str = "destination", running: bool = True) -> Guest:
@@ -70,6 +74,14 @@ class Lab:
         """What the guests' kernels complained about."""
         return [f"{guest.name}: {line}" for guest in self.guests for line in guest.kernel_trouble()]
 
+    def findings(self) -> List[str]:
+        """What the sanitizers of the QEMUs found."""
+        return [
+            f"{guest.name}: {line}"
+            for guest in self.guests
+            for line in SANITIZERS.findall(guest.qemu_output())
+        ]
+
 
 def _lab(name: str) -> Iterator[Lab]:
     logs = paths.OUT / "logs" / "tests" / re.sub(r"[^\w.-]+", "-", name)
@@ -78,12 +90,17 @@ def _lab(name: str) -> Iterator[Lab]:
         lab = Lab(logs, stack)
         yield lab
         trouble = lab.trouble()
+        findings = lab.findings()
     assert lab.trouble_expected or not trouble, "a guest's kernel complained: " + "; ".join(trouble)
+    assert not findings, "a sanitizer complained: " + "; ".join(findings)
 
 
 @pytest.fixture
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    """A lab of the test's own. The test fails if a guest's kernel says WARNING, BUG or the like."""
+    """A lab of the test's own.
+
+    The test fails if a guest's kernel says WARNING, BUG or the like, or a QEMU's sanitizer does.
+    """
     yield from _lab(request.node.name)
 
 
@@ -125,4 +142,5 @@ def pytest_sessionfinish() -> None:
     """Write the results file."""
     if RESULTS:
         paths.OUT.mkdir(exist_ok=True)
-        (paths.OUT / "test-results.json").write_text(json.dumps(RESULTS, indent=1) + "\n")
+        name = os.environ.get("FPH_RESULTS", "test-results.json")
+        (paths.OUT / name).write_text(json.dumps(RESULTS, indent=1) + "\n")

@@ -5,8 +5,9 @@ from typing import Any, Dict
 
 import pytest
 from checks import INIT_ON_FREE, SMALL, assert_goes_on, assert_intact, hints_of, migration
-from checks import patient, start_churn
+from checks import patient, start_churn, wait_rounds
 from conftest import Lab
+from oracle import Oracle
 
 from livemig import workload
 from livemig.guest import Guest
@@ -22,11 +23,7 @@ def migrate_in_rounds(source: Guest, destination: Guest, mode: Mode) -> Migratio
     # With such a limit, a guest that writes all the time is never ready to be stopped.
     spec = migration(patient(mode), downtime_limit=1, max_bandwidth=400 * MIB)
     start(source, destination, spec)
-    source.wait_event(
-        lambda event: event["event"] == "MIGRATION_PASS" and event["data"]["pass"] >= ROUNDS,
-        f"round {ROUNDS}",
-        120,
-    )
+    wait_rounds(source, ROUNDS)
     source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
     return finish(source, destination)
 
@@ -47,34 +44,36 @@ def test_memory_survives_churn(
 ) -> None:
     """Pages rewritten, freed and taken back during migrations there and back arrive as written."""
     mode = MODES[mode_name]
-    spec = SMALL.for_mode(mode).but(cmdline=cmdline)
-    here = lab.boot(spec)
-    workload.dirty_and_free(here, 256)
-    workload.stamp(here, 32)
-    start_churn(here)
+    with Oracle(lab, SMALL.for_mode(mode).but(cmdline=cmdline)) as oracle:
+        here = oracle.boot()
+        workload.dirty_and_free(here, 256)
+        workload.stamp(here, 32)
+        start_churn(here)
 
-    redirtied = 0
-    for hop in range(2):
-        before = assert_intact(here, "churn")
-        there = lab.incoming(spec, f"hop-{hop}")
-        result = migrate_in_rounds(here, there, mode)
-        here.close()
-        here = there
-        assert_intact(here)
-        after = assert_goes_on(here)
-        # The premise: the guest wrote all the while, or there would have been one round.
-        assert result.rounds >= ROUNDS
-        hints = hints_of(result)
-        assert (hints.reason is None) == (mode_name != "none")
-        redirtied += hints.redirtied_bytes
-        measured[f"hop-{hop}"] = {
-            "rounds": result.rounds,
-            "reallocs": after.reallocs - before.reallocs,
-            "skipped": hints.skipped_bytes,
-            "redirtied": hints.redirtied_bytes,
-        }
-    # What was not sent can be used, and is clear.
-    workload.stamp(here, 512, name="new")
-    assert_intact(here, "new")
-    # The premise: hinted pages were taken back and written.
-    assert (redirtied > 0) == (mode_name != "none")
+        redirtied = 0
+        for hop in range(2):
+            before = assert_intact(here, "churn")
+            there = oracle.arrival()
+            result = migrate_in_rounds(here, there, mode)
+            seen = oracle.check()
+            here = oracle.move_on()
+            assert_intact(here)
+            after = assert_goes_on(here)
+            # The premise: the guest wrote all the while, or there would have been one round.
+            assert result.rounds >= ROUNDS
+            hints = hints_of(result)
+            assert (hints.reason is None) == (mode_name != "none")
+            redirtied += hints.redirtied_bytes
+            measured[f"hop-{hop}"] = {
+                "rounds": result.rounds,
+                "reallocs": after.reallocs - before.reallocs,
+                "skipped": hints.skipped_bytes,
+                "redirtied": hints.redirtied_bytes,
+                "kept": seen.kept,
+                "different": seen.different,
+            }
+        # What was not sent can be used, and is clear.
+        workload.stamp(here, 512, name="new")
+        assert_intact(here, "new")
+        # The premise: hinted pages were taken back and written.
+        assert (redirtied > 0) == (mode_name != "none")

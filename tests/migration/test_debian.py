@@ -5,6 +5,7 @@ from typing import Any, Dict
 
 from checks import SMALL, WITH_HINTS, assert_hints_used, assert_intact
 from conftest import Lab
+from oracle import Oracle
 
 from livemig import workload
 from livemig.disk import debian_disk
@@ -24,23 +25,27 @@ BUILT = "$(wc -l < /root/build.log)"
 
 def test_compiler_runs_on(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest that compiles all the time migrates twice; every object file is the same."""
-    with debian_disk() as disk:
-        spec = SMALL.but(mem_mib=2048, disk=disk)
-        here = lab.boot(spec)
+    with debian_disk() as disk, Oracle(lab, SMALL.but(mem_mib=2048, disk=disk)) as oracle:
+        here = oracle.boot()
         here.agent.run(SOURCE)
         workload.dirty_and_free(here, 1024)
         workload.stamp(here, 32)
         here.agent.run(f"setsid sh -c '{BUILD}' & until [ -s /root/build.log ]; do sleep 0.1; done")
         for hop in range(2):
-            there = lab.incoming(spec, f"hop-{hop}")
+            there = oracle.arrival()
             result = migrate(here, there, WITH_HINTS)
             hints = assert_hints_used(result, 512 << 20)
-            here.close()
-            here = there
+            seen = oracle.check()
+            here = oracle.move_on()
             assert_intact(here)
             # The premise: the compiler goes on at the destination.
             arrived = int(here.agent.run(f"echo {BUILT}"))
-            here.agent.run(f"until [ {BUILT} -gt {arrived + 2} ]; do sleep 0.1; done")
-            measured[f"hop-{hop}"] = {"ms": result.total_ms, "skipped": hints.skipped_bytes}
+            goes_on = f"until [ {BUILT} -gt {arrived + 2} ]; do sleep 0.1; done"
+            here.agent.run(goes_on, timeout=600)
+            measured[f"hop-{hop}"] = {
+                "ms": result.total_ms,
+                "skipped": hints.skipped_bytes,
+                "kept": seen.kept,
+            }
         assert here.agent.run("sort -u /root/build.log | wc -l").strip() == "1"
         assert "work.o" in here.agent.run("tail -n 1 /root/build.log")

@@ -3,14 +3,22 @@
 
 import secrets
 import subprocess
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Mapping, Tuple
 
 import pytest
 from checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_used, assert_intact
-from checks import assert_not_asked, fill_and_free, hints_of, migration, start_churn
-from checks import wait_hints_ended
+from checks import (
+    assert_hints_if,
+    assert_not_asked,
+    fill_and_free,
+    hints_of,
+    migration,
+    start_churn,
+)
+from checks import wait_hints_ended, wait_rounds
 from conftest import Lab
 from oracle import Oracle
 
@@ -42,8 +50,20 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("name", FEATURES)
-def test_hints_with(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+# With the control runs for the ways to send that differ.
+WITH_AND_WITHOUT = [
+    *((name, True) for name in FEATURES),
+    *((name, False) for name in ("multifd", "no-zero-pages", "xbzrle")),
+]
+control = pytest.mark.parametrize("hints_on", [True, False], ids=["hints", "control"])
+
+
+@pytest.mark.parametrize(
+    ("name", "hints_on"),
+    WITH_AND_WITHOUT,
+    ids=[name + ("" if hints else "-control") for name, hints in WITH_AND_WITHOUT],
+)
+def test_hints_with(lab: Lab, measured: Dict[str, Any], name: str, hints_on: bool) -> None:
     """Hints are used, several rounds are sent, and every page arrives that had to."""
     feature = FEATURES[name]
     with Oracle(lab, SMALL) as oracle:
@@ -52,14 +72,14 @@ def test_hints_with(lab: Lab, measured: Dict[str, Any], name: str) -> None:
         start_churn(source)
         destination = oracle.arrival()
         destination.qmp_dict("migrate-set-parameters", dict(feature.parameters))
-        spec = replace(WITH_HINTS, common=feature.common).with_parameters(
+        spec = replace(migration(hints=hints_on), common=feature.common).with_parameters(
             **feature.parameters, downtime_limit=1, max_bandwidth=400 * MIB
         )
         start(source, destination, spec)
         wait_rounds(source, 3)
         source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
         result = finish(source, destination)
-        hints = assert_hints_used(result, FREED_MIB * MIB)
+        hints = assert_hints_if(hints_on, result, FREED_MIB * MIB)
         seen = oracle.check()
         measured.update(kept=seen.kept, redirtied=hints.redirtied_bytes, rounds=result.rounds)
         if name == "xbzrle":
@@ -68,62 +88,62 @@ def test_hints_with(lab: Lab, measured: Dict[str, Any], name: str) -> None:
         assert_goes_on(destination)
 
 
-def wait_rounds(source: Guest, rounds: int) -> None:
-    """Wait until memory is sent for the rounds-th time."""
-    source.wait_event(
-        lambda event: event["event"] == "MIGRATION_PASS" and event["data"]["pass"] >= rounds,
-        f"round {rounds}",
-        120,
-    )
-
-
-def test_auto_converge(lab: Lab, measured: Dict[str, Any]) -> None:
+@control
+def test_auto_converge(lab: Lab, measured: Dict[str, Any], hints_on: bool) -> None:
     """Syncs from another thread, auto-converge's timer, lose no write either."""
     with Oracle(lab, SMALL) as oracle:
         source = oracle.boot()
         fill_and_free(source)
         start_churn(source)
         destination = oracle.arrival()
-        spec = replace(WITH_HINTS, common={"auto-converge": True}).with_parameters(
+        spec = replace(migration(hints=hints_on), common={"auto-converge": True}).with_parameters(
             cpu_throttle_initial=50, throttle_trigger_threshold=1, downtime_limit=1
         )
-        start(source, destination, spec.with_parameters(max_bandwidth=30 * MIB))
-        wait_hints_ended(source)
+        # Slower than the guest writes, as much as there is to be sent.
+        bandwidth = (30 if hints_on else 100) * MIB
+        start(source, destination, spec.with_parameters(max_bandwidth=bandwidth))
+        if hints_on:
+            wait_hints_ended(source)
         throttled = 0
         while not throttled:
             # The premise: the guest is slowed down, which starts the timer.
             wait_rounds(source, 2)
             throttled = query(source).raw.get("cpu-throttle-percentage", 0)
         source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
-        assert_hints_used(finish(source, destination), FREED_MIB * MIB)
+        assert_hints_if(hints_on, finish(source, destination), FREED_MIB * MIB)
         measured.update(throttled=throttled, kept=oracle.check().kept)
         assert_intact(destination)
         assert_intact(destination, "churn")
 
 
 @pytest.mark.parametrize(
-    "common",
-    [{}, {"mapped-ram": True}, {"mapped-ram": True, "multifd": True}],
-    ids=["plain", "mapped-ram", "mapped-ram-multifd"],
+    ("common", "hints_on"),
+    [
+        ({}, True),
+        ({"mapped-ram": True}, True),
+        ({"mapped-ram": True}, False),
+        ({"mapped-ram": True, "multifd": True}, True),
+    ],
+    ids=["plain", "mapped-ram", "mapped-ram-control", "mapped-ram-multifd"],
 )
 def test_through_a_file(
-    lab: Lab, measured: Dict[str, Any], tmp_path: Path, common: Dict[str, bool]
+    lab: Lab, measured: Dict[str, Any], tmp_path: Path, common: Dict[str, bool], hints_on: bool
 ) -> None:
     """A guest saved to a file while it ran, with hints, is whole when it is restored."""
-    spec = replace(WITH_HINTS, common=common)
+    spec = replace(migration(hints=hints_on), common=common)
     with Oracle(lab, SMALL) as oracle:
         source = oracle.boot()
         fill_and_free(source)
         start_churn(source)
-        result = save(source, tmp_path / "guest", spec)
-        assert_hints_used(result, FREED_MIB * MIB)
         destination = oracle.arrival()
+        result = save(source, tmp_path / "guest", spec)
+        assert_hints_if(hints_on, result, FREED_MIB * MIB)
         restore(destination, tmp_path / "guest", spec)
         seen = oracle.check()
         file_bytes = (tmp_path / "guest").stat().st_blocks * 512
         measured.update(kept=seen.kept, file_bytes=file_bytes)
         # Hints keep free memory out of the file.
-        assert file_bytes < FREED_MIB * MIB
+        assert (file_bytes < FREED_MIB * MIB) == hints_on
         assert_intact(destination)
         assert_goes_on(destination)
 
@@ -287,6 +307,81 @@ def test_shared_memory_that_stays(lab: Lab) -> None:
         assert_goes_on(destination)
 
 
+def test_screendump(lab: Lab, measured: Dict[str, Any], tmp_path: Path) -> None:
+    """Pictures of a VGA screen, which read and clear the dirty log too, take nothing away."""
+    with Oracle(lab, SMALL.but(args=("-device", "VGA"))) as oracle:
+        source = oracle.boot()
+        fill_and_free(source)
+        start_churn(source)
+        destination = oracle.arrival()
+        start(source, destination, migration(downtime_limit=1, max_bandwidth=100 * MIB))
+        pictures = {"arming": 0, "asked": 0, "reporting": 0, "ended": 0}
+        while query(source).rounds < 4:
+            source.qmp("screendump", filename=str(tmp_path / "screen"))
+            pictures[hints_of(query(source)).state] += 1
+        measured.update(pictures)
+        # The premise: the screen was looked at in several rounds.
+        assert sum(pictures.values()) >= 4
+        assert (tmp_path / "screen").read_bytes().startswith(b"P6")
+        source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
+        assert_hints_used(finish(source, destination), FREED_MIB * MIB)
+        measured.update(kept=oracle.check().kept)
+        assert_intact(destination)
+        assert_goes_on(destination)
+
+
+@pytest.mark.parametrize("mode", ["page-sampling", "dirty-bitmap"])
+def test_calc_dirty_rate(lab: Lab, measured: Dict[str, Any], mode: str) -> None:
+    """A measurement of the dirty rate, over before the migration or not, takes nothing away."""
+    with Oracle(lab, SMALL) as oracle:
+        source = oracle.boot()
+        fill_and_free(source)
+        start_churn(source)
+        destination = oracle.arrival()
+        # One that has ended, and one that goes on while the guest is asked.
+        for seconds in (1, 3):
+            source.qmp("calc-dirty-rate", calc_time=seconds, mode=mode)
+            if seconds == 1:
+                wait_dirty_rate(source, "measured")
+        wait_dirty_rate(source, "measuring")
+        start(source, destination, migration(downtime_limit=1, max_bandwidth=50 * MIB))
+        wait_hints_ended(source)
+        measured["when_hinted"] = source.qmp("query-dirty-rate")["status"]
+        wait_dirty_rate(source, "measured")
+        measured["dirty_mib_s"] = source.qmp("query-dirty-rate")["dirty-rate"]
+        assert query(source).status == "active"
+        source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
+        assert_hints_used(finish(source, destination), FREED_MIB * MIB)
+        measured.update(kept=oracle.check().kept)
+        assert_intact(destination)
+        assert_goes_on(destination)
+
+
+def wait_dirty_rate(source: Guest, status: str) -> None:
+    """Wait until a measurement of the dirty rate has come so far."""
+    deadline = time.monotonic() + 60
+    while source.qmp("query-dirty-rate")["status"] != status:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_modern_virtio(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A balloon without legacy registers gives hints like the others."""
+    balloon = "free-page-hint=on,disable-legacy=on,disable-modern=off"
+    with Oracle(lab, SMALL.but(balloon=balloon)) as oracle:
+        source = oracle.boot()
+        fill_and_free(source)
+        start_churn(source)
+        # The premise: a device of the new kind, 1af4:1045.
+        assert source.agent.run("cat /sys/bus/pci/devices/*/device").split().count("0x1045") == 1
+        destination = oracle.arrival()
+        hints = assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+        assert hints.arrays < hints.blocks
+        measured.update(arrays=hints.arrays, kept=oracle.check().kept)
+        assert_intact(destination)
+        assert_goes_on(destination)
+
+
 def test_tls(lab: Lab, tmp_path: Path) -> None:
     """Hints are used over an encrypted connection."""
     (tmp_path / "keys.psk").write_text(f"qemu:{secrets.token_hex(32)}\n")
@@ -309,62 +404,6 @@ def test_tls(lab: Lab, tmp_path: Path) -> None:
         oracle.check()
         assert_intact(destination)
         assert_goes_on(destination)
-
-
-def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
-    """A source that drops what it sent has given everything to a postcopy destination."""
-    spec = SMALL.but(qemu="debug")
-    source = lab.boot(spec)
-    fill_and_free(source)
-    start_churn(source)
-    destination = lab.incoming(spec)
-    common = {"postcopy-ram": True, "release-ram": True}
-    start(
-        source, destination, replace(WITH_HINTS, common=common).with_parameters(max_bandwidth=MIB)
-    )
-    wait_hints_ended(source)
-    source.qmp("migrate-start-postcopy")
-    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
-    result = finish(source, destination)
-    hints = assert_hints_used(result, FREED_MIB * MIB)
-    measured.update(skipped=hints.skipped_bytes)
-    assert result.raw["ram"]["postcopy-bytes"] > 0
-    assert_intact(destination)
-    assert_goes_on(destination)
-
-
-@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
-def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
-    """Postcopy that was cut off after hints goes on over a new connection, nothing lost."""
-    spec = SMALL.but(qemu="debug")
-    source = lab.boot(spec)
-    fill_and_free(source)
-    start_churn(source)
-    destination = lab.incoming(spec)
-    common = {"postcopy-ram": True, "postcopy-preempt": preempt}
-    start(
-        source,
-        destination,
-        replace(WITH_HINTS, common=common).with_parameters(
-            max_bandwidth=MIB, max_postcopy_bandwidth=MIB
-        ),
-    )
-    wait_hints_ended(source)
-    source.qmp("migrate-start-postcopy")
-    # Before it runs there, a guest that is cut off is lost, hints or not.
-    destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
-    source.qmp_oob("migrate-pause")
-    source.wait_event(status_is("postcopy-paused"), "the source's pause", 60)
-    destination.wait_event(status_is("postcopy-paused"), "the destination's pause", 60)
-    uri = f"unix:{lab.logs}/again"
-    # A vCPU that waits for a page that was not sent holds up all other commands.
-    destination.qmp_oob("migrate-recover", uri=uri)
-    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
-    source.qmp("migrate", uri=uri, resume=True)
-    result = finish(source, destination)
-    assert_hints_used(result, FREED_MIB * MIB)
-    assert_intact(destination)
-    assert_goes_on(destination)
 
 
 def test_background_snapshot_is_refused(lab: Lab, tmp_path: Path) -> None:

@@ -2,55 +2,133 @@
 """Hints work together with postcopy."""
 
 import re
-from dataclasses import replace
-from typing import Any, Dict
+from dataclasses import dataclass, replace
+from typing import Any, Dict, Mapping
 
 import pytest
-from checks import FREED_MIB, WITH_HINTS, SMALL, assert_hints_used, assert_intact
-from checks import fill_and_free, start_churn, wait_hints_ended
+from checks import FREED_MIB, SMALL, assert_goes_on, assert_hints_if, assert_hints_used
+from checks import assert_intact, fill_and_free, migration, start_churn, wait_hints_ended
 from conftest import Lab
+from oracle import Oracle
 
 from livemig import workload
-from livemig.migration import finish, query, start
+from livemig.guest import Guest
+from livemig.migration import MigrationResult, finish, query, start, status_is
 
 MIB = 1 << 20
 RESTORED = re.compile(r"^free_page_hint_restore (\d+) pages$", re.MULTILINE)
+PREEMPT = {"postcopy-preempt": True}
+
+
+def switch_early(
+    source: Guest,
+    destination: Guest,
+    common: Mapping[str, bool],
+    hints_on: bool = True,
+    **parameters: object,
+) -> None:
+    """Start a migration, and switch to postcopy when the hints are there and little was sent."""
+    # So slow that the first round is far from its end when the guest is switched over.
+    spec = migration(hints=hints_on, max_bandwidth=MIB, **parameters)
+    start(source, destination, replace(spec, common={"postcopy-ram": True, **common}))
+    if hints_on:
+        wait_hints_ended(source)
+    assert query(source).status == "active"
+    source.qmp("migrate-start-postcopy")
+
+
+def finish_fast(source: Guest, destination: Guest) -> MigrationResult:
+    """Let postcopy complete."""
+    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+    result = finish(source, destination)
+    # The premise: the guest was switched over.
+    assert result.raw["ram"]["postcopy-bytes"] > 0
+    return result
+
+
+def busy_guest(lab: Lab) -> Guest:
+    """A guest at work, whose QEMU checks when it has stopped that no write is lost."""
+    source = lab.boot(SMALL.but(qemu="debug"))
+    fill_and_free(source)
+    start_churn(source)
+    return source
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to switch over."""
+
+    common: Mapping[str, bool]
+    # The guest runs at the destination, while its memory comes. If not, memory can be compared.
+    running: bool = True
+    hints_on: bool = True
+
+
+CASES = {
+    "plain": Case({}),
+    "preempt": Case(PREEMPT),
+    "compared": Case({}, running=False),
+    "control": Case({}, hints_on=False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """A switch to postcopy before hinted pages could be sent: each can be used, none is lost."""
+    case = CASES[name]
+    with Oracle(lab, SMALL.but(trace="free_page_hint_*")) as oracle:
+        source = oracle.boot()
+        fill_and_free(source)
+        start_churn(source)
+        destination = oracle.arrival(running=case.running)
+        switch_early(source, destination, case.common, case.hints_on)
+        result = finish_fast(source, destination)
+        hints = assert_hints_if(case.hints_on, result, FREED_MIB * MIB)
+        if case.hints_on:
+            # The premise: there were pages that were hinted and never sent.
+            restored = [int(pages) for pages in RESTORED.findall(source.trace_log.read_text())]
+            assert restored and restored[0] * 4096 >= FREED_MIB * MIB
+            measured.update(restored=restored[0], redirtied=hints.redirtied_bytes)
+            # They are sent without a look at them: freed memory was full of data.
+            assert result.zero_pages >= restored[0]
+        if not case.running:
+            seen = oracle.check()
+            measured.update(kept=seen.kept, different=seen.different)
+            assert seen.different > 0
+        assert_intact(destination)
+        assert_goes_on(destination)
+        # The guest takes back what was hinted, and works on.
+        workload.dirty_and_free(destination, FREED_MIB)
+        assert_intact(destination)
+
+
+def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A source that drops what it sent has given everything to a postcopy destination."""
+    source = busy_guest(lab)
+    destination = lab.incoming(source.spec)
+    switch_early(source, destination, {"release-ram": True})
+    result = finish_fast(source, destination)
+    measured["skipped"] = assert_hints_used(result, FREED_MIB * MIB).skipped_bytes
+    assert_intact(destination)
+    assert_goes_on(destination)
 
 
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
-def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], preempt: bool) -> None:
-    """A switch to postcopy before hinted pages could be sent: each can be used, none is lost."""
-    spec = SMALL.but(trace="free_page_hint_restore")
-    source = lab.boot(spec)
-    fill_and_free(source)
-    start_churn(source)
-    destination = lab.incoming(spec)
-    # So slow that the first round is far from its end when the guest is switched over.
-    start(
-        source,
-        destination,
-        replace(
-            WITH_HINTS,
-            common={"postcopy-ram": True, "postcopy-preempt": preempt},
-            parameters={**WITH_HINTS.parameters, "max-bandwidth": MIB},
-        ),
-    )
-    wait_hints_ended(source)
-    assert query(source).status == "active"
-    source.qmp("migrate-start-postcopy")
+def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
+    """Postcopy that was cut off after hints goes on over a new connection, nothing lost."""
+    source = busy_guest(lab)
+    destination = lab.incoming(source.spec)
+    switch_early(source, destination, PREEMPT if preempt else {}, max_postcopy_bandwidth=MIB)
+    # Before it runs there, a guest that is cut off is lost, hints or not.
+    destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
+    source.qmp_oob("migrate-pause")
+    source.wait_event(status_is("postcopy-paused"), "the source's pause", 60)
+    destination.wait_event(status_is("postcopy-paused"), "the destination's pause", 60)
+    uri = f"unix:{lab.logs}/again"
+    # A vCPU that waits for a page that was not sent holds up all other commands.
+    destination.qmp_oob("migrate-recover", uri=uri)
     source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
-    result = finish(source, destination)
-
-    hints = assert_hints_used(result, FREED_MIB * MIB)
-    # The premise: the guest was switched over, with pages that were hinted and never sent.
-    assert result.raw["ram"]["postcopy-bytes"] > 0
-    restored = [int(pages) for pages in RESTORED.findall(source.trace_log.read_text())]
-    assert restored and restored[0] * 4096 >= FREED_MIB * MIB
-    measured.update(restored=restored[0], redirtied=hints.redirtied_bytes)
-    # They are sent without a look at them: freed memory was full of data.
-    assert result.zero_pages >= restored[0]
+    source.qmp("migrate", uri=uri, resume=True)
+    assert_hints_used(finish_fast(source, destination), FREED_MIB * MIB)
     assert_intact(destination)
-    assert_intact(destination, "churn")
-    # The guest takes back what was hinted, and works on.
-    workload.dirty_and_free(destination, FREED_MIB)
-    assert_intact(destination)
+    assert_goes_on(destination)
