@@ -15,12 +15,14 @@
 #include <linux/gfp.h>
 #include <linux/irqflags.h>
 #include <linux/jiffies.h>
+#include <linux/kconfig.h>
 #include <linux/kthread.h>
 #include <linux/memory_hotplug.h>
 #include <linux/mm.h>
 #include <linux/mmzone.h>
 #include <linux/module.h>
 #include <linux/nodemask.h>
+#include <linux/page-isolation.h>
 #include <linux/pfn.h>
 #include <linux/sched.h>
 #include <linux/sort.h>
@@ -437,6 +439,59 @@ static void never_tells_used_memory(struct kunit *test)
 	}
 }
 
+/* Nor one that is isolated, on its way out: to be offlined, say. */
+static void never_tells_isolated_blocks(struct kunit *test)
+{
+	unsigned long max = 0;
+	bool was_free = false;
+	struct blocks blocks;
+	struct told told = {
+		.test = test,
+		.blocks = &blocks,
+		.batch_len = 64,
+	};
+	int try;
+
+	/* Not exported: a module cannot isolate. */
+	if (!IS_ENABLED(CONFIG_MEMORY_ISOLATION) ||
+	    IS_MODULE(CONFIG_FREE_PAGE_HINT_KUNIT_TEST))
+		kunit_skip(test, "cannot isolate blocks");
+
+	for (told.order = 0; told.order <= MAX_PAGE_ORDER; told.order++)
+		max = max(max, count_free(told.order));
+	blocks_init(test, &blocks, max * 2 + 1000);
+
+	for (try = 0; try < TRIES && !was_free; try++) {
+		struct page *page = alloc_pages(GFP_KERNEL, MAX_PAGE_ORDER);
+		unsigned long pfn;
+		int mt;
+
+		KUNIT_ASSERT_NOT_NULL(test, page);
+		pfn = page_to_pfn(page);
+		mt = get_pageblock_migratetype(page);
+		__free_pages(page, MAX_PAGE_ORDER);
+		if (start_isolate_page_range(pfn, pfn + MAX_ORDER_NR_PAGES, mt,
+					     0, GFP_KERNEL))
+			continue;
+
+		/* It may have been split into blocks of a migrate type each. */
+		for (told.order = pageblock_order;
+		     told.order <= MAX_PAGE_ORDER; told.order++) {
+			scan_pages(&blocks, told.order);
+			was_free |= blocks_overlap(&blocks, told.order, page,
+						   MAX_PAGE_ORDER);
+			KUNIT_EXPECT_EQ(test, 0, walk(&told, NULL));
+			KUNIT_EXPECT_FALSE(test,
+					   blocks_overlap(&blocks, told.order,
+							  page,
+							  MAX_PAGE_ORDER));
+		}
+		undo_isolate_page_range(pfn, pfn + MAX_ORDER_NR_PAGES, mt);
+	}
+
+	KUNIT_EXPECT_TRUE(test, was_free);
+}
+
 /*
  * Frees every second of many blocks, which makes a free list that is longer than
  * the largest batch: it is read in several holds of the lock, none of them
@@ -795,6 +850,7 @@ static struct kunit_case free_page_hint_cases[] = {
 	KUNIT_CASE(covers_buddyinfo),
 	KUNIT_CASE(tells_a_freed_block),
 	KUNIT_CASE(never_tells_used_memory),
+	KUNIT_CASE(never_tells_isolated_blocks),
 	KUNIT_CASE(bounds_lock_hold),
 	KUNIT_CASE(ends_without_its_first_entry),
 	KUNIT_CASE(stops_when_told),

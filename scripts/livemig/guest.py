@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import re
 import time
 import warnings
@@ -180,8 +181,20 @@ class Guest:
             args += ["-drive", f"file={spec.disk},format=raw,if=none,id=root,cache=writeback"]
             args += ["-device", "virtio-blk-pci,drive=root"]
         else:
-            args += ["-initrd", str(paths.initramfs())]
+            args += ["-initrd", str(self._initrd())]
         return args
+
+    def _initrd(self) -> Path:
+        """The initramfs, and behind it the modules of a kernel that has some."""
+        modules = paths.kernel_image(self.spec.kernel).with_name("modules.cpio.gz")
+        if not modules.exists():
+            return paths.initramfs()
+        # A file without a name, as long as the guest lives: QEMU reads it when it starts and when
+        # the guest is reset.
+        file = self.belongings.enter_context(os.fdopen(os.memfd_create("initrd"), "wb"))
+        file.write(paths.initramfs().read_bytes() + modules.read_bytes())
+        file.flush()
+        return Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
     def _memory(self) -> List[str]:
         """QEMU's arguments for the guest's memory."""

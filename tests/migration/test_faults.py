@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict
 
 import pytest
-from checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_used, assert_intact
-from checks import fill_and_free, hints_of, migration, start_churn, wait_hints_ended
+from checks import SMALL, WITH_HINTS, assert_goes_on, assert_intact, fill_and_free, hints_of
+from checks import migration, start_churn, wait_hints_ended
 from conftest import Lab
 from metal import HINTED_PAGES, WAIT_MS, metal, wait_hinted
 from oracle import Oracle
@@ -105,39 +105,6 @@ def test_stalled_link_while_reporting(
         assert measured["answer_ms"] < ANSWER_SECONDS * 1000
         hints = wait_hints_ended(source)
         assert hints.reason == ENDED_BY[command]
-
-
-def test_driver_comes_and_goes(lab: Lab, measured: Dict[str, Any]) -> None:
-    """A driver that is unbound and bound all the time while hints are asked for harms nobody."""
-    source = lab.boot(SMALL)
-    fill_and_free(source)
-    start_churn(source)
-    source.agent.run(
-        "cd /sys/bus/virtio/drivers/virtio_balloon; "
-        "dev=$(basename $(readlink -f virtio*/ | head -1));"
-        "(while [ ! -e /tmp/enough ]; do echo $dev > unbind; echo $dev > bind; done;"
-        " touch /tmp/done) > /dev/null 2>&1 & cd /"
-    )
-    reasons = []
-    for attempt in range(10):
-        abandoned = lab.incoming(SMALL, f"abandoned-{attempt}")
-        start(source, abandoned, migration(max_bandwidth=MIB, free_page_hint_wait=2000))
-        deadline = time.monotonic() + 60
-        while (hints := hints_of(query(source))).state != "ended" and not hints.reason:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        reasons.append(hints.reason)
-        source.qmp("migrate_cancel")
-        source.wait_event(status_is("cancelled"), "end of the cancelled migration", 60)
-        abandoned.close()
-    measured["reasons"] = reasons
-    # The premise: the guest was caught without a driver, or lost it while it was asked.
-    assert {"no-driver", "reset"} & set(reasons)
-    source.agent.run("touch /tmp/enough; until [ -e /tmp/done ]; do sleep 0.1; done")
-    destination = lab.incoming(SMALL)
-    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
-    assert_intact(destination)
-    assert_goes_on(destination)
 
 
 def test_no_memory_left(lab: Lab, measured: Dict[str, Any]) -> None:

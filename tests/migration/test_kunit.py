@@ -4,18 +4,20 @@
 import re
 from typing import Any, Dict
 
-from checks import SMALL
+import pytest
+from checks import SMALL, assert_watched
 from conftest import Lab
 
 SUITE = "free_page_hint"
 
 
-def test_kunit_passes(lab: Lab, measured: Dict[str, Any]) -> None:
+@pytest.mark.parametrize("kernel", ["ours", "debug"])
+def test_kunit_passes(lab: Lab, measured: Dict[str, Any], kernel: str) -> None:
     """Every KUnit case of the walker runs and passes, in a guest with memory of all kinds."""
     # Two nodes, movable memory, and memory above 4 GiB.
-    spec = SMALL.but(mem_mib=4096, nodes=2, cmdline=("kunit.enable=1", "movablecore=512M"))
-    guest = lab.launch(spec, "kunit")
-    guest.wait_ready()
+    spec = SMALL.but(mem_mib=4096, nodes=2, cmdline=("kunit.enable=1", "movablecore=1024M"))
+    guest = lab.launch(spec.but(kernel=kernel), "kunit")
+    guest.wait_ready(300)
     console = guest.console.text()
     passed = re.findall(r"^(?:\[.*?\] )? +ok \d+ (\w+)(?!.*# SKIP)", console, re.MULTILINE)
     skipped = re.findall(r"^.*# SKIP.*$", console, re.MULTILINE)
@@ -25,3 +27,5 @@ def test_kunit_passes(lab: Lab, measured: Dict[str, Any]) -> None:
     assert passed
     assert not failed, failed
     assert not skipped, skipped
+    if kernel == "debug":
+        assert_watched(guest)
