@@ -15,7 +15,7 @@ SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug images debian-image run migrate demo \
-	test unit model hostile fuzz lint patches check-patches clean distclean
+	test unit model test-long hostile fuzz lint patches check-patches clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [JOBS=n] [FPH_CACHE=dir]"
@@ -64,8 +64,16 @@ demo: qemu kernel images $(if $(STOCK),qemu-stock kernel-stock) ## migrate an 8 
 unit: qemu ## run the C unit tests
 	@$(FPH_CACHE)/qemu-ours/build/tests/unit/test-free-page-hint
 
-test: qemu qemu-debug qemu-stock kernel kernel-stock images debian-image ## run all tests
+test: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images debian-image ## run all tests
 	@/usr/bin/python3 -m pytest tests
+
+# The tests that lose data if a rule is broken.
+INTEGRITY_TESTS = $(patsubst %,tests/migration/test_%.py,cancel churn faults features hints_used interop \
+	memory_equal not_asked postcopy silent_guest)
+
+test-long: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images debian-image ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
+	@FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/campaigns.py
+	@FPH_RESULTS=sweep.json FPH_QEMU=debug FPH_KERNEL=debug /usr/bin/python3 -m pytest $(INTEGRITY_TESTS)
 
 model: fetch ## let spin try every order of the protocol's steps, and find each mutant
 	@/usr/bin/python3 -m pytest -v -s tests/migration/test_model.py
@@ -74,8 +82,9 @@ hostile: qemu qemu-stock qemu-debug images ## let a hostile guest try longer: FP
 	@FPH_REPEAT=$${FPH_REPEAT:-20} FPH_SECONDS=$${FPH_SECONDS:-10} /usr/bin/python3 -m pytest \
 		tests/migration/test_bare_metal.py tests/migration/test_hostile.py
 
-fuzz: qemu ## fuzz what the device makes of a message: RUNS=n
-	@scripts/fuzz -runs=$(or $(RUNS),10000000) -print_final_stats=1
+fuzz: qemu qemu-debug ## fuzz the parser of messages, then the device: RUNS=n SECONDS=s
+	@scripts/fuzz parser -runs=$(or $(RUNS),10000000) -print_final_stats=1
+	@scripts/fuzz device -max_total_time=$(or $(SECONDS),3600) -print_final_stats=1
 
 lint: deps ## check the style of scripts and Python code
 	@shellcheck -x $(SHELL_FILES)
