@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Long campaigns: hundreds of migrations under churn, each with the oracle.
+
+"make test-long" runs them, FPH_MIGRATIONS and FPH_TRIPS say how many. Each migration is a line on
+the console; the totals are in the results file.
+"""
+
+import collections
+import itertools
+import os
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Counter, Dict, Iterator, Mapping
+
+import pytest
+from checks import SMALL, assert_goes_on, assert_hints_used, assert_intact, migration
+from checks import wait_hints_ended, wait_rounds
+from conftest import Lab
+from oracle import Oracle
+
+from livemig import workload
+from livemig.guest import Guest
+from livemig.migration import MigrationResult, finish, start
+from livemig.spec import MODES
+
+MIGRATIONS = int(os.environ.get("FPH_MIGRATIONS", "200"))
+TRIPS = int(os.environ.get("FPH_TRIPS", "50"))
+# After so many migrations another guest is booted.
+PER_GUEST = 20
+
+MIB = 1 << 20
+GUEST = SMALL.but(mem_mib=256)
+# Written and freed before each migration, so that there is something for hints to take out.
+FREED_MIB = 64
+TAKEN_BACK_MIB = 32
+# A source was a destination before: what another way has switched on is switched off.
+PLAIN = {"multifd": False, "xbzrle": False, "postcopy-ram": False, "postcopy-preempt": False}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to migrate."""
+
+    common: Mapping[str, bool] = field(default_factory=dict)
+    bandwidth: int = 400 * MIB
+    # The guest runs on until memory is sent for the n-th time.
+    rounds: int = 3
+    postcopy: bool = False
+
+
+WAYS = {
+    "plain": Way(),
+    "multifd": Way({"multifd": True}),
+    "xbzrle": Way({"xbzrle": True}),
+    "many rounds": Way(bandwidth=128 * MIB, rounds=8),
+    # Round 1 is far from its end when the guest is switched over.
+    "postcopy": Way({"postcopy-ram": True}, bandwidth=4 * MIB, postcopy=True),
+    "preempt": Way(
+        {"postcopy-ram": True, "postcopy-preempt": True}, bandwidth=4 * MIB, postcopy=True
+    ),
+}
+BALLOONS = (MODES["array"].balloon, MODES["array"].balloon, MODES["block"].balloon)
+
+
+def migrate_in(way: Way, source: Guest, destination: Guest) -> MigrationResult:
+    """Migrate a busy guest in a given way."""
+    spec = migration(max_bandwidth=way.bandwidth, downtime_limit=1, max_postcopy_bandwidth=0)
+    start(source, destination, replace(spec, common={**PLAIN, **way.common}))
+    wait_hints_ended(source)
+    # Takes memory back that was hinted a moment ago.
+    source.agent.run(f"dirtyfree {TAKEN_BACK_MIB} 2 > /dev/null 2>&1 &")
+    if way.postcopy:
+        source.qmp("migrate-start-postcopy")
+    else:
+        wait_rounds(source, way.rounds)
+        source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
+    return finish(source, destination)
+
+
+class Journey:
+    """A busy guest that is migrated from one QEMU to the next one, and never loses a write."""
+
+    def __init__(self, oracle: Oracle, totals: Counter[str]):
+        self._oracle = oracle
+        self._totals = totals
+        self.here = oracle.boot()
+        workload.stamp(self.here, 16)
+        workload.stamp(self.here, 24, churn=True, realloc_mib=64, name="churn")
+
+    def move(self, way: Way, about: str) -> None:
+        """Migrate once."""
+        began = time.monotonic()
+        workload.dirty_and_free(self.here, FREED_MIB)
+        before = assert_intact(self.here, "churn")
+        there = self._oracle.arrival(running=way.postcopy)
+        result = migrate_in(way, self.here, there)
+        hints = assert_hints_used(result, FREED_MIB // 2 * MIB)
+        kept = 0 if way.postcopy else self._oracle.check().kept
+        self.here = self._oracle.move_on()
+        verdicts = [assert_intact(self.here), assert_goes_on(self.here)]
+        counts = {
+            "migrations": 1,
+            "compared": int(not way.postcopy),
+            "rounds": result.rounds,
+            "skipped_mib": hints.skipped_bytes // MIB,
+            "redirtied_mib": hints.redirtied_bytes // MIB,
+            "kept_pages": kept,
+            "stale": hints.stale,
+            "blocks_reallocated": verdicts[1].reallocs - before.reallocs,
+            "pages_verified": sum(verdict.pages for verdict in verdicts),
+        }
+        self._totals.update(counts)
+        text = ", ".join(f"{name} {n}" for name, n in counts.items() if name != "migrations")
+        seconds = time.monotonic() - began
+        sys.stdout.write(f"{self._totals['migrations']:4} {about}: {text}, {seconds:.1f} s\n")
+        sys.stdout.flush()
+
+
+@pytest.fixture
+def totals(measured: Dict[str, Any]) -> Iterator[Counter[str]]:
+    """What is counted over all migrations, also of a campaign that failed."""
+    counts: Counter[str] = collections.Counter()
+    began = time.monotonic()
+    yield counts
+    measured.update(counts, seconds=round(time.monotonic() - began))
+    sys.stdout.write(f"totals: {measured}\n")
+
+
+def test_every_way(lab: Lab, totals: Counter[str]) -> None:
+    """No write is lost in hundreds of migrations, in all ways in turn, with and without arrays."""
+    ways = itertools.cycle(WAYS.items())
+    for number, balloon in zip(range(0, MIGRATIONS, PER_GUEST), itertools.cycle(BALLOONS)):
+        with Oracle(lab, GUEST.but(balloon=balloon)) as oracle:
+            journey = Journey(oracle, totals)
+            for name, way in itertools.islice(ways, min(PER_GUEST, MIGRATIONS - number)):
+                journey.move(way, name)
+            journey.here.close()
+    assert totals["migrations"] == MIGRATIONS
+    # The premise: the guest took back and wrote what it had hinted.
+    assert totals["redirtied_mib"] > 0
+
+
+def test_there_and_back(lab: Lab, totals: Counter[str]) -> None:
+    """A guest that goes there and back many times keeps all that it has, and hints each time."""
+    with Oracle(lab, GUEST) as oracle:
+        journey = Journey(oracle, totals)
+        for _ in range(TRIPS):
+            for about in ("there", "back"):
+                journey.move(WAYS["plain"], about)
+    assert totals["migrations"] == 2 * TRIPS
+    assert totals["redirtied_mib"] > 0
