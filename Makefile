@@ -8,6 +8,9 @@ export FPH_CACHE JOBS
 
 DEMO_OPTIONS = $(if $(STOCK),--stock) $(if $(MEM),--mem $(MEM)) $(if $(VCPUS),--vcpus $(VCPUS)) \
 	$(if $(RUNS),--runs $(RUNS))
+BENCH_OPTIONS = $(if $(SCENARIO),--scenario $(foreach name,$(SCENARIO),'$(name)')) $(if $(MODE),--mode $(MODE)) \
+	$(if $(RUNS),--runs $(RUNS)) $(if $(MEM),--mem $(MEM)) $(if $(VCPUS),--vcpus $(VCPUS)) \
+	$(if $(FRESH),--fresh)
 CODE_DIRS = $(wildcard .ci scripts tests bench)
 PYTHON_FILES = $(shell find $(CODE_DIRS) -name '*.py'; grep -rlI '^\#!/usr/bin/python3' $(CODE_DIRS))
 SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
@@ -15,7 +18,7 @@ SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug images debian-image run migrate demo \
-	test unit model test-long hostile fuzz lint patches check-patches clean distclean
+	bench bench-quick bench-build bench-report test unit model test-long hostile fuzz lint patches check-patches clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [JOBS=n] [FPH_CACHE=dir]"
@@ -60,6 +63,19 @@ migrate: qemu kernel images ## migrate a guest once, with hints
 
 demo: qemu kernel images $(if $(STOCK),qemu-stock kernel-stock) ## migrate an 8 GiB guest with and without hints: STOCK=1 MEM=GiB VCPUS=n RUNS=n
 	@scripts/demo $(strip $(DEMO_OPTIONS))
+
+bench-build: qemu qemu-stock kernel kernel-stock images debian-image
+	@bench/build-floor
+	@bench/make-images
+
+bench: bench-build ## all benchmarks, for hours, or a part: SCENARIO="name ..." MODE="name ..." RUNS=n FRESH=1
+	@bench/bench run $(strip $(BENCH_OPTIONS))
+
+bench-quick: bench-build ## the main benchmarks, 3 runs: 15 minutes
+	@bench/bench run --quick $(strip $(BENCH_OPTIONS))
+
+bench-report: ## the report of what was measured so far: out/bench/report.html
+	@bench/bench report
 
 unit: qemu ## run the C unit tests
 	@$(FPH_CACHE)/qemu-ours/build/tests/unit/test-free-page-hint

@@ -16,15 +16,15 @@ def _terminated(number: int, _frame: Optional[FrameType]) -> None:
     sys.exit(128 + number)
 
 
-def run(module: str) -> NoReturn:
-    """Run main() of livemig.MODULE with this process's arguments, and exit with what it returns."""
+def run(module: str, package: str = "livemig") -> NoReturn:
+    """Run main() of PACKAGE.MODULE with this process's arguments, and exit with what it returns."""
     command = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _terminated)
     # Unless it is ignored, as under nohup
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _terminated)
     try:
-        sys.exit(importlib.import_module(f"livemig.{module}").main(sys.argv[1:]))
+        sys.exit(importlib.import_module(f"{package}.{module}").main(sys.argv[1:]))
     except LivemigError as err:
         sys.exit(f"{command}: error: {err}")
     except KeyboardInterrupt:

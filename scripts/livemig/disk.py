@@ -6,20 +6,19 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Iterator
+from typing import ContextManager, Iterator
 
 from livemig import paths
 from livemig.errors import LivemigError
 
 
 @contextlib.contextmanager
-def debian_disk() -> Iterator[Path]:
-    """A copy of the Debian image that a guest may write to.
+def disk_copy(image: Path) -> Iterator[Path]:
+    """A copy of a disk image that a guest may write to.
 
     It has no name in the file system, so that it is gone with us however we end. Source and
     destination open the same file: QEMU hands its lock over at the end of a migration.
     """
-    image = paths.debian_image()
     handle, name = tempfile.mkstemp(dir=image.parent, prefix="disk.")
     with os.fdopen(handle, "r+b") as copy:
         try:
@@ -29,5 +28,10 @@ def debian_disk() -> Iterator[Path]:
         finally:
             os.unlink(name)
         if done.returncode:
-            raise LivemigError(f"cannot copy the Debian image: {done.stderr.strip()}")
+            raise LivemigError(f"cannot copy {image}: {done.stderr.strip()}")
         yield Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}")
+
+
+def debian_disk() -> ContextManager[Path]:
+    """A copy of the Debian image that a guest may write to."""
+    return disk_copy(paths.debian_image())

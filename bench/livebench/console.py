@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What guests write to their consoles, with the time at which it came.
+
+The guest's own clock stands still while it is moved; ours does not. So what a program in the guest
+says about its work is put in order by the moment at which it arrives here.
+"""
+
+import re
+import time
+from typing import Callable, List, Optional, Tuple
+
+from livemig.errors import GuestError
+from livemig.guest import Guest
+
+Line = Tuple[float, str]
+
+
+class Console:
+    """The lines of one guest, wherever it is at the time."""
+
+    def __init__(self) -> None:
+        self.lines: List[Line] = []
+
+    def listener(self) -> Callable[[str], None]:
+        """What takes the text of one QEMU; a line may come in pieces."""
+        rest = ""
+
+        def take(text: str) -> None:
+            nonlocal rest
+            now = time.monotonic()
+            *whole, rest = (rest + text).split("\n")
+            self.lines += [(now, line) for line in whole]
+
+        return take
+
+    def matches(self, pattern: str, since: int = 0) -> List[Tuple[float, "re.Match[str]"]]:
+        """The lines in which a pattern is found, from a line number on."""
+        regex = re.compile(pattern)
+        found = [(when, regex.search(line)) for when, line in self.lines[since:]]
+        return [(when, match) for when, match in found if match]
+
+    def find(self, pattern: str, since: int = 0) -> Optional[Tuple[float, "re.Match[str]"]]:
+        """The first of them."""
+        found = self.matches(pattern, since)
+        return found[0] if found else None
+
+    def wait(
+        self, pattern: str, guest: Guest, timeout: float, count: int = 1
+    ) -> Tuple[float, "re.Match[str]"]:
+        """Wait until so many lines match, the last of which came from this guest."""
+        deadline = time.monotonic() + timeout
+        while len(found := self.matches(pattern)) < count:
+            if time.monotonic() > deadline or guest.console.closed:
+                what = "ended" if guest.console.closed else f"wrote nothing for {timeout:.0f} s"
+                raise GuestError(f"{guest.name}: waiting for {pattern!r}: the guest {what}")
+            time.sleep(0.02)
+        return found[count - 1]

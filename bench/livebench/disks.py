@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The disks of a benchmark's guests. See bench/make-images."""
+
+import contextlib
+from typing import Iterator, Tuple
+
+from livebench.workloads import Workload
+from livemig import paths
+from livemig.disk import disk_copy
+from livemig.spec import GuestSpec
+
+
+@contextlib.contextmanager
+def attached(spec: GuestSpec, workload: Workload) -> Iterator[GuestSpec]:
+    """A guest with the disks that a workload needs, as long as the block lasts."""
+    with contextlib.ExitStack() as stack:
+        if workload.debian:
+            spec = spec.but(disk=stack.enter_context(disk_copy(paths.debian_image())))
+        if workload.data_disk:
+            image = paths.require(
+                paths.cache_dir() / "bench" / workload.data_disk, "bench/make-images"
+            )
+            # Read-only, both sides may have the one file open.
+            mode = "readonly=on"
+            if workload.data_writable:
+                image, mode = stack.enter_context(disk_copy(image)), "cache=writeback"
+            drive: Tuple[str, ...] = ("-drive", f"file={image},format=raw,if=none,id=data,{mode}")
+            spec = spec.but(args=(*spec.args, *drive, "-device", "virtio-blk-pci,drive=data"))
+        yield spec

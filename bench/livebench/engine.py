@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One run: guests are booted, moved and checked; the result says all about itself."""
+
+import contextlib
+import re
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+from livebench import floor, hostinfo, workloads
+from livebench.console import Console
+from livebench.disks import attached
+from livebench.modes import Mode
+from livebench.scenarios import Scenario
+from livebench.throughput import Span
+from livemig import host, migration, paths, workload
+from livemig.errors import LivemigError, NotEnoughMemory
+from livemig.guest import Guest
+from livemig.migration import MigrationResult
+from livemig.spec import DOWNTIME_LIMIT_MS, UNLIMITED, GuestSpec, MigrationSpec
+
+FORMAT = 1
+# How often a migration is looked at: more often at first, where a short one would be over.
+SAMPLE_SECONDS = 0.05
+FIRST_SAMPLE_SECONDS = 0.02
+FIRST_SECONDS = 0.5
+TIMEOUT_SECONDS = 900
+
+# Reporting tells a sixteenth of the free memory every two seconds, and is quiet when the source's
+# memory has stopped shrinking. An idle guest has nothing to give back: it gets the time too.
+SETTLE_SECONDS = 34
+QUIET_SECONDS = 6
+QUIET_MIB = 2
+
+DEBUGFS = "/sys/kernel/debug/virtio_balloon_hint"
+
+
+@dataclass
+class Pair:
+    """A guest and where it goes."""
+
+    spec: GuestSpec
+    source: Guest
+    console: Console
+    destination: Optional[Guest] = None
+    command_lines: Optional[Dict[str, List[str]]] = None
+
+    @property
+    def there(self) -> Guest:
+        """The destination, once there is one."""
+        if not self.destination:
+            raise LivemigError(f"{self.source.name} has no destination yet")
+        return self.destination
+
+
+def check_memory(scenario: Scenario) -> None:
+    """Stop before the host runs out of memory."""
+    need = 2 * scenario.guests * scenario.workload.host_mib(scenario.mem_mib)
+    have = host.available_mib()
+    if need > have:
+        raise NotEnoughMemory(
+            f"{scenario.name} needs {need} MiB of memory, {have} MiB are available"
+        )
+
+
+def migration_spec(scenario: Scenario, mode: Mode) -> MigrationSpec:
+    """How the guests of a scenario are moved."""
+    parameters: Dict[str, Any] = {
+        "max-bandwidth": scenario.gbit * 10**9 // 8 or UNLIMITED,
+        "downtime-limit": DOWNTIME_LIMIT_MS,
+    }
+    if scenario.multifd:
+        parameters["multifd-channels"] = scenario.multifd
+    common = {"multifd": True} if scenario.multifd else {}
+    return MigrationSpec(mode.capabilities, parameters, common)
+
+
+def _command_line(guest: Guest) -> List[str]:
+    """Without what differs from one machine to the next."""
+    words = Path(f"/proc/{guest.pid}/cmdline").read_text(encoding="utf-8").split("\0")[:-1]
+    for path, name in (
+        (str(paths.cache_dir()), "$FPH_CACHE"),
+        (str(paths.REPO), "."),
+        (str(Path.home()), "~"),
+    ):
+        words = [word.replace(path, name) for word in words]
+    return [re.sub(r"/proc/\d+/fd/", "/proc/self/fd/", word) for word in words]
+
+
+@contextlib.contextmanager
+def _booted(scenario: Scenario, mode: Mode, logs: Path) -> Iterator[List[Pair]]:
+    """The guests of a scenario, each in the state to be migrated but for what runs."""
+    spec = mode.spec(
+        GuestSpec(mem_mib=scenario.mem_mib, vcpus=scenario.vcpus, cmdline=("no_timer_check",))
+    )
+    kind = floor.FloorGuest if mode.floor else Guest
+    with contextlib.ExitStack() as stack:
+        pairs = []
+        for number in range(scenario.guests):
+            own = stack.enter_context(attached(spec, scenario.workload))
+            console = Console()
+            traced = floor.traced(own) if mode.floor else own
+            source = kind(traced, f"source-{number}", logs=logs, listener=console.listener())
+            pairs.append(Pair(own, stack.enter_context(source), console))
+        for pair in pairs:
+            pair.source.wait_ready()
+        for pair in pairs:
+            scenario.workload.prepare(pair.source)
+        for number, pair in enumerate(pairs):
+            pair.destination = stack.enter_context(
+                Guest(
+                    pair.spec,
+                    f"destination-{number}",
+                    logs=logs,
+                    incoming=True,
+                    running=not mode.floor,
+                    listener=pair.console.listener(),
+                )
+            )
+            pair.command_lines = {
+                "source": _command_line(pair.source),
+                "destination": _command_line(pair.there),
+            }
+        yield pairs
+
+
+def settle(guest: Guest) -> float:
+    """Wait until free page reporting is quiet; returns how long that took."""
+    start = time.monotonic()
+    least, since = hostinfo.rss_mib(guest.pid), start
+    while (now := time.monotonic()) < max(start + SETTLE_SECONDS, since + QUIET_SECONDS):
+        if (rss := hostinfo.rss_mib(guest.pid)) < least - QUIET_MIB:
+            least, since = rss, now
+        time.sleep(0.5)
+    return time.monotonic() - start
+
+
+def guest_facts(guest: Guest) -> Dict[str, Any]:
+    """What the guest says of its memory and of its hints."""
+    blocks = workloads.buddyinfo(guest)
+    info = workloads.meminfo(guest)
+    files = guest.agent.run(
+        f"for f in {DEBUGFS}/*/*; do [ ! -e $f ] || echo ${{f##*/}} $(cat $f); done"
+    )
+    return {
+        "free_blocks": blocks,
+        "max_order_share": workloads.max_order_share(blocks),
+        "free_max_order_mib": blocks[-1] * workload.MAX_ORDER_PAGES // 256,
+        "meminfo_mib": {key: info[key] for key in ("MemTotal", "MemFree", "MemAvailable")},
+        "hint": {line.split()[0]: int(line.split()[1]) for line in files.split("\n") if line},
+    }
+
+
+def _sample(result: MigrationResult, since: float) -> Dict[str, Any]:
+    ram = result.raw.get("ram", {})
+    return {
+        "ms": round((time.monotonic() - since) * 1000),
+        "round": result.rounds,
+        "normal": result.normal_pages,
+        "zero": result.zero_pages,
+        "sent": result.sent_bytes,
+        "left": ram.get("remaining", 0),
+    }
+
+
+def _move(pairs: List[Pair], spec: MigrationSpec) -> Dict[str, Any]:
+    """Migrate all guests at once; returns when they run at their destinations."""
+    for pair in pairs:
+        if spec.common.get("multifd"):
+            channels = spec.parameters["multifd-channels"]
+            pair.there.qmp("migrate-set-parameters", multifd_channels=channels)
+    begin = time.monotonic()
+    for pair in pairs:
+        migration.start(pair.source, pair.there, spec)
+    samples: List[List[Dict[str, Any]]] = [[] for _ in pairs]
+    running = list(range(len(pairs)))
+    ended = begin
+    while running:
+        for number in list(running):
+            result = migration.query(pairs[number].source)
+            samples[number].append(_sample(result, begin))
+            if result.status in migration.ENDED:
+                running.remove(number)
+                ended = time.monotonic()
+        if running:
+            seconds = time.monotonic() - begin
+            if seconds > TIMEOUT_SECONDS:
+                raise LivemigError(f"the migration does not end within {TIMEOUT_SECONDS} s")
+            time.sleep(FIRST_SAMPLE_SECONDS if seconds < FIRST_SECONDS else SAMPLE_SECONDS)
+    results = [migration.finish(pair.source, pair.there) for pair in pairs]
+    return {
+        "span": Span(begin, ended),
+        "results": results,
+        "samples": samples,
+        "all_ms": round((ended - begin) * 1000),
+    }
+
+
+def _rss(pairs: List[Pair]) -> Dict[str, float]:
+    return {
+        "source": sum(hostinfo.rss_mib(pair.source.pid) for pair in pairs),
+        "destination": sum(hostinfo.rss_mib(pair.there.pid) for pair in pairs),
+    }
+
+
+def _verify(scenario: Scenario, pairs: List[Pair]) -> List[str]:
+    """What is wrong with the guests at their destinations."""
+    wrong = []
+    for pair in pairs:
+        verdicts = [workload.verify(pair.there, name) for name in scenario.workload.stamps]
+        wrong += [verdict.first for verdict in verdicts if not verdict.good]
+    return wrong
+
+
+def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any]:
+    """Make one run; returns its result."""
+    check_memory(scenario)
+    record: Dict[str, Any] = {
+        "format": FORMAT,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "scenario": {
+            **asdict(scenario),
+            "name": scenario.name,
+            "about": scenario.about,
+            "workload": {"name": scenario.workload.name, **asdict(scenario.workload)},
+        },
+        "mode": asdict(mode),
+        "index": index,
+        "host": hostinfo.facts(),
+        "versions": hostinfo.versions(mode.qemu, mode.kernel),
+    }
+    begin = time.monotonic()
+    with _booted(scenario, mode, logs) as pairs:
+        if mode.settle:
+            record["settle_s"] = [settle(pair.source) for pair in pairs]
+        host.warm(scenario.guests * scenario.workload.host_mib(scenario.mem_mib))
+        record["guest_before"] = [guest_facts(pair.source) for pair in pairs]
+        for pair in pairs:
+            scenario.workload.start(pair.source, pair.console)
+        rss_before = _rss(pairs)
+        if mode.floor:
+            record["floor"] = [
+                floor.compute(pair.source)
+                for pair in pairs
+                if isinstance(pair.source, floor.FloorGuest)
+            ]
+        moved = _move(pairs, migration_spec(scenario, mode))
+        record["rss_mib"] = {"before": rss_before, "after": _rss(pairs)}
+        wrong: List[str] = []
+        if not mode.floor:
+            record["workload"] = [
+                scenario.workload.finish(pair.there, pair.console, moved["span"]) for pair in pairs
+            ]
+            wrong = _verify(scenario, pairs)
+            record["guest_after"] = [guest_facts(pair.there) for pair in pairs]
+        for pair in pairs:
+            wrong += pair.source.kernel_trouble() + pair.there.kernel_trouble()
+        record["command_lines"] = pairs[0].command_lines
+        record["parameters"] = pairs[0].source.qmp("query-migrate-parameters")
+    record["migration"] = [result.raw for result in moved["results"]]
+    record["samples"] = moved["samples"]
+    record["all_ms"] = moved["all_ms"]
+    # Nothing runs at the floor's destination.
+    record["verified"] = None if mode.floor else not wrong
+    record["wrong"] = wrong
+    record["seconds"] = round(time.monotonic() - begin, 1)
+    record["metrics"] = metrics(record)
+    return record
+
+
+def _total(record: Dict[str, Any]) -> int:
+    """The time until the last guest had moved."""
+    raw = record["migration"]
+    return int(raw[0]["total-time"]) if len(raw) == 1 else int(record["all_ms"])
+
+
+def metrics(record: Dict[str, Any]) -> Dict[str, float]:
+    """The figures of a run that are compared: sums and maxima over its guests."""
+    results = [MigrationResult.from_qmp(raw) for raw in record["migration"]]
+    values: Dict[str, Optional[float]] = {
+        "total_ms": _total(record),
+        "downtime_ms": max(result.downtime_ms for result in results),
+        "sent_mib": sum(result.sent_bytes for result in results) / 2**20,
+        "normal_pages": sum(result.normal_pages for result in results),
+        "zero_pages": sum(result.zero_pages for result in results),
+        "rounds": max(result.rounds for result in results),
+        "free_mib": sum(facts["meminfo_mib"]["MemFree"] for facts in record["guest_before"]),
+        "free_max_order_mib": sum(facts["free_max_order_mib"] for facts in record["guest_before"]),
+    }
+    for when in "before", "after":
+        for side, mib in record["rss_mib"][when].items():
+            values[f"rss_{side}_{when}_mib"] = mib
+    hints = [result.hints for result in results if result.hints]
+    if hints and not record["mode"]["floor"] and all(hint.arrays for hint in hints):
+        values.update(
+            arm_ms=max(hint.arm_time for hint in hints) / 1000,
+            ask_to_first_ms=max(hint.ask_to_first for hint in hints) / 1000,
+            ask_to_end_ms=max(hint.ask_to_end for hint in hints) / 1000,
+            hinted_mib=sum(hint.hinted_bytes for hint in hints) / 2**20,
+            redirtied_mib=sum(hint.redirtied_bytes for hint in hints) / 2**20,
+            hint_blocks=sum(hint.blocks for hint in hints),
+            # One bit for each page, while the migration runs.
+            qemu_hint_mib=record["scenario"]["guests"] * record["scenario"]["mem_mib"] / 4096 / 8,
+        )
+    after = [facts["hint"] for facts in record.get("guest_after", []) if facts["hint"]]
+    if after and any(hint["reports"] for hint in after):
+        values["max_hold_us"] = max(hint["max_hold_ns"] for hint in after) / 1000
+        values["walk_ms"] = max(hint["last_ns"] for hint in after) / 1e6
+    for result in record.get("workload", [])[:1]:
+        values["compile_s"] = result.get("compile_s")
+        for phase in "before", "during", "after", "window":
+            for name, value in result.get(phase, {}).items():
+                values[f"{phase}_{name}"] = value
+    return {name: round(value, 4) for name, value in values.items() if value is not None}

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a result has to say about the machine and the software that it was made with."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from livemig import host, paths
+
+
+def _field(file: str, name: str) -> Optional[str]:
+    for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return None
+
+
+def facts() -> Dict[str, Any]:
+    """The machine, and how busy it is."""
+    total = _field("/proc/meminfo", "MemTotal") or "0"
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name"),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_mib": int(total.split()[0]) // 1024,
+        "available_mib": host.available_mib(),
+        "kernel": platform.release(),
+        "load": list(os.getloadavg()),
+        "hypervisor": "hypervisor" in (_field("/proc/cpuinfo", "flags") or "").split(),
+    }
+
+
+def rss_mib(pid: Optional[int]) -> float:
+    """The memory that a process occupies."""
+    text = _field(f"/proc/{pid}/status", "VmRSS") or "0"
+    return int(text.split()[0]) / 1024
+
+
+def stamp(build: str) -> str:
+    """What a build in the cache, such as qemu-ours, was made from."""
+    file = paths.cache_dir() / build / "stamp"
+    return file.read_text(encoding="utf-8").strip() if file.exists() else "unknown"
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """The commit of this repository, and whether there were changes on top."""
+    git = ("git", "-C", str(paths.REPO))
+    name = _output(*git, "rev-parse", "HEAD") or "unknown"
+    return name + ("+" if _output(*git, "status", "--porcelain") else "")
+
+
+def versions(qemu: str, kernel: str) -> Dict[str, str]:
+    """What a QEMU and a guest kernel are, and the commit of this repository."""
+    version = _output(str(paths.qemu_binary(qemu)), "--version").splitlines()
+    return {
+        "qemu": version[0] if version else "unknown",
+        "qemu_stamp": stamp(f"qemu-{qemu}"),
+        "kernel_stamp": stamp(f"kernel-{kernel}"),
+        "commit": commit(),
+    }

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands of bench/bench."""
+
+import argparse
+import lzma
+import shutil
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+from livebench import floor, micro, plan, report, store
+from livebench.modes import MODES
+from livebench.scenarios import SCENARIOS, Scenario, matching
+from livebench.store import Store
+from livemig import paths
+from livemig.errors import LivemigError
+from livemig.options import size_mib
+
+QUICK_RUNS = 3
+MICRO_MIB = 64 * 1024
+# What an export into this repository may have.
+EXPORT_MIB = 2
+
+
+def _scenarios(names: Optional[Sequence[str]]) -> List[Scenario]:
+    try:
+        return list(matching(names)) if names else list(SCENARIOS.values())
+    except KeyError as err:
+        raise LivemigError(f"there is no scenario {err.args[0]}: see bench/bench list") from err
+
+
+def _modes(scenario: Scenario, args: argparse.Namespace) -> List[str]:
+    """The modes to run, in their order. Who names a mode gets it, declared or not."""
+    if args.mode:
+        return [name for name in MODES if name in args.mode]
+    return [name for name in MODES if name in (scenario.quick if args.quick else scenario.modes)]
+
+
+def work(args: argparse.Namespace) -> List[plan.Work]:
+    """What the arguments ask for."""
+    found: Dict[str, plan.Work] = {}
+    for scenario in _scenarios(args.scenario):
+        if args.quick and not scenario.quick:
+            continue
+        runs = args.runs or (QUICK_RUNS if args.quick else scenario.runs)
+        sized = scenario.but(args.mem, args.vcpus)
+        # With guests of another size, scenarios can be the same.
+        found[sized.name] = plan.Work(sized, tuple(_modes(scenario, args)), runs)
+    if not found:
+        raise LivemigError("none of these scenarios is part of bench-quick")
+    return list(found.values())
+
+
+def check_built(todo: Sequence[plan.Work]) -> None:
+    """Stop before the first run if something has not been built."""
+    paths.initramfs()
+    for name in {name for item in todo for name in item.modes}:
+        if MODES[name].floor:
+            floor.available()
+        paths.qemu_binary(MODES[name].qemu)
+        paths.kernel_image(MODES[name].kernel)
+    for scenario in (item.scenario for item in todo):
+        if scenario.workload.debian:
+            paths.debian_image()
+        if scenario.workload.data_disk:
+            paths.require(
+                paths.cache_dir() / "bench" / scenario.workload.data_disk, "bench/make-images"
+            )
+
+
+def _report(runs: Store) -> None:
+    page = report.make(runs)
+    if page:
+        print(f"bench: {page}, and summary.json beside it")
+
+
+def _micro_once(args: argparse.Namespace) -> None:
+    if args.fresh or not (args.out / "micro.json").exists():
+        print("bench: micro-benchmarks")
+        micro.run(MICRO_MIB, 4, args.out)
+
+
+def command_run(args: argparse.Namespace) -> int:
+    """Make the runs that are missing, then the report."""
+    todo = work(args)
+    check_built(todo)
+    runs = Store(args.out)
+    try:
+        failed = plan.carry_out(plan.order(todo), runs, args.fresh)
+        if not (args.scenario or args.mode or args.quick or args.mem):
+            _micro_once(args)
+    finally:
+        _report(runs)
+    if failed:
+        print(f"bench: {failed} runs failed; the same command tries them again")
+    return 1 if failed else 0
+
+
+def command_report(args: argparse.Namespace) -> int:
+    """Make the report of what was run."""
+    if not report.make(Store(args.out)):
+        raise LivemigError(f"there are no runs in {args.out}: run make bench-quick")
+    _report(Store(args.out))
+    return 0
+
+
+def command_micro(args: argparse.Namespace) -> int:
+    """Make the micro-benchmarks."""
+    measured = micro.run(args.mem or MICRO_MIB, args.vcpus or 4, args.out)
+    for row in measured["rows"]:
+        print(f"{row['what']}: {row['value']:.{row['digits']}f} {row['unit']}")
+    return 0
+
+
+def command_list(_args: argparse.Namespace) -> int:
+    """List scenarios and modes."""
+    for scenario in SCENARIOS.values():
+        print(f"{scenario.name:24} {scenario.runs:2} runs; {scenario.about}")
+        print(f"{'':24} {' '.join(scenario.modes)}" + (" (quick)" if scenario.quick else ""))
+    for mode in MODES.values():
+        print(f"{mode.name:24} {mode.about}")
+    return 0
+
+
+def command_export(args: argparse.Namespace) -> int:
+    """Copy the report into a directory, with all runs in one compressed file."""
+    command_report(args)
+    args.to.mkdir(parents=True, exist_ok=True)
+    for old in args.to.glob("*.png"):
+        old.unlink()
+    for name in ("report.html", "summary.json", "targets.json", "micro.json"):
+        if (args.out / name).exists():
+            shutil.copy(args.out / name, args.to / name)
+    for figure in args.out.glob("*.png"):
+        shutil.copy(figure, args.to / figure.name)
+    store.write_json(args.to / "runs.json", Store(args.out).runs())
+    packed = lzma.compress((args.to / "runs.json").read_bytes(), preset=9)
+    (args.to / "runs.json").unlink()
+    (args.to / "runs.json.xz").write_bytes(packed)
+    size = sum(path.stat().st_size for path in args.to.iterdir()) / 2**20
+    print(f"bench: {args.to}: {size:.2f} MiB")
+    if size > EXPORT_MIB:
+        print(f"bench: that is more than {EXPORT_MIB} MiB: remove figures that are not referred to")
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="bench", description="Benchmarks of live migrations.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function in (
+        ("run", command_run),
+        ("report", command_report),
+        ("micro", command_micro),
+        ("list", command_list),
+        ("export", command_export),
+    ):
+        one = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        one.set_defaults(function=function)
+        one.add_argument(
+            "--out", type=Path, default=store.OUT, metavar="DIR", help="default: out/bench"
+        )
+        if name in ("run", "micro"):
+            one.add_argument(
+                "--mem", type=size_mib, metavar="SIZE", help="for trying: smaller guests"
+            )
+            one.add_argument("--vcpus", type=int, metavar="N", help="for trying: another number")
+        if name == "export":
+            one.add_argument("to", type=Path, metavar="TO", help="a directory")
+        if name == "run":
+            one.add_argument(
+                "--scenario", nargs="+", metavar="NAME", help='or "BEGIN*"; default: all'
+            )
+            one.add_argument(
+                "--mode", nargs="+", choices=list(MODES), metavar="MODE", help="default: all"
+            )
+            one.add_argument("--runs", type=int, metavar="N", help="default: as declared")
+            one.add_argument("--quick", action="store_true", help="the main rows, 3 runs")
+            one.add_argument("--fresh", action="store_true", help="make runs again that are there")
+    args = parser.parse_args(argv)
+    for name in ("runs", "vcpus"):
+        if (getattr(args, name, None) or 1) < 1:
+            parser.error(f"--{name}: at least 1")
+    if (getattr(args, "mem", None) or 512) < 512:
+        parser.error("--mem: at least 512M")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point of bench/bench."""
+    args = parse_arguments(argv)
+    result: int = args.function(args)
+    return result

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Micro-benchmarks: what a hint costs the host, and what it costs the guest to find it.
+
+On the host, a C program (bench/micro/hint-apply.c) made of QEMU's own parser and bitmap code. Then
+a real round of a large guest: its tracepoints tell what the walk of the free lists takes, and
+QEMU's trace when an array came in and when its blocks were out of the migration.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+import numpy as np
+from livebench import engine, hostinfo
+from livebench.modes import MODES
+from livebench.store import OUT, write_json
+from livemig import migration, paths
+from livemig.errors import LivemigError
+from livemig.guest import Guest
+from livemig.spec import GuestSpec, migration_for_mode
+from livemig.spec import MODES as DEMO_MODES
+
+SOURCE = Path(__file__).resolve().parents[1] / "micro" / "hint-apply.c"
+# 1 TiB, and the 64 GiB of the largest guest.
+BLOCKS = (2**14, 2**18)
+REPEAT = 7
+HOST_NS_LIMIT = 50
+
+TRACEFS = "/sys/kernel/tracing"
+
+
+def _run(command: List[str], what: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LivemigError(f"{what} failed: {(done.stderr or done.stdout).strip()[-400:]}")
+    return done.stdout
+
+
+def build() -> Path:
+    """Build the C program against our QEMU's source."""
+    qemu = paths.cache_dir() / "qemu-ours"
+    paths.require(qemu / "build" / "config-host.h", "scripts/build-qemu ours")
+    program = paths.cache_dir() / "bench" / "hint-apply"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    src = qemu / "src"
+    includes = [
+        qemu / "build",
+        src / "include",
+        src,
+        src / "host/include/x86_64",
+        src / "host/include/generic",
+    ]
+    sources = [
+        SOURCE,
+        src / "hw/virtio/virtio-balloon-hint-parse.c",
+        src / "migration/free-page-hint-bitmap.c",
+        src / "util/bitmap.c",
+        src / "util/bitops.c",
+    ]
+    flags = shlex.split(_run(["pkg-config", "--cflags", "--libs", "glib-2.0"], "pkg-config"))
+    command = ["gcc", "-std=gnu11", "-O2", "-g", "-o", str(program)]
+    command += [f"-I{path}" for path in includes] + [str(path) for path in sources] + flags
+    _run(command, f"building {SOURCE.name}")
+    return program
+
+
+def host(program: Path, blocks: int) -> Dict[str, float]:
+    """Nanoseconds per block on the host."""
+    result: Dict[str, float] = json.loads(
+        _run([str(program), str(blocks), str(REPEAT)], SOURCE.name)
+    )
+    return result
+
+
+def _batches(trace: str) -> "np.ndarray[Any, Any]":
+    """What free_page_hint_batch told: entries and nanoseconds of each hold of a zone's lock."""
+    found = re.findall(r"free_page_hint_batch: .*?\bnr=(\d+)\b.*?\bhold_ns=(\d+)", trace)
+    if not found:
+        raise LivemigError("the guest traced no free_page_hint_batch")
+    return np.array(found, dtype=float)
+
+
+def _moments(log: str) -> List[Tuple[float, str, str]]:
+    """The events of QEMU's trace: seconds, name, text."""
+    found = re.findall(r"^\d+@(\d+\.\d+):(\w+) ?(.*)$", log, re.MULTILINE)
+    return [(float(when), name, text) for when, name, text in found]
+
+
+def in_vivo(mem_mib: int, vcpus: int, logs: Path) -> Dict[str, Any]:
+    """One round of a guest, traced on both sides."""
+    mode = MODES["array"]
+    spec = mode.spec(GuestSpec(mem_mib=mem_mib, vcpus=vcpus)).but(
+        trace="virtio_balloon_hint_*",
+        args=("-msg", "timestamp=on", "-trace", "free_page_hint_state"),
+    )
+    with Guest(spec, "source", logs=logs) as source:
+        source.wait_ready()
+        events = f"{TRACEFS}/events/free_page_hint/free_page_hint_batch/enable"
+        source.agent.run(f"echo 1 > {events}")
+        with Guest(spec.but(trace=None, args=()), "destination", logs=logs, incoming=True) as there:
+            result = migration.migrate(source, there, migration_for_mode(DEMO_MODES["array"]))
+            batches = _batches(there.agent.run(f"cat {TRACEFS}/trace"))
+        log = source.trace_log.read_text(errors="replace")
+    hints = result.hints
+    if not hints or not hints.blocks:
+        raise LivemigError(f"the guest told no blocks: {hints}")
+    moments = _moments(log)
+    arrays = [when for when, name, _ in moments if name == "virtio_balloon_hint_array"]
+    ended = [when for when, name, text in moments if text.endswith("to ended")]
+    entries, holds = batches[:, 0], batches[:, 1]
+    full = entries >= entries.max()
+    return {
+        "mem_mib": mem_mib,
+        "blocks": hints.blocks,
+        "arrays": hints.arrays,
+        "array_to_end_ns": (ended[-1] - arrays[0]) * 1e9 / hints.blocks
+        if arrays and ended
+        else None,
+        "holds": len(batches),
+        "entries": float(entries.sum()),
+        "walk_ns": float(holds.sum() / entries.sum()),
+        "full_batch_ns": float(np.median(holds[full] / entries[full])),
+        "max_hold_us": float(holds.max() / 1000),
+        "ask_to_end_ms": hints.ask_to_end / 1000,
+        "arm_ms": hints.arm_time / 1000,
+    }
+
+
+def _applied(measured: List[Dict[str, float]]) -> Iterator[Tuple[str, float]]:
+    for numbers in measured:
+        for key, how in ("sorted_ns", "in order"), ("shuffled_ns", "in random order"):
+            yield f"{int(numbers['blocks'])} blocks {how}, parsed and applied", numbers[key]
+
+
+def _rows(measured: Dict[str, Any]) -> List[Dict[str, Any]]:
+    rows: List[Dict[str, Any]] = []
+    for numbers in measured["host"]:
+        name = (
+            f"host, {int(numbers['blocks'])} blocks of 4 MiB ({int(numbers['blocks']) // 256} GiB)"
+        )
+        for key, what in (
+            ("sorted_ns", "parse and apply, in order"),
+            ("shuffled_ns", "parse and apply, in random order"),
+            ("memory_ns", "lower bound: move the words of the bitmaps"),
+            ("shuffled_memory_ns", "lower bound of that: move them in random order"),
+            ("bits_ns", "for comparison: one bit operation for each page"),
+        ):
+            row = {
+                "what": f"{name}: {what}",
+                "value": numbers[key],
+                "unit": "ns per block",
+                "digits": 1,
+            }
+            rows.append(row)
+    vivo = measured["in_vivo"]
+    name = f"a round of a guest of {vivo['mem_mib']} MiB, under TCG"
+    for key, what, unit in (
+        (
+            "array_to_end_ns",
+            "from the first array's arrival to the end of the round",
+            "ns per block",
+        ),
+        ("walk_ns", "walk of the free lists, lock held", "ns per entry"),
+        ("full_batch_ns", "the same, full batches", "ns per entry"),
+        ("max_hold_us", "longest hold of a zone's lock", "us"),
+        ("ask_to_end_ms", "ask to end", "ms"),
+        ("arm_ms", "arming", "ms"),
+    ):
+        if vivo[key] is not None:
+            rows.append({"what": f"{name}: {what}", "value": vivo[key], "unit": unit, "digits": 1})
+    return rows
+
+
+def run(mem_mib: int, vcpus: int, directory: Path = OUT) -> Dict[str, Any]:
+    """Make all of them and write micro.json."""
+    program = build()
+    measured: Dict[str, Any] = {
+        "facts": hostinfo.facts(),
+        "versions": hostinfo.versions("ours", "ours"),
+        "host": [host(program, blocks) for blocks in BLOCKS],
+        "in_vivo": in_vivo(mem_mib, vcpus, paths.OUT / "logs" / "bench" / "micro"),
+        "format": engine.FORMAT,
+    }
+    measured["targets"] = [
+        {
+            "target": f"{what}: ≤ {HOST_NS_LIMIT} ns per block of 4 MiB",
+            "value": value,
+            "reached": value <= HOST_NS_LIMIT,
+            "runs": REPEAT,
+        }
+        for what, value in _applied(measured["host"])
+    ]
+    measured["rows"] = _rows(measured)
+    write_json(directory / "micro.json", measured)
+    return measured

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""All runs in turn: which comes next, what is done already, how long it will take."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+from livebench import engine
+from livebench.modes import MODES, Mode
+from livebench.scenarios import Scenario
+from livebench.store import Store
+from livemig import paths
+from livemig.errors import LivemigError
+
+Runner = Callable[[Scenario, Mode, int, Path], Dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run that is to be made."""
+
+    scenario: Scenario
+    mode: Mode
+    index: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """A scenario, in which modes, how often."""
+
+    scenario: Scenario
+    modes: Tuple[str, ...]
+    runs: int
+
+
+def order(work: Sequence[Work]) -> List[Step]:
+    """The steps: the number of the run outermost, modes innermost.
+
+    So whatever else the host does, and however it drifts, meets all modes alike; the modes rotate,
+    so that none is always the first.
+    """
+    steps = []
+    for index in range(1, max((item.runs for item in work), default=0) + 1):
+        for item in work:
+            if index <= item.runs:
+                shift = (index - 1) % len(item.modes)
+                turn = item.modes[shift:] + item.modes[:shift]
+                steps += [Step(item.scenario, MODES[name], index) for name in turn]
+    return steps
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    minutes = int(seconds + 59) // 60
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
+@dataclass
+class Clock:
+    """Tells how long the rest will take, from the runs that were made."""
+
+    seen: Dict[Tuple[str, str], List[float]] = field(default_factory=dict)
+
+    def note(self, step: Step, seconds: float) -> None:
+        """A run took so long."""
+        self.seen.setdefault((step.scenario.name, step.mode.name), []).append(seconds)
+
+    def left(self, steps: Sequence[Step]) -> float:
+        """The seconds that these will take."""
+        return sum(self._guess(step) for step in steps)
+
+    def _guess(self, step: Step) -> float:
+        same = self.seen.get((step.scenario.name, step.mode.name))
+        if same:
+            return mean(same)
+        others = [
+            s for (name, _), all_s in self.seen.items() if name == step.scenario.name for s in all_s
+        ]
+        extra = engine.SETTLE_SECONDS if step.mode.settle else 0
+        return extra + (mean(others) if others else float(step.scenario.workload.guess))
+
+
+def describe(run: Dict[str, Any]) -> str:
+    """A run in a few words."""
+    values = run["metrics"]
+    text = f"{values['total_ms']:.0f} ms, {values['sent_mib']:.0f} MiB sent"
+    if run["verified"] is None:
+        return text
+    return text + (
+        ", verified" if run["verified"] else ", NOT VERIFIED: " + "; ".join(run["wrong"])
+    )
+
+
+def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner = engine.run) -> int:
+    """Make the runs that are missing; returns how many failed.
+
+    What is interrupted leaves nothing behind, and is made again the next time.
+    """
+    clock = Clock()
+    missing = []
+    for step in steps:
+        if fresh or not store.has(step.scenario, step.mode, step.index):
+            missing.append(step)
+        else:
+            run = store.read(store.path(step.scenario, step.mode, step.index))
+            clock.note(step, run["seconds"])
+    if len(missing) < len(steps):
+        print(f"bench: {len(steps) - len(missing)} of {len(steps)} runs are there already")
+    failed = 0
+    for number, step in enumerate(missing):
+        name = f"{step.scenario.name}, {step.mode.name}, run {step.index}"
+        left = duration(clock.left(missing[number:]))
+        print(f"[{number + 1}/{len(missing)}, {left} left] {name}: ", end="", flush=True)
+        logs = paths.OUT / "logs" / "bench" / step.scenario.name / f"{step.mode.name}-{step.index}"
+        began = time.monotonic()
+        try:
+            run = runner(step.scenario, step.mode, step.index, logs)
+        except LivemigError as err:
+            failed += 1
+            print("failed", flush=True)
+            # What follows the first line is the guest's console, which is in the logs.
+            print(f"bench: error: {name}: {str(err).splitlines()[0]} ({logs})", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", flush=True)
+            raise
+        clock.note(step, time.monotonic() - began)
+        store.save(step.scenario, step.mode, step.index, run)
+        failed += run["verified"] is False
+        print(describe(run), flush=True)
+    return failed

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One HTML file that needs no other, with the tables and figures; and the figures beside it."""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import jinja2
+from livebench import plots, store, summary
+from livebench.modes import MODES
+from livebench.scenarios import SCENARIOS
+from livebench.store import Store
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy import stats
+
+TEMPLATE = Path(__file__).resolve().parent / "report.html.j2"
+# Sizes that no machine here has.
+EXTRAPOLATED_GIB = (1024, 12 * 1024)
+Run = Dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Scenarios that are looked at together."""
+
+    key: str
+    title: str
+    # Of the scenario as a run has it.
+    wanted: Callable[[Dict[str, Any]], bool]
+    log: bool = False
+
+
+def _workload(*names: str) -> Callable[[Dict[str, Any]], bool]:
+    def wanted(scenario: Dict[str, Any]) -> bool:
+        plain = scenario["guests"] == 1 and not scenario["gbit"] and not scenario["multifd"]
+        return plain and scenario["workload"]["name"].startswith(names)
+
+    return wanted
+
+
+CHAPTERS = (
+    Chapter("idle", "Idle guests", _workload("idle"), log=True),
+    Chapter("compile", "A compilation", _workload("compile")),
+    Chapter("freed", "Memory that was written and freed", _workload("freed"), log=True),
+    Chapter("free", "A share of the memory is free", _workload("free-")),
+    Chapter("honest", "Few blocks of the largest order", _workload("pagecache", "fragmented")),
+    Chapter("working", "A program goes on", _workload("allocloop", "sysbench")),
+    Chapter("link", "Bandwidth", lambda s: s["gbit"] > 0, log=True),
+    Chapter("multifd", "Multifd", lambda s: s["multifd"] > 0),
+    Chapter("evacuation", "Several guests at once", lambda s: s["guests"] > 1),
+)
+
+# Shown for each mode of a scenario: title, metric, digits.
+COLUMNS: Tuple[Tuple[str, str, int], ...] = (
+    ("downtime ms", "downtime_ms", 0),
+    ("sent MiB", "sent_mib", 0),
+    ("normal pages", "normal_pages", 0),
+    ("zero pages", "zero_pages", 0),
+    ("hinted MiB", "hinted_mib", 0),
+    ("free MiB", "free_mib", 0),
+    ("of that max. order", "free_max_order_mib", 0),
+    ("ask to end ms", "ask_to_end_ms", 1),
+    ("arm ms", "arm_ms", 2),
+    ("max. hold us", "max_hold_us", 1),
+    ("RSS source MiB", "rss_source_after_mib", 0),
+    ("before", "rss_source_before_mib", 0),
+    ("RSS dest. MiB", "rss_destination_after_mib", 0),
+    ("before", "rss_destination_before_mib", 0),
+)
+WORK_COLUMNS: Tuple[Tuple[str, str, int], ...] = (
+    ("rate before", "before_rate", 0),
+    ("during", "during_kept", 2),
+    ("after", "after_kept", 2),
+    ("10 s window", "window_kept", 2),
+    ("p99 before us", "before_p99_us", 0),
+    ("during", "during_p99_us", 0),
+    ("after", "after_p99_us", 0),
+    ("worst during", "during_worst_p99_us", 0),
+    ("compile s", "compile_s", 1),
+)
+
+
+def number(value: Optional[float], digits: int = 0) -> str:
+    """A figure of a table."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def ratio(value: Optional[float]) -> str:
+    """A ratio of a table: more digits where it is small."""
+    return "–" if value is None else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def extrapolations(runs: Sequence[Run]) -> List[Dict[str, Any]]:
+    """A straight line through what was measured, and where it would go."""
+    rows = []
+    metrics = {"total_ms": "total, ms", **plots.SCALING}
+    for mode in "array", "legacy":
+        for metric, label in metrics.items():
+            gib, medians = plots.line(runs, mode, metric)
+            if len(gib) < 3:
+                continue
+            fit = stats.linregress(gib, medians)
+            rows.append(
+                {
+                    "mode": mode,
+                    "label": label,
+                    "slope": fit.slope,
+                    "r2": fit.rvalue**2,
+                    "values": [fit.intercept + fit.slope * size for size in EXTRAPOLATED_GIB],
+                }
+            )
+    return rows
+
+
+class Report:
+    """Writes a report into a directory."""
+
+    def __init__(self, directory: Path, runs: Sequence[Run], micro: Optional[Dict[str, Any]]):
+        self.directory = directory
+        self.runs = runs
+        self.micro = micro
+        self.rows = summary.table(runs)
+        self.targets = summary.targets(runs)
+
+    def _figure(self, name: str, figure: Figure) -> str:
+        """Write a figure; returns it as a URL that holds it."""
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=90)
+        plots.close(figure)
+        # Few colours make a small file.
+        small = Image.open(buffer).convert("RGB").quantize(64)
+        buffer = io.BytesIO()
+        small.save(buffer, format="png", optimize=True)
+        (self.directory / f"{name}.png").write_bytes(buffer.getvalue())
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+    def _chapter(self, chapter: Chapter) -> Optional[Dict[str, Any]]:
+        own = [run for run in self.runs if chapter.wanted(run["scenario"])]
+        names = summary.names(own)
+        if not names:
+            return None
+        figures = [
+            ("total-" + chapter.key, plots.bars(own, names, "total_ms", "total ms", chapter.log)),
+            ("sent-" + chapter.key, plots.bars(own, names, "sent_mib", "sent MiB", chapter.log)),
+        ]
+        for name in names:
+            if any(item.get("series") for item in self._workloads(own, name)):
+                figures.append(("throughput-" + name, plots.throughput(own, name)))
+            elif chapter.key in ("idle", "compile", "freed"):
+                figures.append(("pages-" + name, plots.pages(own, name)))
+        return {
+            "title": chapter.title,
+            "scenarios": [self._scenario(name) for name in names],
+            "figures": [(name, self._figure(name, figure)) for name, figure in figures],
+        }
+
+    @staticmethod
+    def _workloads(runs: Sequence[Run], name: str) -> List[Dict[str, Any]]:
+        own = [run for run in runs if run["scenario"]["name"] == name]
+        return [item for run in own for item in run.get("workload", [])]
+
+    def _scenario(self, name: str) -> Dict[str, Any]:
+        rows = [row for row in self.rows if row["scenario"] == name]
+        seen = {metric for row in rows for metric in row["medians"]}
+        columns = [column for column in COLUMNS + WORK_COLUMNS if column[1] in seen]
+        about = next(r["scenario"]["about"] for r in self.runs if r["scenario"]["name"] == name)
+        return {
+            "name": name,
+            "about": about,
+            "rows": rows,
+            "columns": [title for title, _, _ in columns],
+            "cells": {
+                row["mode"]: [number(row["medians"].get(m), digits) for _, m, digits in columns]
+                for row in rows
+            },
+        }
+
+    def _scaling(self) -> List[Tuple[str, str]]:
+        if len(plots.sizes(self.runs)) < 2:
+            return []
+        return [
+            ("scaling-total", self._figure("scaling-total", plots.scaling_total(self.runs))),
+            ("scaling-cost", self._figure("scaling-cost", plots.scaling_cost(self.runs))),
+        ]
+
+    def write(self) -> Path:
+        """Write summary.json, report.html and the figures; returns the report."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for old in self.directory.glob("*.png"):
+            old.unlink()
+        store.write_json(self.directory / "summary.json", self.rows)
+        store.write_json(self.directory / "targets.json", self.targets)
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(TEMPLATE.parent),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters["number"] = number
+        environment.filters["ratio"] = ratio
+        chapters = [self._chapter(chapter) for chapter in CHAPTERS]
+        floors = [r for r in self.rows if r["mode"] == "array" and r["ratio_floor"] is not None]
+        html = environment.get_template(TEMPLATE.name).render(
+            targets=self.targets,
+            chapters=[chapter for chapter in chapters if chapter],
+            floor=self._figure("ratio-floor", plots.floor_ratios(self.rows)) if floors else None,
+            scaling=self._scaling(),
+            extrapolations=extrapolations(self.runs),
+            extrapolated=EXTRAPOLATED_GIB,
+            micro=self.micro,
+            modes=MODES.values(),
+            about={name: scenario.about for name, scenario in SCENARIOS.items()},
+            first=self.runs[0],
+            versions=sorted(
+                {
+                    json.dumps(run["versions"], sort_keys=True): run["versions"]
+                    for run in self.runs
+                }.items()
+            ),
+            dates=(min(r["date"] for r in self.runs), max(r["date"] for r in self.runs)),
+            count=len(self.runs),
+            loads=[run["host"]["load"][0] for run in self.runs],
+            wrong=[run for run in self.runs if run["verified"] is False],
+        )
+        path = self.directory / "report.html"
+        store.write(path, html)
+        return path
+
+
+def make(runs: Store) -> Optional[Path]:
+    """Write the report of a directory of runs; None if there are no runs."""
+    micro = runs.directory / "micro.json"
+    data = json.loads(micro.read_text(encoding="utf-8")) if micro.exists() else None
+    found = runs.runs()
+    return Report(runs.directory, found, data).write() if found else None

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The matrix: what is migrated how, in which modes, how often, and what it must show.
+
+A scenario's name is made from its values: two that differ have different names.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Dict, Iterator, Optional, Sequence, Tuple
+
+from livebench.workloads import (
+    SYSBENCH,
+    AllocLoop,
+    Compile,
+    Fragmented,
+    Freed,
+    Held,
+    Idle,
+    PageCache,
+    Sysbench,
+    Workload,
+)
+
+GIB = 1024
+
+# All that the free memory can be done with; "none" adds nothing where nothing runs in the guest.
+ALL = ("legacy", "stock-hints", "stock-reporting", "stock-driver", "array", "floor")
+MAIN = ("legacy", "stock-hints", "array", "floor")
+# The floor's destination is stopped: nothing can be watched there.
+WATCHED = ("legacy", "none", "stock-hints", "stock-reporting", "stock-driver", "array")
+QUICK = ("legacy", "stock-hints", "array", "floor")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a mode has to show: a metric, at most (at least) so many times that of another.
+
+    Without another mode to compare with, the metric itself.
+    """
+
+    limit: float
+    against: Optional[str] = None
+    mode: str = "array"
+    metric: str = "total_ms"
+    at_least: bool = False
+
+    def reached(self, value: float) -> bool:
+        """Whether a measured ratio, or value, is good enough."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    @property
+    def text(self) -> str:
+        """The target in words."""
+        sign = "≥" if self.at_least else "≤"
+        other = f" × {self.against}" if self.against else ""
+        return f"{self.mode}: {self.metric} {sign} {self.limit:g}{other}"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One row of the matrix."""
+
+    # pylint: disable=too-many-instance-attributes
+
+    workload: Workload
+    modes: Tuple[str, ...] = ALL
+    runs: int = 5
+    mem_mib: int = 8 * GIB
+    vcpus: int = 4
+    # Bandwidth limit in Gbit/s; 0: none.
+    gbit: int = 0
+    # Channels; 0: no multifd.
+    multifd: int = 0
+    # How many of these guests leave at once.
+    guests: int = 1
+    targets: Tuple[Target, ...] = ()
+    # The modes that bench-quick runs, if any.
+    quick: Tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Made from the values."""
+        whole = self.mem_mib % GIB == 0
+        parts = [self.workload.name, f"{self.mem_mib // GIB}g" if whole else f"{self.mem_mib}m"]
+        parts += [f"{self.vcpus}cpu"] if self.vcpus != 4 else []
+        parts += [f"{self.gbit}gbit"] if self.gbit else []
+        parts += [f"multifd{self.multifd}"] if self.multifd else []
+        parts += [f"{self.guests}guests"] if self.guests != 1 else []
+        return "-".join(parts)
+
+    @property
+    def about(self) -> str:
+        """One line for people."""
+        text = f"{self.mem_mib} MiB, {self.vcpus} vCPUs, {self.workload.about}"
+        if self.gbit:
+            text += f"; {self.gbit} Gbit/s"
+        if self.multifd:
+            text += f"; multifd, {self.multifd} channel{'s' if self.multifd > 1 else ''}"
+        return text + (f"; {self.guests} guests at once" if self.guests > 1 else "")
+
+    def but(self, mem_mib: Optional[int], vcpus: Optional[int]) -> "Scenario":
+        """The same with guests of another size, for trying: then there are no targets."""
+        if not mem_mib and not vcpus:
+            return self
+        return replace(self, mem_mib=mem_mib or self.mem_mib, vcpus=vcpus or self.vcpus, targets=())
+
+
+def _against(legacy: float, stock: float, floor: Optional[float] = None) -> Tuple[Target, ...]:
+    targets = (Target(legacy, "legacy"), Target(stock, "stock-hints"))
+    return targets + ((Target(floor, "floor"),) if floor else ())
+
+
+def _declared() -> Iterator[Scenario]:
+    # The 2018 table's first row: 1757 to 284 ms.
+    yield Scenario(Idle(), runs=10, targets=_against(0.28, 0.8, 1.15), quick=QUICK)
+    # Its second row: 2528 to 1402 ms.
+    yield Scenario(
+        Compile(),
+        runs=10,
+        targets=_against(0.56, 1.0),
+        quick=("legacy", "stock-hints", "array"),
+    )
+    # And how long the compilation takes: 5:12 and 5:06.
+    yield Scenario(
+        Compile(to_the_end=True),
+        modes=WATCHED,
+        targets=(Target(1.02, "legacy", metric="compile_s"),),
+    )
+
+    # Memory that was written and freed is what only hints can skip.
+    for percent in (25, 50):
+        yield Scenario(Freed(percent), modes=ALL, targets=(Target(1.10, "floor"),))
+    yield Scenario(Freed(75), modes=ALL, targets=_against(0.05, 0.5, 1.10))
+
+    # How much is free. At 0 %, asking is all cost.
+    for percent in (0, 25, 50, 75, 95):
+        targets = (Target(1.02, "legacy"),) if percent == 0 else ()
+        yield Scenario(Held(percent), MAIN + ("none",), mem_mib=4 * GIB, vcpus=2, targets=targets)
+
+    # Where blocks of the largest order are few, and hints help little.
+    yield Scenario(PageCache(), modes=MAIN, mem_mib=3 * GIB)
+    yield Scenario(Fragmented(), modes=MAIN, runs=3, mem_mib=2 * GIB)
+
+    # What the guest loses while it is moved.
+    yield Scenario(
+        AllocLoop(),
+        modes=WATCHED,
+        mem_mib=4 * GIB,
+        targets=(Target(0.95, "legacy", metric="window_kept", at_least=True),),
+    )
+    for test in SYSBENCH:
+        yield Scenario(
+            Sysbench(test),
+            modes=WATCHED,
+            runs=3,
+            mem_mib=2 * GIB,
+            targets=(Target(0.98, "legacy", metric="window_kept", at_least=True),),
+        )
+
+    # How the cost grows with the guest; 8 GiB is above.
+    for gib in (1, 2, 4, 16, 32):
+        yield Scenario(Idle(), modes=MAIN, mem_mib=gib * GIB, quick=QUICK if gib == 1 else ())
+    yield Scenario(
+        Idle(),
+        modes=MAIN,
+        mem_mib=64 * GIB,
+        targets=(
+            *_against(0.22, 0.75, 1.15),
+            Target(50, metric="ask_to_end_ms"),
+        ),
+        quick=QUICK,
+    )
+
+    # Slow links make what is not sent worth more; memory was written and freed.
+    for gbit in (1, 10, 25):
+        yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=2 * GIB, gbit=gbit)
+    yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=2 * GIB)
+
+    # More channels send faster what there is to send.
+    for channels in (1, 2, 4):
+        yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=4 * GIB, multifd=channels)
+    yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=4 * GIB)
+
+    # A host that is evacuated: small guests leave all at once.
+    for guests in (2, 4, 8):
+        yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=GIB // 2, vcpus=1, guests=guests)
+
+
+SCENARIOS: Dict[str, Scenario] = {scenario.name: scenario for scenario in _declared()}
+
+
+def matching(patterns: Sequence[str]) -> Tuple[Scenario, ...]:
+    """The scenarios whose name is one of these, or begins with one that ends with "*"."""
+    found = []
+    for pattern in patterns:
+        begin = pattern.rstrip("*")
+        hits = [
+            scenario
+            for name, scenario in SCENARIOS.items()
+            if name == pattern or (begin != pattern and name.startswith(begin))
+        ]
+        if not hits:
+            raise KeyError(pattern)
+        found += [scenario for scenario in hits if scenario not in found]
+    return tuple(found)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where runs are kept: one JSON file each. A reader never sees half a file."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping
+
+from livebench import engine, hostinfo
+from livebench.modes import Mode
+from livebench.scenarios import Scenario
+from livemig import paths
+
+OUT = paths.OUT / "bench"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """The same, for what can be said in JSON; one item of the outermost level per line."""
+    if isinstance(data, list):
+        write(path, "[\n" + ",\n".join(json.dumps(item) for item in data) + "\n]\n")
+    else:
+        write(path, json.dumps(data) + "\n")
+
+
+def key(scenario: Scenario, mode: Mode) -> str:
+    """What a run depends on, its number left out: the same key, the same experiment."""
+    what: Dict[str, Any] = {
+        "format": engine.FORMAT,
+        "name": scenario.name,
+        "workload": [scenario.workload.name, asdict(scenario.workload)],
+        "mode": asdict(mode),
+        "builds": [hostinfo.stamp(build) for build in mode.builds],
+    }
+    text = json.dumps(what, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Store:
+    """The runs of a directory."""
+
+    def __init__(self, directory: Path = OUT):
+        self.directory = directory
+
+    def path(self, scenario: Scenario, mode: Mode, index: int) -> Path:
+        """Where a run is, or will be."""
+        return self.directory / "runs" / scenario.name / f"{mode.name}-{index}.json"
+
+    def has(self, scenario: Scenario, mode: Mode, index: int) -> bool:
+        """Whether a run was made, of the builds that there are now."""
+        path = self.path(scenario, mode, index)
+        return path.exists() and self.read(path).get("key") == key(scenario, mode)
+
+    @staticmethod
+    def read(path: Path) -> Dict[str, Any]:
+        """One run; nothing if it is of no use."""
+        try:
+            run: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return {}
+        return run if isinstance(run, dict) and run.get("format") == engine.FORMAT else {}
+
+    def save(self, scenario: Scenario, mode: Mode, index: int, run: Mapping[str, Any]) -> None:
+        """Keep a run."""
+        write_json(self.path(scenario, mode, index), {"key": key(scenario, mode), **run})
+
+    def runs(self) -> List[Dict[str, Any]]:
+        """All that there are."""
+        return list(self._runs())
+
+    def _runs(self) -> Iterator[Dict[str, Any]]:
+        for path in sorted(self.directory.glob("runs/*/*.json")):
+            run = self.read(path)
+            if run:
+                yield run

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the runs say: one row for each scenario and mode, and which targets are reached."""
+
+from typing import Any, Dict, List, Optional, Sequence
+
+from livebench import statistics
+from livebench.modes import MODES
+from livebench.scenarios import SCENARIOS, Target
+
+Run = Dict[str, Any]
+# Modes that the others are compared with, by the names that their ratios have.
+BASES = {"legacy": "legacy", "stock": "stock-hints", "floor": "floor"}
+
+
+def values(runs: Sequence[Run], scenario: str, mode: str, metric: str) -> List[float]:
+    """A metric of all runs of a mode."""
+    return [
+        run["metrics"][metric]
+        for run in runs
+        if run["scenario"]["name"] == scenario
+        and run["mode"]["name"] == mode
+        and metric in run["metrics"]
+    ]
+
+
+def names(runs: Sequence[Run]) -> List[str]:
+    """The scenarios that were run, in the order in which they are declared; others last."""
+    found = {run["scenario"]["name"] for run in runs}
+    return [name for name in SCENARIOS if name in found] + sorted(found - set(SCENARIOS))
+
+
+def modes_of(runs: Sequence[Run], scenario: str) -> List[str]:
+    """The modes in which a scenario was run."""
+    found = {run["mode"]["name"] for run in runs if run["scenario"]["name"] == scenario}
+    return [name for name in MODES if name in found]
+
+
+def _rounded(value: Optional[float], digits: int = 4) -> Optional[float]:
+    return None if value is None else round(value, digits)
+
+
+def row(runs: Sequence[Run], scenario: str, mode: str) -> Dict[str, Any]:
+    """The row of a scenario and a mode."""
+    totals = values(runs, scenario, mode, "total_ms")
+    spread = statistics.Spread.from_values(totals)
+    result: Dict[str, Any] = {
+        "scenario": scenario,
+        "mode": mode,
+        "runs": spread.runs,
+        "median_ms": spread.median,
+    }
+    for name, base in BASES.items():
+        others = values(runs, scenario, base, "total_ms")
+        result[f"ratio_{name}"] = _rounded(statistics.ratio(totals, others))
+    for name, base in BASES.items():
+        others = values(runs, scenario, base, "total_ms")
+        result[f"p_{name}"] = (
+            _rounded(statistics.p_value(totals, others), 6) if mode != base else None
+        )
+    result["quartiles_ms"] = [spread.first_quartile, spread.third_quartile]
+    result["range_ms"] = [spread.low, spread.high]
+    own = [
+        run for run in runs if run["scenario"]["name"] == scenario and run["mode"]["name"] == mode
+    ]
+    result["verified"] = None if own[0]["verified"] is None else all(run["verified"] for run in own)
+    metrics = sorted({metric for run in own for metric in run["metrics"]})
+    result["medians"] = {
+        metric: _rounded(statistics.Spread.from_values(values(runs, scenario, mode, metric)).median)
+        for metric in metrics
+    }
+    return result
+
+
+def table(runs: Sequence[Run]) -> List[Dict[str, Any]]:
+    """All rows."""
+    return [row(runs, name, mode) for name in names(runs) for mode in modes_of(runs, name)]
+
+
+def judge(runs: Sequence[Run], scenario: str, target: Target) -> Optional[Dict[str, Any]]:
+    """Whether a target is reached; None if it was not measured."""
+    measured = values(runs, scenario, target.mode, target.metric)
+    value: Optional[float]
+    if target.against:
+        base = values(runs, scenario, target.against, target.metric)
+        value = statistics.ratio(measured, base)
+    else:
+        base = []
+        value = statistics.Spread.from_values(measured).median if measured else None
+    if value is None:
+        return None
+    return {
+        "scenario": scenario,
+        "target": target.text,
+        "value": _rounded(value),
+        "reached": target.reached(value),
+        "runs": min(len(measured), len(base)) if target.against else len(measured),
+    }
+
+
+def targets(runs: Sequence[Run]) -> List[Dict[str, Any]]:
+    """All targets of the scenarios that were run at their declared size."""
+    found = []
+    for name in names(runs):
+        declared = SCENARIOS[name].targets if name in SCENARIOS else ()
+        found += [judge(runs, name, target) for target in declared]
+    return [item for item in found if item]

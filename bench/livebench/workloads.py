@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the guests do before, during and after a migration."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar, Dict, List, Mapping, Optional, Tuple
+
+from livebench import throughput
+from livebench.console import Console
+from livebench.throughput import Point, Span
+from livemig import workload
+from livemig.errors import GuestError
+from livemig.guest import Guest
+
+# Stamped in each guest before the migration, so that there is something to lose.
+STAMP_MIB = 16
+# What a booted guest and its QEMU use: fixed, and for each MiB of the guest (its memmap).
+QEMU_MIB = 400
+MEMMAP_SHARE = 0.03
+# What Debian, its compiler and their files use besides.
+DEBIAN_MIB = 1000
+# Left free in a guest that is to have no free memory: its kernel must be able to work.
+RESERVE_MIB = 64
+# Linux notices memory that is to be reported after two seconds: let a boot end.
+IDLE_SECONDS = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Nothing: the guest has booted and is idle. The base of all others."""
+
+    # Boots Debian from its disk, in place of busybox.
+    debian: ClassVar[bool] = False
+    # One of the disks that bench/make-images makes; the guest writes to it or not.
+    data_disk: ClassVar[str] = ""
+    data_writable: ClassVar[bool] = False
+    # The host's seconds that a run takes, with all waiting, in a guess that only progress uses.
+    guess: ClassVar[int] = 15
+
+    @property
+    def name(self) -> str:
+        """What the scenario's name begins with."""
+        return "idle"
+
+    @property
+    def about(self) -> str:
+        """One line for people."""
+        return "idle after boot"
+
+    def used_mib(self, mem_mib: int) -> int:
+        """Memory that it takes from the host, beyond what a booted guest does."""
+        del mem_mib
+        return 0
+
+    def host_mib(self, mem_mib: int) -> int:
+        """The host's memory that a source, or a destination without hints, needs at most."""
+        debian = DEBIAN_MIB if self.debian else 0
+        most = STAMP_MIB + self.used_mib(mem_mib) + debian + int(mem_mib * MEMMAP_SHARE)
+        return min(most, mem_mib) + QEMU_MIB
+
+    def prepare(self, guest: Guest) -> None:
+        """Bring a guest that has just booted into the state to be migrated."""
+        time.sleep(IDLE_SECONDS)
+        workload.stamp(guest, STAMP_MIB)
+
+    def start(self, guest: Guest, console: Console) -> None:
+        """Begin what goes on during the migration; returns when it is time for that."""
+
+    def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
+        """What came of it, at the destination."""
+        del guest, console, span
+        return {}
+
+    @property
+    def stamps(self) -> Tuple[str, ...]:
+        """The names of the memory that the guest checks at the destination."""
+        return ("default",)
+
+
+Idle = Workload
+
+
+@dataclass(frozen=True)
+class Freed(Workload):
+    """Memory that was written and is free again."""
+
+    percent: int = 75
+    guess: ClassVar[int] = 50
+
+    @property
+    def name(self) -> str:
+        return f"freed-{self.percent}"
+
+    @property
+    def about(self) -> str:
+        return f"{self.percent} % of the memory were written and freed"
+
+    def used_mib(self, mem_mib: int) -> int:
+        return mem_mib * self.percent // 100
+
+    def prepare(self, guest: Guest) -> None:
+        workload.dirty_and_free(guest, guest.spec.mem_mib * self.percent // 100)
+        super().prepare(guest)
+
+
+@dataclass(frozen=True)
+class Held(Workload):
+    """Memory that is in use, but for a share of it."""
+
+    free_percent: int = 0
+    guess: ClassVar[int] = 60
+
+    @property
+    def name(self) -> str:
+        return f"free-{self.free_percent}"
+
+    @property
+    def about(self) -> str:
+        return f"{self.free_percent} % of the memory are free, the rest holds data"
+
+    def used_mib(self, mem_mib: int) -> int:
+        return mem_mib * (100 - self.free_percent) // 100
+
+    def prepare(self, guest: Guest) -> None:
+        super().prepare(guest)
+        info = meminfo(guest)
+        wanted = info["MemFree"] - guest.spec.mem_mib * self.free_percent // 100
+        held = min(wanted, info["MemAvailable"] - RESERVE_MIB)
+        guest.agent.run(f"memstamp start --name held {max(held, 1)}", timeout=600)
+
+    @property
+    def stamps(self) -> Tuple[str, ...]:
+        return ("default", "held")
+
+
+@dataclass(frozen=True)
+class PageCache(Workload):
+    """Memory full of files that were read."""
+
+    data_disk: ClassVar[str] = "pagecache.ext4"
+    FILE_MIB: ClassVar[int] = 64
+    guess: ClassVar[int] = 45
+
+    @property
+    def name(self) -> str:
+        return "pagecache"
+
+    @property
+    def about(self) -> str:
+        return "the page cache is full of files"
+
+    def used_mib(self, mem_mib: int) -> int:
+        return mem_mib
+
+    def prepare(self, guest: Guest) -> None:
+        guest.agent.run("mkdir -p /mnt && mount -o ro -t ext4 /dev/vda /mnt")
+        files = guest.spec.mem_mib // self.FILE_MIB
+        guest.agent.run(f"cat $(ls /mnt/[0-9]* | head -n {files}) > /dev/null", timeout=600)
+        super().prepare(guest)
+
+
+@dataclass(frozen=True)
+class Compile(Workload):
+    """A part of the kernel is compiled; the guest moves in the middle of it."""
+
+    # Wait for its end, to know how long it took.
+    to_the_end: bool = False
+
+    debian: ClassVar[bool] = True
+    data_disk: ClassVar[str] = "compile.ext4"
+    data_writable: ClassVar[bool] = True
+    guess: ClassVar[int] = 60
+
+    # What is compiled, how many objects that makes, and after which one the guest moves.
+    TARGETS: ClassVar[str] = "lib/"
+    OBJECTS: ClassVar[int] = 85
+    OBJECT: ClassVar[str] = r"^  CC      \S+\.o"
+    SECONDS: ClassVar[int] = 900
+
+    @property
+    def name(self) -> str:
+        return "compile-whole" if self.to_the_end else "compile"
+
+    @property
+    def about(self) -> str:
+        return "a part of the kernel is being compiled" + (
+            ", from its begin to its end" if self.to_the_end else ""
+        )
+
+    @property
+    def middle(self) -> int:
+        """How many objects have been begun when the guest moves."""
+        return self.OBJECTS // (2 if self.to_the_end else 4)
+
+    def command(self) -> str:
+        """Compiles, on the console."""
+        make = f"make -C /mnt/linux ARCH=i386 -j4 {self.TARGETS}"
+        return f"echo compile begin; {make}; echo compile end $?"
+
+    def prepare(self, guest: Guest) -> None:
+        guest.agent.run("mkdir -p /mnt && mount /dev/vdb /mnt")
+        super().prepare(guest)
+
+    def start(self, guest: Guest, console: Console) -> None:
+        on_console(guest, self.command())
+        console.wait(self.OBJECT, guest, self.SECONDS, count=self.middle)
+
+    def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
+        if not self.to_the_end:
+            return {}
+        ended, match = console.wait(r"compile end (\d+)", guest, self.SECONDS)
+        begun = console.find("compile begin")
+        if match[1] != "0" or not begun:
+            raise GuestError(
+                f"{guest.name}: the kernel did not compile: make ended with {match[1]}"
+            )
+        points = [Point(when, 1) for when, _ in console.matches(self.OBJECT)]
+        return {"compile_s": ended - begun[0], **throughput.judge(points, span)}
+
+
+@dataclass(frozen=True)
+class Fragmented(Compile):
+    """A guest that compiled for a while and is idle now."""
+
+    guess: ClassVar[int] = 150
+
+    @property
+    def name(self) -> str:
+        return "fragmented"
+
+    @property
+    def about(self) -> str:
+        return "idle, after a part of the kernel was compiled"
+
+    def prepare(self, guest: Guest) -> None:
+        super().prepare(guest)
+        guest.agent.run(f"({self.command()}) > /run/make.log 2>&1", self.SECONDS)
+        if guest.agent.exec('grep -q "compile end 0" /run/make.log')[0]:
+            raise GuestError(f"{guest.name}: the kernel did not compile")
+        time.sleep(5 * IDLE_SECONDS)
+
+    def start(self, guest: Guest, console: Console) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Working(Workload):
+    """A program that tells how it gets on runs through the migration."""
+
+    # How long it would run: longer than anybody watches.
+    SECONDS: ClassVar[int] = 900
+    LEAD_SECONDS: ClassVar[float] = throughput.BEFORE_SECONDS + 3
+    guess: ClassVar[int] = 45
+
+    def command(self) -> str:
+        """Starts the program."""
+        raise NotImplementedError
+
+    def points(self, console: Console) -> List[Point]:
+        """What it told."""
+        raise NotImplementedError
+
+    def start(self, guest: Guest, console: Console) -> None:
+        on_console(guest, self.command())
+        deadline = time.monotonic() + 60
+        while not self.points(console):
+            if time.monotonic() > deadline:
+                raise GuestError(f"{guest.name}: {self.name} does not work: {guest.console.tail()}")
+            time.sleep(0.05)
+        time.sleep(self.LEAD_SECONDS)
+
+    def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
+        time.sleep(max(throughput.enough_after(span) - time.monotonic(), 0))
+        return throughput.judge(self.points(console), span)
+
+
+@dataclass(frozen=True)
+class AllocLoop(Working):
+    """Takes memory and gives it back."""
+
+    # Of the guest's memory.
+    share: float = 0.25
+    LINE: ClassVar[str] = r"alloc ms=\d+ ops=(\d+) p50=\d+ p99=(\d+) max=\d+$"
+
+    @property
+    def name(self) -> str:
+        return "allocloop"
+
+    @property
+    def about(self) -> str:
+        return "a program takes memory from the allocator and gives it back"
+
+    def used_mib(self, mem_mib: int) -> int:
+        return int(mem_mib * self.share)
+
+    def prepare(self, guest: Guest) -> None:
+        guest.agent.run(f"echo {int(guest.spec.mem_mib * self.share)} > /run/hold")
+        super().prepare(guest)
+
+    def command(self) -> str:
+        return f"allocloop {self.SECONDS} $(cat /run/hold)"
+
+    def points(self, console: Console) -> List[Point]:
+        return [
+            Point(when, float(match[1]), float(match[2]) / 1000)
+            for when, match in console.matches(self.LINE)
+        ]
+
+
+@dataclass(frozen=True)
+class SysbenchTest:
+    """One of sysbench's tests: its options, and what it tells each second."""
+
+    options: str
+    # Groups: operations per second, and the 99th percentile in ms if it tells one.
+    line: str
+    prepare: str = ""
+
+
+_EVENTS = r"\[ \d+s \] thds: \d+ eps: ([\d.]+) lat \(ms,99%\): ([\d.]+)"
+_FILES = "--file-total-size=512M --file-num=8 --file-test-mode=rndrw"
+
+SYSBENCH: Mapping[str, SysbenchTest] = {
+    "memory": SysbenchTest("memory --memory-total-size=1000T", r"\[ \d+s \] ([\d.]+) MiB/sec()"),
+    "cpu": SysbenchTest("cpu", _EVENTS),
+    "fileio": SysbenchTest(
+        f"fileio {_FILES}",
+        r"\[ \d+s \] reads: ([\d.]+) MiB/s writes: [\d.]+ MiB/s .* latency \(ms,99%\): ([\d.]+)",
+        f"cd /root && sysbench fileio {_FILES} prepare",
+    ),
+    "threads": SysbenchTest("threads", _EVENTS),
+}
+
+
+@dataclass(frozen=True)
+class Sysbench(Working):
+    """One of sysbench's tests."""
+
+    test: str = "cpu"
+    debian: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"sysbench-{self.test}"
+
+    @property
+    def about(self) -> str:
+        return f"sysbench's test {self.test} goes on"
+
+    def used_mib(self, mem_mib: int) -> int:
+        return 600 if self.test == "fileio" else 100
+
+    def prepare(self, guest: Guest) -> None:
+        if SYSBENCH[self.test].prepare:
+            guest.agent.run(SYSBENCH[self.test].prepare, timeout=300)
+        super().prepare(guest)
+
+    def command(self) -> str:
+        return (
+            f"cd /root; sysbench {SYSBENCH[self.test].options} --threads=4 --time={self.SECONDS} "
+            "--events=0 --report-interval=1 --percentile=99 run"
+        )
+
+    def points(self, console: Console) -> List[Point]:
+        return [
+            Point(when, float(match[1]), float(match[2]) * 1000 if match[2] else None)
+            for when, match in console.matches(SYSBENCH[self.test].line)
+        ]
+
+
+def on_console(guest: Guest, command: str) -> None:
+    """Start a command that writes to the console, and let it run."""
+    guest.agent.run(f"setsid sh -c '{command}' > /dev/ttyS0 2>&1 &")
+
+
+def meminfo(guest: Guest) -> Dict[str, int]:
+    """The guest's /proc/meminfo, in MiB."""
+    words = [line.split() for line in guest.agent.run("cat /proc/meminfo").splitlines()]
+    return {line[0].rstrip(":"): int(line[1]) // 1024 for line in words if len(line) == 3}
+
+
+def buddyinfo(guest: Guest) -> List[int]:
+    """The guest's free blocks of each order, over all zones."""
+    lines = guest.agent.run("cat /proc/buddyinfo").splitlines()
+    return [sum(int(count) for count in order) for order in zip(*(ln.split()[4:] for ln in lines))]
+
+
+def max_order_share(blocks: List[int]) -> Optional[float]:
+    """How much of the free memory is in blocks of the largest order."""
+    pages: Tuple[int, ...] = tuple(count << order for order, count in enumerate(blocks))
+    return pages[-1] / sum(pages) if sum(pages) else None

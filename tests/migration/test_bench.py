@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The benchmarks say what was measured: their statistics, their plan, their report."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "bench"))
+# pylint: disable=wrong-import-position
+from livebench import engine, floor, plan, report, statistics, summary, throughput  # noqa: E402
+from livebench.modes import MODES, Mode  # noqa: E402
+from livebench.scenarios import SCENARIOS, Scenario, Target, matching  # noqa: E402
+from livebench.store import Store  # noqa: E402
+from livemig.errors import LivemigError  # noqa: E402
+
+IDLE = SCENARIOS["idle-8g"]
+ISSUE_FIELDS = "scenario mode runs median_ms ratio_legacy ratio_stock ratio_floor".split()
+
+
+def canned(scenario: Scenario, mode: Mode, index: int, total_ms: float) -> Dict[str, Any]:
+    """A run as engine.run() returns it."""
+    raw = {"status": "completed", "total-time": total_ms, "downtime": 5}
+    raw["ram"] = {"transferred": 1 << 27, "normal": 30000, "duplicate": 40000}
+    raw["ram"]["dirty-sync-count"] = 3
+    if mode.name == "array":
+        raw["free-page-hint"] = {"state": "ended", "arrays": 1, "blocks": 9, "ask-to-end": 9000}
+    series = [{"when": t / 10, "ops": 9.0, "p99_us": 30.0} for t in range(-60, 100)]
+    phase = {"rate": 90.0, "kept": 1.0, "p99_us": 30.0, "worst_p99_us": 31.0}
+    work = {"before": phase, "during": phase, "window": phase, "series": series}
+    facts = {"meminfo_mib": {"MemFree": 7000}, "free_max_order_mib": 6900, "hint": {}}
+    run: Dict[str, Any] = {
+        "format": engine.FORMAT,
+        "date": "2025-01-01T00:00:00+00:00",
+        "scenario": {
+            "name": scenario.name,
+            "about": scenario.about,
+            "workload": {"name": scenario.workload.name},
+            "mem_mib": scenario.mem_mib,
+            "guests": scenario.guests,
+            "gbit": scenario.gbit,
+            "multifd": scenario.multifd,
+        },
+        "mode": {"name": mode.name, "floor": mode.floor},
+        "index": index,
+        "host": {
+            "cpu": "a processor",
+            "cpus": 2,
+            "memory_mib": 1000,
+            "kernel": "6.1",
+            "load": [0.5, 0.5, 0.5],
+            "hypervisor": True,
+        },
+        "versions": {"qemu": "QEMU", "qemu_stamp": "", "kernel_stamp": "", "commit": "abc"},
+        "command_lines": {"source": ["qemu"], "destination": ["qemu"]},
+        "migration": [raw],
+        "all_ms": total_ms,
+        "samples": [
+            [
+                {"ms": ms, "round": 1 + ms // 60, "normal": ms, "zero": ms, "sent": 0, "left": 0}
+                for ms in range(0, int(total_ms), 50)
+            ]
+        ],
+        "guest_before": [facts],
+        "guest_after": [facts],
+        "rss_mib": {
+            "before": {"source": 200.0, "destination": 40.0},
+            "after": {"source": 201.0, "destination": 99.0},
+        },
+        "workload": [work if scenario.workload.name == "allocloop" else {}],
+        "verified": None if mode.floor else True,
+        "wrong": [],
+        "seconds": 12.5,
+    }
+    run["metrics"] = engine.metrics(run)
+    return run
+
+
+class Runner:
+    """Stands in for engine.run(): hands out canned runs and notes what it was asked for."""
+
+    def __init__(self, on_call: Optional[Callable[[int], None]] = None):
+        self.calls: List[Tuple[str, str, int]] = []
+        self._on_call = on_call
+
+    def __call__(self, scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any]:
+        del logs
+        self.calls.append((scenario.name, mode.name, index))
+        if self._on_call:
+            self._on_call(len(self.calls))
+        return canned(scenario, mode, index, 100.0 + index)
+
+
+def steps(runs: int = 2, modes: Tuple[str, ...] = ("legacy", "array", "floor")) -> List[plan.Step]:
+    """A small plan."""
+    return plan.order([plan.Work(IDLE, modes, runs), plan.Work(SCENARIOS["idle-1g"], modes, 1)])
+
+
+def files(store: Store) -> List[str]:
+    """What a store has on the disk."""
+    return sorted(str(p.relative_to(store.directory)) for p in store.directory.rglob("*.*"))
+
+
+def test_statistics_are_right() -> None:
+    """Median, quartiles and the rank test give the values of the textbook."""
+    spread = statistics.Spread.from_values([5, 1, 4, 2, 3])
+    assert (spread.low, spread.first_quartile, spread.median) == (1, 2, 3)
+    assert (spread.third_quartile, spread.high, spread.runs) == (4, 5, 5)
+    # Of the 70 ways to rank 4 + 4 values, two are as extreme as this one.
+    assert statistics.p_value([1, 2, 3, 4], [5, 6, 7, 8]) == pytest.approx(2 / 70)
+    assert statistics.p_value([1, 2, 3, 4], [1, 2, 3, 4]) == pytest.approx(1)
+    assert statistics.p_value([1, 2, 3], [5, 6, 7]) is None
+    assert statistics.ratio([1, 2, 9], [4, 4, 5]) == 0.5
+    assert statistics.ratio([], [1]) is None
+
+
+def test_matrix_is_sound() -> None:
+    """Every scenario has modes that exist, its targets are about them, and no two share a name."""
+    for name, scenario in SCENARIOS.items():
+        assert name == scenario.name
+        assert set(scenario.quick) <= set(scenario.modes) <= set(MODES)
+        for target in scenario.targets:
+            assert {target.mode, target.against or target.mode} <= set(scenario.modes), name
+    assert len(SCENARIOS) == len({str(scenario) for scenario in SCENARIOS.values()})
+    assert {s.name for s in matching(["freed-*-8g", "idle-1g"][1:])} == {"idle-1g"}
+    assert {s.name for s in matching(["freed-5*"])} >= {"freed-50-8g"}
+    with pytest.raises(KeyError):
+        matching(["no-such-scenario"])
+
+
+def test_modes_are_interleaved() -> None:
+    """All modes run once before any runs again, and no mode is always the first."""
+    turn = [(s.index, s.mode.name) for s in plan.order([plan.Work(IDLE, ("legacy", "array"), 3)])]
+    assert turn == [
+        (1, "legacy"),
+        (1, "array"),
+        (2, "array"),
+        (2, "legacy"),
+        (3, "legacy"),
+        (3, "array"),
+    ]
+
+
+def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was run is not run again, unless the build has changed or it is asked for."""
+    store, runner = Store(tmp_path), Runner()
+    assert plan.carry_out(steps(1), store, False, runner) == 0
+    assert len(runner.calls) == len(steps(1))
+    plan.carry_out(steps(2), store, False, runner)
+    assert len(runner.calls) == len(steps(2))
+    assert len(set(runner.calls)) == len(runner.calls)
+    plan.carry_out(steps(2), store, True, runner)
+    assert len(runner.calls) == 2 * len(steps(2))
+    monkeypatch.setattr(plan.engine.hostinfo, "stamp", lambda build: "new" * (build == "qemu-ours"))
+    plan.carry_out(steps(2, ("array",)), store, False, runner)
+    assert len(runner.calls) == 2 * len(steps(2)) + len(steps(2, ("array",)))
+
+
+def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C leaves the runs that were complete, no half file, and the rest for the next time."""
+
+    def interrupt(call: int) -> None:
+        if call == 3:
+            raise KeyboardInterrupt
+
+    store, runner = Store(tmp_path), Runner(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        plan.carry_out(steps(), store, False, runner)
+    assert len(files(store)) == 2
+    with pytest.raises(TypeError):
+        store.save(IDLE, MODES["array"], 9, {"not": {"JSON"}})
+    assert len(files(store)) == 2
+    again = Runner()
+    plan.carry_out(steps(), store, False, again)
+    assert len(again.calls) == len(steps()) - 2
+    assert len(files(store)) == len(steps())
+
+
+def test_half_file_of_another_is_no_run(tmp_path: Path) -> None:
+    """A file that is cut short, or is something else, counts as a run that was not made."""
+    store = Store(tmp_path)
+    plan.carry_out(steps(1), store, False, Runner())
+    path = store.path(IDLE, MODES["array"], 1)
+    path.write_text(path.read_text()[:100])
+    store.path(IDLE, MODES["floor"], 1).write_text("[]")
+    assert len(store.runs()) == len(steps(1)) - 2
+    again = Runner()
+    plan.carry_out(steps(1), store, False, again)
+    assert {mode for _, mode, _ in again.calls} == {"array", "floor"}
+
+
+def test_failed_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that fails is told in one line, the others are made, and it is tried the next time."""
+
+    def fail(call: int) -> None:
+        if call == 2:
+            raise LivemigError("the guest did not boot")
+
+    store = Store(tmp_path)
+    assert plan.carry_out(steps(1), store, False, Runner(fail)) == 1
+    assert len(store.runs()) == len(steps(1)) - 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "the guest did not boot" in errors
+    again = Runner()
+    assert plan.carry_out(steps(1), store, False, again) == 0
+    assert len(again.calls) == 1
+
+
+def test_summary(tmp_path: Path) -> None:
+    """A row has what was agreed, with ratios of medians; targets are judged by them."""
+    store = Store(tmp_path)
+    for index, (legacy, array, least) in enumerate(
+        [(100, 20, 10), (200, 30, 20), (300, 90, 15)], 1
+    ):
+        for name, total in ("legacy", legacy), ("array", array), ("floor", least):
+            mode = MODES[name]
+            store.save(IDLE, mode, index, canned(IDLE, mode, index, total))
+    rows = summary.table(store.runs())
+    assert all(list(row)[: len(ISSUE_FIELDS)] == ISSUE_FIELDS for row in rows)
+    row = next(row for row in rows if row["mode"] == "array")
+    assert [row[name] for name in ISSUE_FIELDS] == ["idle-8g", "array", 3, 30, 0.15, None, 2]
+    assert row["medians"]["ask_to_end_ms"] == 9
+    found = {item["target"]: item["reached"] for item in summary.targets(store.runs())}
+    # None of the runs is of the mode that the third target is against.
+    assert found == {
+        "array: total_ms ≤ 0.28 × legacy": True,
+        "array: total_ms ≤ 1.15 × floor": False,
+    }
+    assert Target(0.95, "legacy", at_least=True).reached(0.96)
+
+
+def test_report_is_one_file(tmp_path: Path) -> None:
+    """The report renders from runs of all kinds, holds its figures, and refers to nothing else."""
+    store = Store(tmp_path)
+    for name in ("idle-1g", "idle-8g", "idle-64g", "freed-75-8g", "allocloop-4g", "idle-4g"):
+        for index in range(1, 5):
+            for mode in ("legacy", "stock-hints", "array", "floor"):
+                run = canned(SCENARIOS[name], MODES[mode], index, 150.0 + index * len(mode))
+                store.save(SCENARIOS[name], MODES[mode], index, run)
+    row = {"what": "walk", "value": 1.5, "unit": "ns", "digits": 1}
+    target = {"target": "fast", "value": 1.5, "reached": True, "runs": 1}
+    (tmp_path / "micro.json").write_text(json.dumps({"rows": [row], "targets": [target]}))
+    page = report.make(store)
+    assert page
+    text = page.read_text(encoding="utf-8")
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', text)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "12 TiB (extrapolated)" in text and "not reached" in text
+    names = {path.stem for path in tmp_path.glob("*.png")}
+    assert {"total-idle", "ratio-floor", "scaling-cost", "pages-idle-8g"} <= names
+    assert "throughput-allocloop-4g" in names
+    assert json.loads((tmp_path / "summary.json").read_text())[0]["scenario"] == "idle-8g"
+
+
+def test_throughput() -> None:
+    """Rates are told from point to point, so that no part of an interval counts for another."""
+    points = [throughput.Point(t / 2, 10 if t <= 20 else 5, 100.0 + t) for t in range(41)]
+    span = throughput.Span(10.1, 12.0)
+    result = throughput.judge(points, span)
+    assert result["before"]["rate"] == pytest.approx(20)
+    assert result["during"]["kept"] == pytest.approx(0.5)
+    assert result["window"]["rate"] == pytest.approx(10)
+    assert result["during"]["worst_p99_us"] == 125
+    assert throughput.rate(points, 50, 60) is None
+
+
+def test_floor_joins_runs() -> None:
+    """Runs of free pages are joined to as few as there can be, whatever their order."""
+    runs = {"pc.ram": [(8, 4), (0, 4), (4, 4), (20, 4), (22, 1)]}
+    assert floor.join(runs) == {"pc.ram": [(0, 12), (20, 4)]}
+
+
+def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run bench/bench."""
+    command = [str(REPO / "bench" / "bench"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    """What a user gets wrong is told in one line, without a traceback."""
+    for arguments in (["run", "--scenario", "no-such"], ["report", "--out", str(tmp_path)]):
+        done = bench(*arguments)
+        assert done.returncode and done.stderr.startswith("bench: error: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_one_run(tmp_path: Path) -> None:
+    """A small guest is booted, moved, checked and reported, and not a second time."""
+    arguments = ["run", "--scenario", "idle-8g", "--mode", "array", "--mem", "512M", "--vcpus", "1"]
+    arguments += ["--runs", "1", "--out", str(tmp_path)]
+    done = bench(*arguments)
+    assert done.returncode == 0, done.stderr
+    (run,) = Store(tmp_path).runs()
+    assert run["verified"] and run["metrics"]["hint_blocks"] > 0 and run["samples"][0]
+    assert str(Path.home()) not in json.dumps(run)
+    assert "1 of 1 runs are there already" in bench(*arguments).stdout
