@@ -165,6 +165,17 @@ def move(lab: Lab, source: Guest, **changes: Any) -> Guest:
 # Tests
 
 
+def assert_arrives(oracle: Oracle, source: Guest) -> None:
+    """Migrate with hints: nothing is lost, and the destination's kernel has no complaint."""
+    destination = oracle.arrival()
+    # Churn takes free memory back while it is hinted.
+    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB // 2 * MIB)
+    oracle.check()
+    assert_intact(destination)
+    assert_goes_on(destination)
+    assert_watched(destination)
+
+
 def test_debug_kernel(lab: Lab) -> None:
     """A guest kernel that watches itself finds nothing wrong with reports and what is around."""
     with Oracle(lab, DEBUG) as oracle:
@@ -174,13 +185,7 @@ def test_debug_kernel(lab: Lab) -> None:
         start_churn(source)
         for _ in range(2 * REPEAT):
             assert ask(source).reason is None
-        destination = oracle.arrival()
-        # Churn takes free memory back while it is hinted.
-        assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB // 2 * MIB)
-        oracle.check()
-        assert_intact(destination)
-        assert_goes_on(destination)
-        assert_watched(destination)
+        assert_arrives(oracle, source)
 
 
 # What goes on in the guest while it is asked: until there is /tmp/enough.
@@ -301,12 +306,7 @@ def test_kexec(lab: Lab) -> None:
         prepare(source)
         start_churn(source)
         assert_works(source)
-        destination = oracle.arrival()
-        assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB // 2 * MIB)
-        oracle.check()
-        assert_intact(destination)
-        assert_goes_on(destination)
-        assert_watched(destination)
+        assert_arrives(oracle, source)
 
 
 def fall_asleep(guest: Guest) -> None:
