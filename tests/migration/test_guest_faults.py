@@ -162,9 +162,6 @@ def move(lab: Lab, source: Guest, **changes: Any) -> Guest:
     return destination
 
 
-# Tests
-
-
 def assert_arrives(oracle: Oracle, source: Guest) -> None:
     """Migrate with hints: nothing is lost, and the destination's kernel has no complaint."""
     destination = oracle.arrival()
@@ -174,6 +171,9 @@ def assert_arrives(oracle: Oracle, source: Guest) -> None:
     assert_intact(destination)
     assert_goes_on(destination)
     assert_watched(destination)
+
+
+# Tests
 
 
 def test_debug_kernel(lab: Lab) -> None:
