@@ -200,8 +200,10 @@ def test_no_qemu_is_left(tmp_path: Path, number: int) -> None:
         "demo.main = main\n"
         "cli.run('demo')\n"
     )
+    # What runs the tests may ignore signals, as nohup does, and so would all that they start.
+    command = ["env", "--default-signal", sys.executable, script]
     with subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
         assert process.stdout
         pid = int(process.stdout.readline())
