@@ -29,6 +29,8 @@ logging.getLogger("qemu").setLevel(logging.CRITICAL)
 Event = Dict[str, Any]
 
 BOOT_SECONDS = 120
+# No command takes as long, but for one that waits for what will not happen.
+MONITOR_SECONDS = 300
 # How long to wait for an event before looking whether the QEMU is still alive.
 LIVENESS_SECONDS = 0.5
 
@@ -121,6 +123,8 @@ class Guest:
             self.console.close()
             self._agent_port.close()
             raise GuestError(f"{self.name}: QEMU does not start: {self.qemu_output()}") from err
+        # pylint: disable-next=protected-access
+        self._machine._qmp.settimeout(MONITOR_SECONDS)
         self.console.connected()
         self._agent_port.connected()
 
@@ -281,6 +285,10 @@ class Guest:
         """Run a QMP command with the arguments of a dictionary, return its result."""
         try:
             return self.machine.cmd(command, arguments)
+        except asyncio.TimeoutError as err:
+            raise GuestError(
+                f"{self.name}: {command}: no answer within {MONITOR_SECONDS} s"
+            ) from err
         except QMPError as err:
             if self.machine.is_running():
                 raise GuestError(f"{self.name}: {command}: {err}") from err

@@ -15,8 +15,8 @@ import pytest
 from checks import INIT_ON_FREE, SMALL, WITH_HINTS, assert_hints_used
 from conftest import Lab
 
-from livemig import demo, host, memory, paths, report, workload
-from livemig.errors import GuestError
+from livemig import demo, guest, host, memory, paths, report, workload
+from livemig.errors import GuestError, MigrationError
 from livemig.guest import Guest
 from livemig.migration import MigrationResult, migrate
 from livemig.spec import MODES
@@ -165,6 +165,16 @@ def test_trace_event_is_the_one_that_qemu_has() -> None:
         text = re.sub(r'%" PRI[xu]64( "|)', "400", found[1]).replace('"', "")
         assert line.search(f"{event} {text.replace('%s', 'pc.ram')}")
     assert f"\n+{memory.HINT_EVENT}(" in hooks
+
+
+def test_monitor_that_does_not_answer(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QEMU that hangs fails a test, and does not hold it up for ever."""
+    monkeypatch.setattr(guest, "MONITOR_SECONDS", 1)
+    hangs = lab.launch(SMALL, "hangs")
+    assert hangs.pid
+    os.kill(hangs.pid, signal.SIGSTOP)
+    with pytest.raises(GuestError, match="hangs: query-status: no answer within 1 s"):
+        hangs.qmp("query-status")
 
 
 def test_guest_that_does_not_boot(lab: Lab) -> None:
