@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Compares the memory of the source and of the destination of a migration, byte by byte.
 
-Both guests keep their memory in files (GuestSpec.mem_file). The source has stopped for good and
-the destination has not started yet: all pages must be equal, but for those that a hint took out
-of the migration and that were not written since.
+The source has stopped for good and the destination has not started yet: all pages of all blocks of
+RAM must be equal, but for those that a hint took out of the migration and that were not written
+since.
 """
 
 import contextlib
@@ -12,31 +12,64 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 import numpy as np
 
-from livemig.errors import MigrationError
+from livemig.errors import GuestError, MigrationError
+from livemig.guest import Guest
 
 PAGE_BYTES = 4096
 CHUNK_PAGES = 16384
 
 # What the source's trace log says, when the migration has ended, about each run of pages that were
-# kept from the destination: hinted, and not written since. The block's name tells the guest's RAM
-# from other memory (video, firmware).
+# kept from the destination: hinted, and not written since.
 # A spec that is to be compared has them in its `trace`.
 KEPT_EVENTS = "free_page_hint_kept*"
 # One for each run of pages that a hint took out, when that happens.
 HINT_EVENT = "free_page_hint_apply"
+# What stands before an event if messages have times, as libvirt wants it.
+TIME = r"(?:\d+@[\d.]+:)?"
 KEPT_LINE = re.compile(
-    r"^free_page_hint_kept block '(?P<block>[^']*)' first (?P<first>0x[0-9a-f]+)"
+    rf"^{TIME}free_page_hint_kept block '(?P<block>[^']*)' first (?P<first>0x[0-9a-f]+)"
     r" pages (?P<pages>0x[0-9a-f]+)$",
     re.MULTILINE,
 )
-KEPT_ALL_LINE = re.compile(r"^free_page_hint_kept_all \d+ pages$", re.MULTILINE)
+KEPT_ALL_LINE = re.compile(rf"^{TIME}free_page_hint_kept_all \d+ pages$", re.MULTILINE)
 LOG_SECONDS = 60
 
+# A line of "info ramblock": name, page size, offset, used, total, host address, ro or rw.
+BLOCK_LINE = re.compile(
+    r"^ *(?P<name>\S+) +\d+ .iB +0x[0-9a-f]+ +(?P<used>0x[0-9a-f]+) +0x[0-9a-f]+"
+    r" +(?P<address>0x[0-9a-f]+) ",
+    re.MULTILINE,
+)
+
+# For each page of a block of RAM, whether something is true of it; and that for all blocks by name.
 Mask = np.ndarray[Tuple[int], np.dtype[np.bool_]]
+Masks = Dict[str, Mask]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a guest's RAM, as a part of a file: the memory of its QEMU."""
+
+    path: Path
+    offset: int
+    pages: int
+
+
+def ram_blocks(guest: Guest) -> Dict[str, Block]:
+    """The blocks of a guest's RAM by name, firmware and video memory among them."""
+    memory = Path(f"/proc/{guest.pid}/mem")
+    lines = guest.hmp("info ramblock").replace("\r", "")
+    blocks = {
+        match["name"]: Block(memory, int(match["address"], 0), int(match["used"], 0) // PAGE_BYTES)
+        for match in BLOCK_LINE.finditer(lines)
+    }
+    if len(blocks) != len(lines.splitlines()) - 1:
+        raise GuestError(f"{guest.name}: cannot tell the blocks of RAM from this:\n{lines}")
+    return blocks
 
 
 @contextlib.contextmanager
@@ -54,8 +87,8 @@ class Comparison:
     pages: int
     kept: int
     different: int
-    # Numbers of pages that differ and were not kept back on purpose: lost.
-    lost: Tuple[int, ...]
+    # Blocks and numbers of pages that differ and were not kept back on purpose: lost.
+    lost: Tuple[Tuple[str, int], ...]
 
 
 def _finished_log(trace_log: Path, start: int) -> str:
@@ -69,48 +102,64 @@ def _finished_log(trace_log: Path, start: int) -> str:
     raise MigrationError(f"{trace_log} does not tell which pages were kept back")
 
 
-def kept_pages(trace_log: Path, pages: int, start: int = 0) -> Mask:
-    """Which pages of the guest's RAM were kept from the destination of the last migration.
+def kept_pages(trace_log: Path, blocks: Mapping[str, Block], start: int = 0) -> Masks:
+    """Which pages of a guest's RAM were kept from the destination of the last migration.
 
     The log is read from an offset, which lies before the migration's start.
     """
-    kept = np.zeros(pages, dtype=bool)
+    kept = {name: np.zeros(block.pages, dtype=bool) for name, block in blocks.items()}
     text = _finished_log(trace_log, start)
     ends = [match.end() for match in KEPT_ALL_LINE.finditer(text)]
     for match in KEPT_LINE.finditer(text, ends[-2] if len(ends) > 1 else 0):
-        if match["block"].endswith("pc.ram"):
-            first, count = int(match["first"], 0), int(match["pages"], 0)
-            kept[first : first + count] = True
+        first, count = int(match["first"], 0), int(match["pages"], 0)
+        kept[match["block"]][first : first + count] = True
     return kept
 
 
-def different_pages(source: Path, destination: Path) -> Mask:
-    """Which pages of two memory files differ."""
-    pages = source.stat().st_size // PAGE_BYTES
-    different = np.zeros(pages, dtype=bool)
-    # Read, not mapped: reading a hole of a file in memory this way does not fill it.
-    with open(source, "rb") as one, open(destination, "rb") as other:
-        for start in range(0, pages, CHUNK_PAGES):
+def _different(one: Block, other: Block) -> Mask:
+    different = np.zeros(one.pages, dtype=bool)
+    with open(one.path, "rb") as here, open(other.path, "rb") as there:
+        here.seek(one.offset)
+        there.seek(other.offset)
+        for start in range(0, one.pages, CHUNK_PAGES):
+            count = min(CHUNK_PAGES, one.pages - start) * PAGE_BYTES
             left, right = (
-                np.frombuffer(file.read(CHUNK_PAGES * PAGE_BYTES), dtype=np.uint64)
-                for file in (one, other)
+                np.frombuffer(file.read(count), dtype=np.uint64) for file in (here, there)
             )
             differs = (left != right).reshape(-1, PAGE_BYTES // 8).any(axis=1)
             different[start : start + len(differs)] = differs
     return different
 
 
-def judge(different: Mask, kept: Mask) -> Comparison:
+def different_pages(source: Mapping[str, Block], destination: Mapping[str, Block]) -> Masks:
+    """Which pages of two guests' RAM differ. The blocks must have the same names and sizes."""
+    sizes = [{name: block.pages for name, block in of.items()} for of in (source, destination)]
+    if sizes[0] != sizes[1]:
+        raise MigrationError(f"source and destination have other RAM: {sizes[0]} and {sizes[1]}")
+    return {name: _different(block, destination[name]) for name, block in source.items()}
+
+
+def judge(different: Masks, kept: Masks) -> Comparison:
     """Which of the pages that differ were not kept back on purpose."""
+    lost = {
+        name: np.flatnonzero(mask & ~kept[name] if name in kept else mask)[:20]
+        for name, mask in different.items()
+    }
     return Comparison(
-        pages=len(different),
-        kept=int(kept.sum()),
-        different=int(different.sum()),
-        lost=tuple(int(page) for page in np.flatnonzero(different & ~kept)[:20]),
+        pages=sum(len(mask) for mask in different.values()),
+        kept=sum(int(mask.sum()) for mask in kept.values()),
+        different=sum(int(mask.sum()) for mask in different.values()),
+        lost=tuple((name, int(page)) for name, pages in lost.items() for page in pages),
     )
 
 
-def compare(source: Path, destination: Path, trace_log: Path, start: int = 0) -> Comparison:
-    """Compare two memory files, given the trace log of the source (from an offset)."""
-    different = different_pages(source, destination)
-    return judge(different, kept_pages(trace_log, len(different), start))
+def compare(
+    source: Guest, destination: Guest, *, start: int = 0, kept: Optional[Masks] = None
+) -> Comparison:
+    """Compare the RAM of two guests, after the last migration of the source.
+
+    Which pages were kept back is in the source's trace log, from an offset, or is given.
+    """
+    blocks = ram_blocks(source)
+    different = different_pages(blocks, ram_blocks(destination))
+    return judge(different, kept or kept_pages(source.trace_log, blocks, start))

@@ -131,11 +131,11 @@ def test_every_way(lab: Lab, totals: Counter[str]) -> None:
     """No write is lost in hundreds of migrations, in all ways in turn, with and without arrays."""
     ways = itertools.cycle(WAYS.items())
     for number, balloon in zip(range(0, MIGRATIONS, PER_GUEST), itertools.cycle(BALLOONS)):
-        with Oracle(lab, GUEST.but(balloon=balloon)) as oracle:
-            journey = Journey(oracle, totals)
-            for name, way in itertools.islice(ways, min(PER_GUEST, MIGRATIONS - number)):
-                journey.move(way, name)
-            journey.here.close()
+        oracle = Oracle(lab, GUEST.but(balloon=balloon))
+        journey = Journey(oracle, totals)
+        for name, way in itertools.islice(ways, min(PER_GUEST, MIGRATIONS - number)):
+            journey.move(way, name)
+        journey.here.close()
     assert totals["migrations"] == MIGRATIONS
     # The premise: the guest took back and wrote what it had hinted.
     assert totals["redirtied_mib"] > 0
@@ -143,10 +143,10 @@ def test_every_way(lab: Lab, totals: Counter[str]) -> None:
 
 def test_there_and_back(lab: Lab, totals: Counter[str]) -> None:
     """A guest that goes there and back many times keeps all that it has, and hints each time."""
-    with Oracle(lab, GUEST) as oracle:
-        journey = Journey(oracle, totals)
-        for _ in range(TRIPS):
-            for about in ("there", "back"):
-                journey.move(WAYS["plain"], about)
+    oracle = Oracle(lab, GUEST)
+    journey = Journey(oracle, totals)
+    for _ in range(TRIPS):
+        for about in ("there", "back"):
+            journey.move(WAYS["plain"], about)
     assert totals["migrations"] == 2 * TRIPS
     assert totals["redirtied_mib"] > 0

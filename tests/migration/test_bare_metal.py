@@ -183,7 +183,7 @@ def test_writes_survive_whenever_they_come(lab: Lab, measured: Dict[str, Any], c
         result = let_go(guest.source, destination)
 
         lost = {part: guest.lost(part) for part in PARTS}
-        differs = memory.compare(*guest.files, guest.source.trace_log)
+        differs = memory.compare(guest.source, destination)
         redirtied = hints_of(result).redirtied_bytes
         measured.update(clears=clears, rounds=result.rounds, lost=lost, redirtied=redirtied)
         free = len(pages_of("free"))

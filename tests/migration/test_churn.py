@@ -44,36 +44,36 @@ def test_memory_survives_churn(
 ) -> None:
     """Pages rewritten, freed and taken back during migrations there and back arrive as written."""
     mode = MODES[mode_name]
-    with Oracle(lab, SMALL.for_mode(mode).but(cmdline=cmdline)) as oracle:
-        here = oracle.boot()
-        workload.dirty_and_free(here, 256)
-        workload.stamp(here, 32)
-        start_churn(here)
+    oracle = Oracle(lab, SMALL.for_mode(mode).but(cmdline=cmdline))
+    here = oracle.boot()
+    workload.dirty_and_free(here, 256)
+    workload.stamp(here, 32)
+    start_churn(here)
 
-        redirtied = 0
-        for hop in range(2):
-            before = assert_intact(here, "churn")
-            there = oracle.arrival()
-            result = migrate_in_rounds(here, there, mode)
-            seen = oracle.check()
-            here = oracle.move_on()
-            assert_intact(here)
-            after = assert_goes_on(here)
-            # The premise: the guest wrote all the while, or there would have been one round.
-            assert result.rounds >= ROUNDS
-            hints = hints_of(result)
-            assert (hints.reason is None) == (mode_name != "none")
-            redirtied += hints.redirtied_bytes
-            measured[f"hop-{hop}"] = {
-                "rounds": result.rounds,
-                "reallocs": after.reallocs - before.reallocs,
-                "skipped": hints.skipped_bytes,
-                "redirtied": hints.redirtied_bytes,
-                "kept": seen.kept,
-                "different": seen.different,
-            }
-        # What was not sent can be used, and is clear.
-        workload.stamp(here, 512, name="new")
-        assert_intact(here, "new")
-        # The premise: hinted pages were taken back and written.
-        assert (redirtied > 0) == (mode_name != "none")
+    redirtied = 0
+    for hop in range(2):
+        before = assert_intact(here, "churn")
+        there = oracle.arrival()
+        result = migrate_in_rounds(here, there, mode)
+        seen = oracle.check()
+        here = oracle.move_on()
+        assert_intact(here)
+        after = assert_goes_on(here)
+        # The premise: the guest wrote all the while, or there would have been one round.
+        assert result.rounds >= ROUNDS
+        hints = hints_of(result)
+        assert (hints.reason is None) == (mode_name != "none")
+        redirtied += hints.redirtied_bytes
+        measured[f"hop-{hop}"] = {
+            "rounds": result.rounds,
+            "reallocs": after.reallocs - before.reallocs,
+            "skipped": hints.skipped_bytes,
+            "redirtied": hints.redirtied_bytes,
+            "kept": seen.kept,
+            "different": seen.different,
+        }
+    # What was not sent can be used, and is clear.
+    workload.stamp(here, 512, name="new")
+    assert_intact(here, "new")
+    # The premise: hinted pages were taken back and written.
+    assert (redirtied > 0) == (mode_name != "none")

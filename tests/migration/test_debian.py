@@ -25,7 +25,8 @@ BUILT = "$(wc -l < /root/build.log)"
 
 def test_compiler_runs_on(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest that compiles all the time migrates twice; every object file is the same."""
-    with debian_disk() as disk, Oracle(lab, SMALL.but(mem_mib=2048, disk=disk)) as oracle:
+    with debian_disk() as disk:
+        oracle = Oracle(lab, SMALL.but(mem_mib=2048, disk=disk))
         here = oracle.boot()
         here.agent.run(SOURCE)
         workload.dirty_and_free(here, 1024)

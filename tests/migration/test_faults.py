@@ -109,14 +109,14 @@ def test_stalled_link_while_reporting(
 
 def test_no_memory_left(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest whose memory is nearly all in use answers, if only that nothing is free."""
-    with Oracle(lab, SMALL) as oracle:
-        source = oracle.boot()
-        workload.stamp(source, 850)
-        destination = oracle.arrival()
-        result = migrate(source, destination, WITH_HINTS)
-        hints = hints_of(result)
-        assert (hints.state, hints.reports, hints.reason) == ("ended", 1, None)
-        measured.update(hinted=hints.hinted_bytes)
-        assert hints.hinted_bytes < 128 * MIB
-        oracle.check()
-        assert_intact(destination)
+    oracle = Oracle(lab, SMALL)
+    source = oracle.boot()
+    workload.stamp(source, 850)
+    destination = oracle.arrival()
+    result = migrate(source, destination, WITH_HINTS)
+    hints = hints_of(result)
+    assert (hints.state, hints.reports, hints.reason) == ("ended", 1, None)
+    measured.update(hinted=hints.hinted_bytes)
+    assert hints.hinted_bytes < 128 * MIB
+    oracle.check()
+    assert_intact(destination)

@@ -178,14 +178,14 @@ def assert_arrives(oracle: Oracle, source: Guest) -> None:
 
 def test_debug_kernel(lab: Lab) -> None:
     """A guest kernel that watches itself finds nothing wrong with reports and what is around."""
-    with Oracle(lab, DEBUG) as oracle:
-        source = oracle.boot()
-        assert "KernelAddressSanitizer initialized" in source.console.text()
-        fill_and_free(source)
-        start_churn(source)
-        for _ in range(2 * REPEAT):
-            assert ask(source).reason is None
-        assert_arrives(oracle, source)
+    oracle = Oracle(lab, DEBUG)
+    source = oracle.boot()
+    assert "KernelAddressSanitizer initialized" in source.console.text()
+    fill_and_free(source)
+    start_churn(source)
+    for _ in range(2 * REPEAT):
+        assert ask(source).reason is None
+    assert_arrives(oracle, source)
 
 
 # What goes on in the guest while it is asked: until there is /tmp/enough.
@@ -290,23 +290,23 @@ def test_kexec(lab: Lab) -> None:
     image = paths.kernel_image("debug")
     drive = f"file={image},format=raw,if=none,id=kernel,readonly=on"
     spec = DEBUG.but(args=("-drive", drive, "-device", "virtio-blk-pci,drive=kernel"))
-    with Oracle(lab, spec) as oracle:
-        source = oracle.boot()
-        prepare(source)
-        source.agent.run("cat /dev/vda > /tmp/kernel")
-        source.agent.run("cd /; find init bin lib | cpio -o -H newc > /tmp/initrd")
-        with in_flight(source):
-            so_far = len(source.console.text())
-            source.agent.send("kexec /tmp/kernel /tmp/initrd 'console=ttyS0 panic=-1'")
-            assert wait_answered(source).reason == "reset"
-            source.console.wait_for(r"^READY\n", 300, so_far)
-            cancel(source)
-        # The premise: a new kernel, which has not loaded this.
-        assert source.agent.exec(f"ls {FAULTS}")[0]
-        prepare(source)
-        start_churn(source)
-        assert_works(source)
-        assert_arrives(oracle, source)
+    oracle = Oracle(lab, spec)
+    source = oracle.boot()
+    prepare(source)
+    source.agent.run("cat /dev/vda > /tmp/kernel")
+    source.agent.run("cd /; find init bin lib | cpio -o -H newc > /tmp/initrd")
+    with in_flight(source):
+        so_far = len(source.console.text())
+        source.agent.send("kexec /tmp/kernel /tmp/initrd 'console=ttyS0 panic=-1'")
+        assert wait_answered(source).reason == "reset"
+        source.console.wait_for(r"^READY\n", 300, so_far)
+        cancel(source)
+    # The premise: a new kernel, which has not loaded this.
+    assert source.agent.exec(f"ls {FAULTS}")[0]
+    prepare(source)
+    start_churn(source)
+    assert_works(source)
+    assert_arrives(oracle, source)
 
 
 def fall_asleep(guest: Guest) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
@@ -140,17 +141,24 @@ def test_comparison_sees_a_lost_page(tmp_path: Path) -> None:
     one, other, log = (tmp_path / name for name in ("one", "other", "trace"))
     pages = np.full((64, PAGE), 7, dtype=np.uint8)
     pages.tofile(one)
+    # The other lies elsewhere.
     pages[[10, 11, 20]] = 0
-    pages.tofile(other)
+    np.concatenate([np.zeros((1, PAGE), dtype=np.uint8), pages]).tofile(other)
+    blocks = {"pc.ram": memory.Block(one, 0, 32), "dimm": memory.Block(one, 32 * PAGE, 32)}
+    arrived = {name: replace(b, path=other, offset=b.offset + PAGE) for name, b in blocks.items()}
     # Of two migrations, the first of which did not complete.
     log.write_text(
-        "free_page_hint_kept block 'pc.ram' first 0x0 pages 0x40\n"
+        "free_page_hint_kept block 'pc.ram' first 0x0 pages 0x20\n"
         "free_page_hint_kept_all 64 pages\n"
         "free_page_hint_kept block 'pc.ram' first 0xa pages 0x2\n"
         "free_page_hint_kept_all 2 pages\n"
     )
-    result = memory.compare(one, other, log)
-    assert (result.pages, result.kept, result.different, result.lost) == (64, 2, 3, (20,))
+    different = memory.different_pages(blocks, arrived)
+    result = memory.judge(different, memory.kept_pages(log, blocks))
+    assert (result.pages, result.kept, result.different) == (64, 2, 3)
+    assert result.lost == (("pc.ram", 20),)
+    with pytest.raises(MigrationError, match="other RAM"):
+        memory.different_pages(blocks, {"pc.ram": arrived["pc.ram"]})
 
 
 def test_trace_event_is_the_one_that_qemu_has() -> None:

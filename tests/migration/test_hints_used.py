@@ -39,14 +39,14 @@ def test_freed_memory_is_not_sent(
     assert without_hints.normal_pages > 0.95 * FREED_PAGES, "nothing to save in the control run"
 
     mode = MODES[mode_name]
-    with Oracle(lab, SMALL.for_mode(mode)) as oracle:
-        source = oracle.boot()
-        fill_and_free(source)
-        free_bytes = workload.free_max_order_bytes(source)
-        destination = oracle.arrival()
-        result = migrate(source, destination, patient(mode))
-        oracle.check()
-        assert_intact(destination)
+    oracle = Oracle(lab, SMALL.for_mode(mode))
+    source = oracle.boot()
+    fill_and_free(source)
+    free_bytes = workload.free_max_order_bytes(source)
+    destination = oracle.arrival()
+    result = migrate(source, destination, patient(mode))
+    oracle.check()
+    assert_intact(destination)
 
     hints = assert_hints_used(result, FREED_MIB * MIB)
     measured.update(
@@ -81,14 +81,14 @@ def source_zones(lab: Lab) -> list[str]:
 
 def test_counter_matches_bitmap(lab: Lab, measured: Dict[str, Any]) -> None:
     """After round 0 and each sync, the counter of dirty pages is the number of bits set."""
-    with Oracle(lab, SMALL.but(trace="free_page_hint_*")) as oracle:
-        source = oracle.boot()
-        start_churn(source)
-        destination = oracle.arrival()
-        result = migrate(source, destination, WITH_HINTS)
-        assert_hints_used(result, 256 * MIB)
-        oracle.check()
-        assert_intact(destination, "churn")
+    oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*"))
+    source = oracle.boot()
+    start_churn(source)
+    destination = oracle.arrival()
+    result = migrate(source, destination, WITH_HINTS)
+    assert_hints_used(result, 256 * MIB)
+    oracle.check()
+    assert_intact(destination, "churn")
     found = re.findall(
         r"^free_page_hint_check counter (\d+) bits (\d+)$",
         source.trace_log.read_text(),

@@ -126,16 +126,16 @@ def test_lies_are_counted(lab: Lab, accel: str) -> None:
         guest.balloon.send_end(cmd_id)
         assert wait_ended(guest.source).reason is None
         assert hints_of(let_go(guest.source, destination)).stale == 0
-        assert_only_ram(guest)
+        assert_only_ram(guest, destination)
         assert_counters_match(guest.source)
 
 
-def assert_only_ram(guest: Metal) -> None:
+def assert_only_ram(guest: Metal, destination: Guest) -> None:
     """Pages of the guest's RAM were taken out only, and all others arrived."""
     text = guest.source.trace_log.read_text()
     blocks = set(re.findall(rf"^{memory.HINT_EVENT} block '([^']*)'", text, re.MULTILINE))
     assert blocks == {"pc.ram"}
-    result = memory.compare(*guest.files, guest.source.trace_log)
+    result = memory.compare(guest.source, destination)
     assert not result.lost
     assert result.different > 0
 
@@ -218,7 +218,7 @@ def test_shapes_are_counted(lab: Lab, accel: str, measured: Dict[str, Any]) -> N
         guest.balloon.send_end(cmd_id)
         assert wait_ended(guest.source).reason is None
         let_go(guest.source, destination)
-        assert_only_ram(guest)
+        assert_only_ram(guest, destination)
         assert_counters_match(guest.source)
 
 
@@ -506,7 +506,7 @@ def test_flood_in_migration(lab: Lab, accel: str, measured: Dict[str, Any], kind
         guest.balloon.queue.flood(0, *change)
         let_go(guest.source, destination)
         assert "in round 1" not in lost_strips(guest)
-        assert not memory.compare(*guest.files, guest.source.trace_log).lost
+        assert not memory.compare(guest.source, destination).lost
         assert_counters_match(guest.source)
         destination.qmp("cont")
         guest.machine.moved_to(destination)
@@ -705,7 +705,7 @@ def send_random(
     assert_alive(guest.source)
     guest.write_all()
     hints = hints_of(let_go(guest.source, destination))
-    assert not memory.compare(*guest.files, guest.source.trace_log).lost
+    assert not memory.compare(guest.source, destination).lost
     # Also where it was hinted: it was written after that.
     assert lost_strips(guest) == []
     return {

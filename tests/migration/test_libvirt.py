@@ -5,6 +5,7 @@ libvirt knows nothing of the hints.  These tests hold what docs/libvirt.md promi
 XML that switches them on, that they are used then, how to switch them off, what must match.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -16,12 +17,12 @@ import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Type
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 from xml.etree import ElementTree
 
 import pytest
 
-from livemig import paths, workload
+from livemig import memory, paths, workload
 from livemig.guest import BOOT_RACE, KERNEL_TROUBLE
 from livemig.migration import MigrationResult
 from livemig.serial import Agent, Port
@@ -84,15 +85,17 @@ class AgentPort(Port):
 class Guest:
     """A guest that libvirt runs on one of the hosts; on host a first."""
 
-    def __init__(self, hosts: Hosts, name: str, qemu_args: Sequence[str] = ()):
+    def __init__(self, hosts: Hosts, name: str, qemu_args: Sequence[str] = (), memfd: bool = False):
         """Describe the guest; entering the context starts it."""
         self.hosts = hosts
         self.name = name
         self.spec = SPEC
         self.host = "a"
         self.xml = hosts.state / f"{name}.xml"
-        self.xml.write_text(domain_xml(name, qemu_args), encoding="utf-8")
+        self.xml.write_text(domain_xml(name, qemu_args, memfd), encoding="utf-8")
         self._port: Optional[AgentPort] = None
+        # Memory of QEMUs that is kept open to be looked at.
+        self._memories = contextlib.ExitStack()
 
     def __enter__(self) -> "Guest":
         """Start the guest and wait until it is up."""
@@ -125,6 +128,7 @@ class Guest:
 
     def _end(self, failed: bool) -> None:
         """End the guest; after a failure print what it and its QEMUs said."""
+        self._memories.close()
         if self._port:
             self._port.close()
         for host in OTHER_HOST:
@@ -180,7 +184,32 @@ class Guest:
         uri = f"qemu+tcp://host-{OTHER_HOST[self.host]}/system"
         return self.hosts.call(self.host, "virsh", "migrate", "--live", *options, self.name, uri)
 
-    def migrate(self) -> MigrationResult:
+    def ram(self) -> Dict[str, memory.Block]:
+        """Return the guest's RAM in its QEMU, also for after that has ended.
+
+        The domain XML must ask for memory that is an open file of QEMU.
+        """
+        (pid,) = processes_naming(f"guest={self.name},")
+        (file,) = (
+            self._memories.enter_context(open(fd, "rb"))
+            for fd in Path(f"/proc/{pid}/fd").iterdir()
+            if os.readlink(fd).startswith("/memfd:memory-backend-memfd")
+        )
+        path = Path(f"/proc/self/fd/{file.fileno()}")
+        return {"pc.ram": memory.Block(path, 0, SPEC.mem_mib * MIB // memory.PAGE_BYTES)}
+
+    def migrate_and_compare(self) -> Tuple[MigrationResult, memory.Comparison]:
+        """Migrate the guest and compare the memories before it runs on."""
+        source, log = self.ram(), self._log(self.host, "log")
+        start = log.stat().st_size
+        result = self.migrate("--suspend")
+        different = memory.different_pages(source, self.ram())
+        seen = memory.judge(different, memory.kept_pages(log, source, start))
+        assert not seen.lost, seen
+        self.hosts.virsh(self.host, "resume", self.name)
+        return result, seen
+
+    def migrate(self, *options: Any) -> MigrationResult:
         """Migrate the guest to the other host, which must succeed; return QEMU's statistics.
 
         After a success libvirt ends the source's QEMU, so nobody can ask it any more. But first
@@ -188,7 +217,7 @@ class Guest:
         """
         with open(self.hosts.path(self.host, LIBVIRTD_LOG), "rb") as log:
             log.seek(0, os.SEEK_END)
-            done = self.virsh_migrate()
+            done = self.virsh_migrate(*options)
             assert done.returncode == 0, done.stderr
             text = log.read().decode(errors="replace")
         answers = re.findall(r"QEMU_MONITOR_RECV_REPLY: .* reply=(.*\"total-time\".*)", text)
@@ -199,7 +228,7 @@ class Guest:
         if self._port:
             self._port.close()
             self._port = None
-        assert self.state() == "running"
+        assert self.state() == ("paused" if "--suspend" in options else "running")
         return result
 
     def fill(self) -> None:
@@ -213,8 +242,8 @@ class Guest:
         assert verdict.pages >= STAMPED_MIB * MIB // 4096
 
 
-def domain_xml(name: str, qemu_args: Sequence[str] = ()) -> str:
-    """Return a guest's domain XML, with more arguments for QEMU if there are any."""
+def domain_xml(name: str, qemu_args: Sequence[str], memfd: bool) -> str:
+    """Return a guest's domain XML, with more arguments for QEMU, and memory that is a file."""
     text = string.Template(DOMAIN_XML.read_text(encoding="utf-8")).substitute(
         name=name,
         memory=SPEC.mem_mib,
@@ -228,6 +257,10 @@ def domain_xml(name: str, qemu_args: Sequence[str] = ()) -> str:
     assert arguments is not None
     for value in qemu_args:
         ElementTree.SubElement(arguments, f"{{{QEMU_NAMESPACE}}}arg", value=value)
+    if memfd:
+        backing = ElementTree.SubElement(domain, "memoryBacking")
+        ElementTree.SubElement(backing, "source", type="memfd")
+        ElementTree.SubElement(backing, "access", mode="shared")
     return ElementTree.tostring(domain, encoding="unicode")
 
 
@@ -286,21 +319,24 @@ def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
     The guest is found unharmed on the other host each time.
     """
     # The test is not about how soon the guest answers: the longest wait that there is.
-    patient = ["-global", "migration.free-page-hint-wait=60000"]
-    with Guest(hosts, "there-and-back", patient) as guest:
+    more_args = ["-global", "migration.free-page-hint-wait=60000", "-trace", memory.KEPT_EVENTS]
+    with Guest(hosts, "there-and-back", more_args, memfd=True) as guest:
         workload.stamp(guest, STAMPED_MIB)
         guest.fill()
-        hinted = guest.migrate()
+        hinted, seen = guest.migrate_and_compare()
         guest.check()
         assert_used(hinted)
+        # The premise of the comparison: what was freed is full of old data.
+        assert seen.different > FREED_MIB * MIB // 2 // memory.PAGE_BYTES
         # The other place where an operator can look after the migration
         assert re.search(r"\bfree_page_hint_end\b.*complete", guest.qemu_log("a"))
 
         guest.fill()
         guest.hmp("migrate_set_capability free-page-hint off")
-        control = guest.migrate()
+        control, seen = guest.migrate_and_compare()
         guest.check()
         assert_unused(control, "disabled")
+        assert (seen.kept, seen.different) == (0, 0)
         assert control.sent_bytes - hinted.sent_bytes > 0.9 * FREED_MIB * MIB
         for name, result in ("hints", hinted), ("no hints", control):
             measured[name] = {"total_ms": result.total_ms, "sent_bytes": result.sent_bytes}
@@ -366,16 +402,16 @@ def test_documented_xml_is_the_tested_one() -> None:
         assert match and match[0] in tested, f"<{element}> of {DOCUMENTATION}"
 
 
-def processes_naming(path: Path) -> List[str]:
-    """Return the command lines of the processes that have a path among their arguments."""
-    found = []
+def processes_naming(text: str) -> Dict[int, str]:
+    """Return the command lines of the processes that have a text among their arguments."""
+    found = {}
     for name in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = name.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if str(path) in command:
-            found.append(command)
+        if text in command:
+            found[int(name.parent.name)] = command
     return found
 
 
@@ -384,7 +420,7 @@ def assert_gone(state: Path) -> None:
     assert not state.exists()
     # The parent of a host's first process ends a moment after it.
     deadline = time.monotonic() + 20
-    while left := processes_naming(state):
+    while left := processes_naming(str(state)):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
     assert str(state) not in Path("/proc/mounts").read_text(encoding="utf-8")
@@ -407,7 +443,7 @@ def test_two_hosts_leave_nothing(
         for pair in hosts, other:
             name = pair.virsh("a", "-c", "qemu+tcp://host-b/system", "hostname")
             assert name.strip() == "host-b"
-        assert len(processes_naming(other.state)) >= 2
+        assert len(processes_naming(str(other.state))) >= 2
         status = two_hosts("status", "--state", other.state).stdout
         match = re.search(r"a: up, first process (\d+)", status)
         assert match, status

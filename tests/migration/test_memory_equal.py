@@ -16,16 +16,16 @@ from livemig.spec import MODES
 def test_equal_but_for_kept_pages(lab: Lab, measured: Dict[str, Any], mode_name: str) -> None:
     """Source and destination hold the same bytes in every page that was not kept back."""
     mode = MODES[mode_name]
-    with Oracle(lab, SMALL.for_mode(mode)) as oracle:
-        source = oracle.boot()
-        fill_and_free(source)
-        start_churn(source)
-        destination = oracle.arrival()
-        migrate(source, destination, patient(mode))
-        result = oracle.check()
-        measured.update(kept=result.kept, different=result.different)
-        # The premise: hinted pages are not sent, so that freed memory does differ.
-        assert (result.kept > 0) == (mode_name != "none")
-        assert (result.different > 0) == (mode_name != "none")
-        assert_intact(destination)
-        assert_intact(destination, "churn")
+    oracle = Oracle(lab, SMALL.for_mode(mode))
+    source = oracle.boot()
+    fill_and_free(source)
+    start_churn(source)
+    destination = oracle.arrival()
+    migrate(source, destination, patient(mode))
+    result = oracle.check()
+    measured.update(kept=result.kept, different=result.different)
+    # The premise: hinted pages are not sent, so that freed memory does differ.
+    assert (result.kept > 0) == (mode_name != "none")
+    assert (result.different > 0) == (mode_name != "none")
+    assert_intact(destination)
+    assert_intact(destination, "churn")

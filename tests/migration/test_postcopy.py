@@ -76,30 +76,30 @@ CASES = {
 def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """A switch to postcopy before hinted pages could be sent: each can be used, none is lost."""
     case = CASES[name]
-    with Oracle(lab, SMALL.but(trace="free_page_hint_*")) as oracle:
-        source = oracle.boot()
-        fill_and_free(source)
-        start_churn(source)
-        destination = oracle.arrival(running=case.running)
-        switch_early(source, destination, case.common, case.hints_on)
-        result = finish_fast(source, destination)
-        hints = assert_hints_if(case.hints_on, result, FREED_MIB * MIB)
-        if case.hints_on:
-            # The premise: there were pages that were hinted and never sent.
-            restored = [int(pages) for pages in RESTORED.findall(source.trace_log.read_text())]
-            assert restored and restored[0] * 4096 >= FREED_MIB * MIB
-            measured.update(restored=restored[0], redirtied=hints.redirtied_bytes)
-            # They are sent without a look at them: freed memory was full of data.
-            assert result.zero_pages >= restored[0]
-        if not case.running:
-            seen = oracle.check()
-            measured.update(kept=seen.kept, different=seen.different)
-            assert seen.different > 0
-        assert_intact(destination)
-        assert_goes_on(destination)
-        # The guest takes back what was hinted, and works on.
-        workload.dirty_and_free(destination, FREED_MIB)
-        assert_intact(destination)
+    oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*"))
+    source = oracle.boot()
+    fill_and_free(source)
+    start_churn(source)
+    destination = oracle.arrival(running=case.running)
+    switch_early(source, destination, case.common, case.hints_on)
+    result = finish_fast(source, destination)
+    hints = assert_hints_if(case.hints_on, result, FREED_MIB * MIB)
+    if case.hints_on:
+        # The premise: there were pages that were hinted and never sent.
+        restored = [int(pages) for pages in RESTORED.findall(source.trace_log.read_text())]
+        assert restored and restored[0] * 4096 >= FREED_MIB * MIB
+        measured.update(restored=restored[0], redirtied=hints.redirtied_bytes)
+        # They are sent without a look at them: freed memory was full of data.
+        assert result.zero_pages >= restored[0]
+    if not case.running:
+        seen = oracle.check()
+        measured.update(kept=seen.kept, different=seen.different)
+        assert seen.different > 0
+    assert_intact(destination)
+    assert_goes_on(destination)
+    # The guest takes back what was hinted, and works on.
+    workload.dirty_and_free(destination, FREED_MIB)
+    assert_intact(destination)
 
 
 def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
