@@ -111,7 +111,8 @@ def test_no_memory_left(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest whose memory is nearly all in use answers, if only that nothing is free."""
     oracle = Oracle(lab, SMALL)
     source = oracle.boot()
-    workload.stamp(source, 850)
+    available = source.agent.run("awk '/^MemAvailable/ {print $2}' /proc/meminfo")
+    workload.stamp(source, int(available) // 1024 - 64)
     destination = oracle.arrival()
     result = migrate(source, destination, WITH_HINTS)
     hints = hints_of(result)

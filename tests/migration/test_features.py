@@ -193,7 +193,8 @@ def test_memory_of_kind(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     kind = MEMORIES[name]
     oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*", **kind.guest))
     source = oracle.boot()
-    assert total_mib(source) > 0.9 * kind.total_mib
+    # KASAN has an eighth of it for itself.
+    assert total_mib(source) > 0.75 * kind.total_mib
     workload.dirty_and_free(source, kind.total_mib // 2)
     workload.stamp(source, kind.total_mib // 4)
     start_churn(source)
@@ -218,14 +219,16 @@ def test_hot_plugged_memory(lab: Lab, measured: Dict[str, Any]) -> None:
     """Memory that came while the guest ran is hinted like the rest."""
     oracle = Oracle(lab, SMALL.but(args=ROOM, cmdline=ONLINE, trace="free_page_hint_*"))
     source = oracle.boot()
+    before = total_mib(source)
     source.qmp_dict(
         "object-add",
         {"qom-type": "memory-backend-ram", "id": "dimm", "size": 1024 * MIB, "reserve": False},
     )
     source.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="dimm")
-    source.agent.run(
-        "until [ $(awk '/^MemTotal/ {print $2}' /proc/meminfo) -gt 1900000 ]; do sleep 0.1; done"
-    )
+    deadline = time.monotonic() + 120
+    while total_mib(source) < before + 768:
+        assert time.monotonic() < deadline, "the memory does not come"
+        time.sleep(0.1)
     workload.dirty_and_free(source, 1200)
     workload.stamp(source, 500)
     start_churn(source)
