@@ -189,10 +189,11 @@ class Guest:
 
         The domain XML must ask for memory that is an open file of QEMU.
         """
-        (pid,) = processes_naming(f"guest={self.name},")
+        pids = list(processes_naming(f"guest={self.name},"))
+        assert len(pids) == 1
         (file,) = (
             self._memories.enter_context(open(fd, "rb"))
-            for fd in Path(f"/proc/{pid}/fd").iterdir()
+            for fd in Path(f"/proc/{pids[0]}/fd").iterdir()
             if os.readlink(fd).startswith("/memfd:memory-backend-memfd")
         )
         path = Path(f"/proc/self/fd/{file.fileno()}")
@@ -466,8 +467,10 @@ def test_interrupted_up_leaves_nothing(hosts: Hosts, tmp_path: Path, number: int
     assert hosts.state.exists()
     state = tmp_path / "hosts"
     # What runs the tests may ignore signals, as nohup does.
-    up = ["env", "--default-signal", TOOL, "up", "--state", state]
-    with subprocess.Popen(up, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+    words = ["env", "--default-signal", TOOL, "up", "--state", state]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as command:
         # From here on the hosts would live without it.
         while not all((state / host / "var/log/libvirt/libvirtd.out").exists() for host in "ab"):
             assert command.poll() is None
