@@ -45,7 +45,7 @@ KERNEL_TROUBLE = re.compile(
 # QEMU 10.0, patched or not, has a race that ends it now and then while a guest with several vCPUs
 # sets up its PCI devices under TCG: iotlb_to_section() takes a section's index from a vCPU's TLB,
 # which is flushed a moment later than the memory map changes. Not our concern: boot again, once.
-BOOT_RACE = re.compile(r"(msix_\w+_mmio_\w+|iotlb_to_section): Assertion")
+BOOT_RACE = re.compile(r"\b(msix_\w+_mmio_\w+|iotlb_to_section)\b.*: Assertion")
 
 # Ends with us, however we end, and does not take the terminal's Ctrl-C: we end it in order then.
 WRAPPER = ("setsid", "setpriv", "--pdeathsig", "KILL", "--")
