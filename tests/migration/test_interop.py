@@ -117,8 +117,11 @@ def test_matrix(
     kept = None
     source = oracle.boot(qemu=source_build, balloon=here)
     fill_and_free(source)
-    # While stock hints are out, the balloon has all memory: nothing is left to take back.
-    workload.stamp(source, 48, churn=True, name="churn")
+    if source_build == "ours":
+        start_churn(source)
+    else:
+        # While stock hints are out, the balloon has all memory: nothing is left to take back.
+        workload.stamp(source, 48, churn=True, name="churn")
     destination = oracle.arrival(qemu=destination_build, balloon=there)
     if source_build == "ours":
         result = migrate(source, destination, WITH_HINTS)
