@@ -33,7 +33,8 @@ MIB = 1 << 20
 GUEST = SMALL.but(mem_mib=256)
 # Written and freed before each migration, so that there is something for hints to take out.
 FREED_MIB = 64
-TAKEN_BACK_MIB = 32
+TAKEN_BACK_MIB = 64
+HELD_BACK = 4 * MIB
 # A source was a destination before: what another way has switched on is switched off.
 PLAIN = {"multifd": False, "xbzrle": False, "postcopy-ram": False, "postcopy-preempt": False}
 
@@ -44,7 +45,7 @@ class Way:
 
     common: Mapping[str, bool] = field(default_factory=dict)
     bandwidth: int = 400 * MIB
-    # The guest runs on until memory is sent for the n-th time.
+    # The guest runs on until memory is sent for the n-th time; no use with postcopy.
     rounds: int = 3
     postcopy: bool = False
 
@@ -54,18 +55,16 @@ WAYS = {
     "multifd": Way({"multifd": True}),
     "xbzrle": Way({"xbzrle": True}),
     "many rounds": Way(bandwidth=128 * MIB, rounds=8),
-    # Round 1 is far from its end when the guest is switched over.
-    "postcopy": Way({"postcopy-ram": True}, bandwidth=4 * MIB, postcopy=True),
-    "preempt": Way(
-        {"postcopy-ram": True, "postcopy-preempt": True}, bandwidth=4 * MIB, postcopy=True
-    ),
+    "postcopy": Way({"postcopy-ram": True}, postcopy=True),
+    "preempt": Way({"postcopy-ram": True, "postcopy-preempt": True}, postcopy=True),
 }
 BALLOONS = (MODES["array"].balloon, MODES["array"].balloon, MODES["block"].balloon)
 
 
 def migrate_in(way: Way, source: Guest, destination: Guest) -> MigrationResult:
     """Migrate a busy guest in a given way."""
-    spec = migration(max_bandwidth=way.bandwidth, downtime_limit=1, max_postcopy_bandwidth=0)
+    # So slow that the guest is still there for what it is told below.
+    spec = migration(max_bandwidth=HELD_BACK, downtime_limit=1, max_postcopy_bandwidth=0)
     start(source, destination, replace(spec, common={**PLAIN, **way.common}))
     wait_hints_ended(source)
     # Takes memory back that was hinted a moment ago.
@@ -73,6 +72,7 @@ def migrate_in(way: Way, source: Guest, destination: Guest) -> MigrationResult:
     if way.postcopy:
         source.qmp("migrate-start-postcopy")
     else:
+        source.qmp("migrate-set-parameters", max_bandwidth=way.bandwidth)
         wait_rounds(source, way.rounds)
         source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
     return finish(source, destination)
