@@ -54,7 +54,8 @@ uint64_t free_page_hint_clear(unsigned long *bmap, unsigned long *hinted,
         bits = bmap[k] & mask;
         bmap[k] &= ~bits;
         hinted[k] |= bits;
-        cleared += ctpopl(bits);
+        /* Before the first round nearly all are set, and counting is slow */
+        cleared += bits == ~0UL ? BITS_PER_LONG : ctpopl(bits);
     }
     return cleared;
 }
