@@ -244,8 +244,8 @@ static void hint_handle_blocks(VirtIOBalloon *s, VirtQueueElement *elem)
 /* ---- the queue ---- */
 
 /*
- * Returns true if there may be more elements: later, if
- * the budget is spent, or when the engine calls back, if its queue is full.
+ * Returns true if there may be more elements: later, if the budget is spent,
+ * or when the engine calls back, if its queue is full.
  */
 static bool hint_handle_elements(VirtIOBalloon *s, bool *full)
 {
