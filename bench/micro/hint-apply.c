@@ -25,6 +25,8 @@
 #define BLOCK_PAGES (BLOCK >> PAGE_BITS)
 /* As many as the guest's driver puts into an array */
 #define ARRAY_ADDRS 16383
+/* As in migration/free-page-hint.c */
+#define APPLY_AHEAD 4
 
 typedef struct Message {
     VirtIOBalloonHintHeader header;
@@ -73,6 +75,10 @@ static uint64_t apply_message(unsigned n)
         uint64_t first = ranges[i].addr >> PAGE_BITS;
         uint64_t npages = ranges[i].len >> PAGE_BITS;
 
+        if (i + APPLY_AHEAD < n_ranges) {
+            free_page_hint_prefetch(bmap, hinted, ranges[i + APPLY_AHEAD].addr >> PAGE_BITS,
+                                    ranges[i + APPLY_AHEAD].len >> PAGE_BITS);
+        }
         if (free_page_hint_trim(&first, &npages, pages, 1)) {
             cleared += free_page_hint_clear(bmap, hinted, first, npages);
         }

@@ -9,6 +9,11 @@
 #include "qemu/host-utils.h"
 #include "free-page-hint-bitmap.h"
 
+/* Pages whose bits are in 64 bytes, the cache line of most hosts */
+#define CACHE_LINE_PAGES (64 * BITS_PER_BYTE)
+/* A block of 4 MiB; of a longer run, the hardware sees where it goes */
+#define PREFETCH_PAGES 1024
+
 bool free_page_hint_trim(uint64_t *first, uint64_t *npages,
                          uint64_t block_pages, uint64_t host_ratio)
 {
@@ -58,6 +63,19 @@ uint64_t free_page_hint_clear(unsigned long *bmap, unsigned long *hinted,
         cleared += bits == ~0UL ? BITS_PER_LONG : ctpopl(bits);
     }
     return cleared;
+}
+
+void free_page_hint_prefetch(const unsigned long *bmap,
+                             const unsigned long *hinted,
+                             uint64_t first, uint64_t npages)
+{
+    uint64_t end = first + MIN(npages, PREFETCH_PAGES);
+    uint64_t page;
+
+    for (page = first; page < end; page += CACHE_LINE_PAGES) {
+        __builtin_prefetch(&bmap[BIT_WORD(page)], 1);
+        __builtin_prefetch(&hinted[BIT_WORD(page)], 1);
+    }
 }
 
 uint64_t free_page_hint_forget_dirty(unsigned long *hinted,

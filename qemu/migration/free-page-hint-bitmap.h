@@ -40,6 +40,19 @@ uint64_t free_page_hint_clear(unsigned long *bmap, unsigned long *hinted,
                               uint64_t first, uint64_t npages);
 
 /**
+ * free_page_hint_prefetch: have the words of a run ready for
+ * free_page_hint_clear()
+ *
+ * A guest that has run for a while tells its blocks in no order, and the
+ * bitmaps of a large guest are larger than the caches.  To be called some runs
+ * ahead, so that several runs wait for memory at the same time.  Nothing but
+ * time depends on @first and @npages.
+ */
+void free_page_hint_prefetch(const unsigned long *bmap,
+                             const unsigned long *hinted,
+                             uint64_t first, uint64_t npages);
+
+/**
  * free_page_hint_forget_dirty: forget the hinted pages that are dirty
  *
  * Returns the number of pages forgotten.
