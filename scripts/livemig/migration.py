@@ -121,6 +121,18 @@ def start(source: Guest, destination: Guest, spec: MigrationSpec) -> None:
     source.wait_event(status_is("active", *ENDED), "start of the migration", 60)
 
 
+def cancel(source: Guest, timeout: float = 60) -> None:
+    """Cancel a migration and wait for its end. Raises MigrationError if it ends in another way."""
+    source.qmp("migrate_cancel")
+    try:
+        source.wait_event(status_is("cancelled"), "end of the cancelled migration", timeout)
+    except GuestError as error:
+        result = query(source)
+        raise MigrationError(
+            f"{error}: the migration is {result.status} ({result.error or 'no reason given'})"
+        ) from None
+
+
 def finish(source: Guest, destination: Guest, timeout: float = TIMEOUT_SECONDS) -> MigrationResult:
     """Wait for the end of a migration. Raises MigrationError unless it completed."""
     result = query(source)

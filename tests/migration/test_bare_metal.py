@@ -21,7 +21,7 @@ from metal import usable, wait_ended, wait_hinted, wait_pass
 from livemig import memory, paths
 from livemig.baremetal import MIB, PAGE, Balloon, Machine, chain, spec
 from livemig.guest import Guest
-from livemig.migration import query, start, status_is
+from livemig.migration import cancel, query, start
 
 # Whenever a write comes
 
@@ -217,8 +217,7 @@ def test_answers_to_other_requests_are_dropped(lab: Lab, accel: str) -> None:
         old_id = guest.balloon.wait_asked()
         guest.balloon.send_array(old_id, PAGE, addrs_of("kept"))
         guest.balloon.queue.wait_returned()
-        guest.source.qmp("migrate_cancel")
-        guest.source.wait_event(status_is("cancelled"), "end of the migration", 60)
+        cancel(guest.source)
         abandoned.close()
 
         guest.balloon.send_array(old_id, PAGE, addrs_of("kept"))
@@ -264,8 +263,7 @@ def test_hints_wait_for_the_end_of_their_round(lab: Lab, accel: str) -> None:
         start(guest.source, abandoned, held())
         old_id = guest.balloon.wait_asked()
         guest.balloon.send_array(old_id, PAGE, addrs_of("kept"), kick=False)
-        guest.source.qmp("migrate_cancel")
-        guest.source.wait_event(status_is("cancelled"), "end of the migration", 60)
+        cancel(guest.source)
         abandoned.close()
 
         destination = guest.incoming()

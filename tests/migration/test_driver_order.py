@@ -10,7 +10,7 @@ from conftest import Lab
 
 from livemig import workload
 from livemig.guest import Guest
-from livemig.migration import migrate, start, status_is
+from livemig.migration import cancel, migrate, start
 
 TRACE = "/sys/kernel/tracing"
 EVENTS = ("virtio_balloon_hint", "free_page_hint")
@@ -70,8 +70,7 @@ def test_the_id_is_older_than_the_walk(lab: Lab, measured: Dict[str, Any]) -> No
     for attempt in range(CHANGES):
         abandoned = lab.incoming(SMALL, f"abandoned-{attempt}")
         start(source, abandoned, WITH_HINTS)
-        source.qmp("migrate_cancel")
-        source.wait_event(status_is("cancelled"), "end of the cancelled migration", 60)
+        cancel(source)
         abandoned.close()
     destination = lab.incoming(SMALL)
     assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB << 20)

@@ -24,7 +24,7 @@ from oracle import Oracle
 from livemig import paths, workload
 from livemig.errors import GuestError
 from livemig.guest import Guest
-from livemig.migration import Hints, migrate, query, set_capabilities, status_is
+from livemig.migration import Hints, cancel, migrate, query, set_capabilities, status_is
 from livemig.spec import GuestSpec
 
 REPEAT = int(os.environ.get("FPH_REPEAT", "1"))
@@ -101,12 +101,6 @@ def begin(source: Guest, wait_ms: int = PATIENT_MS) -> None:
     source.qmp("migrate-set-parameters", free_page_hint_wait=wait_ms, max_bandwidth=MIB)
     source.qmp("migrate", uri="exec:cat > /dev/null")
     source.wait_event(status_is("active"), "start of the migration", 60)
-
-
-def cancel(source: Guest) -> None:
-    """Cancel it."""
-    source.qmp("migrate_cancel")
-    source.wait_event(status_is("cancelled"), "end of the cancelled migration", 60)
 
 
 def wait_answered(source: Guest) -> Hints:

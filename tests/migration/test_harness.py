@@ -19,7 +19,7 @@ from conftest import Lab
 from livemig import demo, guest, host, memory, paths, report, workload
 from livemig.errors import GuestError, MigrationError
 from livemig.guest import Guest
-from livemig.migration import MigrationResult, migrate
+from livemig.migration import MigrationResult, cancel, migrate
 from livemig.spec import MODES
 
 PAGE = 4096
@@ -183,6 +183,14 @@ def test_monitor_that_does_not_answer(lab: Lab, monkeypatch: pytest.MonkeyPatch)
     os.kill(hangs.pid, signal.SIGSTOP)
     with pytest.raises(GuestError, match="hangs: query-status: no answer within 1 s"):
         hangs.qmp("query-status")
+
+
+def test_cancel_that_comes_too_late(lab: Lab) -> None:
+    """A migration that has ended cannot be cancelled: the harness says how it ended."""
+    source = lab.boot(SMALL)
+    migrate(source, lab.incoming(SMALL), WITH_HINTS)
+    with pytest.raises(MigrationError, match="the migration is completed"):
+        cancel(source, timeout=0.1)
 
 
 def test_guest_that_does_not_boot(lab: Lab) -> None:

@@ -24,7 +24,7 @@ from metal import wait_ended, wait_hinted
 from livemig import memory
 from livemig.baremetal import MIB, PAGE, Balloon, Descriptor, chain
 from livemig.guest import Guest
-from livemig.migration import start, status_is
+from livemig.migration import cancel, start
 
 REPEAT = int(os.environ.get("FPH_REPEAT", "1"))
 FIRST_SEED = int(os.environ.get("FPH_SEED", "1"))
@@ -344,8 +344,7 @@ def test_broken_chains(lab: Lab, accel: str, measured: Dict[str, Any]) -> None:
                 if asked:
                     assert wait_ended(guest.source).reason == "reset"
                     assert hints_now(guest.source).hinted_bytes == 0
-                    guest.source.qmp("migrate_cancel")
-                    guest.source.wait_event(status_is("cancelled"), "end of the migration", 60)
+                    cancel(guest.source)
         measured.update(broke=sorted(name for name, asked in broke if asked))
         # What breaks the device does so whether hints are wanted or not.
         assert {name for name, asked in broke if asked} == {
@@ -531,8 +530,7 @@ def test_reset_with_a_full_queue(lab: Lab, accel: str) -> None:
             blocks = hints_now(guest.source).blocks
             assert guest.balloon.queue.returned() == 0
             assert hints_now(guest.source).blocks == blocks
-            guest.source.qmp("migrate_cancel")
-            guest.source.wait_event(status_is("cancelled"), "end of the migration", 60)
+            cancel(guest.source)
         assert_hints_work(guest)
 
 
@@ -561,8 +559,7 @@ def test_a_stopped_guest_is_left_alone(lab: Lab, measured: Dict[str, Any], accel
             measured["left"].append((guest.balloon.queue.offered() - handled) & 0xFFFF)
             guest.balloon.queue.wait_returned()
             assert wait_ended(guest.source).reason == "vm-stopped"
-            guest.source.qmp("migrate_cancel")
-            guest.source.wait_event(status_is("cancelled"), "end of the migration", 60)
+            cancel(guest.source)
         # The premise: there was something left to handle.
         assert all(measured["left"])
         assert_hints_work(guest)

@@ -6,7 +6,7 @@ from checks import FREED_MIB, FREED_PAGES, SMALL, WITH_HINTS, assert_hints_used,
 from checks import fill_and_free, hints_of, migration, wait_asked, wait_hints_ended
 from conftest import Lab
 
-from livemig.migration import finish, migrate, start, status_is
+from livemig.migration import cancel, finish, migrate, start
 
 # More than fits into 32 bits as nanoseconds.
 WAIT_MS = 4500
@@ -56,8 +56,7 @@ def test_reset_ends_the_wait(lab: Lab) -> None:
     source.qmp("system_reset")
     hints = wait_hints_ended(source)
     assert (hints.reason, hints.hinted_bytes) == ("reset", 0)
-    source.qmp("migrate_cancel")
-    source.wait_event(status_is("cancelled"), "end of the cancelled migration", 60)
+    cancel(source)
     abandoned.close()
 
     source.console.wait_for(r"^READY\n", 120, so_far)
