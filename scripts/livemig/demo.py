@@ -111,7 +111,7 @@ def run_once(
     with Guest(spec, "source", logs=logs) as source:
         source.wait_ready()
         scenario.prepare(source)
-        free_bytes = workload.free_max_order_bytes(source)
+        free_bytes = workload.free_told_bytes(source)
         with Guest(spec, "destination", logs=logs, incoming=True) as destination:
             host.warm(scenario.host_mib(spec.mem_mib))
             result = migrate(source, destination, migration_for_mode(mode))
@@ -128,7 +128,7 @@ def run_once(
         run=index,
         mem_mib=spec.mem_mib,
         vcpus=spec.vcpus,
-        guest_free_max_order_bytes=free_bytes,
+        guest_free_told_bytes=free_bytes,
         verified_pages=sum(verdict.pages for verdict in verdicts.values()),
         checked_pages=sum(verdict.checked for verdict in verdicts.values()),
     )

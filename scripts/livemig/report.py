@@ -47,9 +47,9 @@ def as_ratio(value: Optional[float]) -> str:
 def hinted_share(runs: Sequence[Run]) -> str:
     """How much of what the guest could hint was hinted, at the median."""
     shares = [
-        run["hinted_bytes"] / run["guest_free_max_order_bytes"]
+        run["hinted_bytes"] / run["guest_free_told_bytes"]
         for run in runs
-        if run["hinted_bytes"] and run["guest_free_max_order_bytes"]
+        if run["hinted_bytes"] and run["guest_free_told_bytes"]
     ]
     return f"{100 * median(shares):.1f}" if shares else "-"
 

@@ -9,6 +9,8 @@ from livemig.guest import Guest
 
 # The last column of /proc/buddyinfo counts blocks of this many pages on x86-64.
 MAX_ORDER_PAGES = 1024
+# The orders that the driver tells by default (hint_order): the largest, and the one before it.
+TOLD_ORDERS = 2
 PAGE_BYTES = 4096
 
 
@@ -64,7 +66,11 @@ def dirty_and_free(guest: Guest, mib: int) -> None:
     guest.agent.run(f"dirtyfree {mib} {guest.spec.vcpus}", timeout=600)
 
 
-def free_max_order_bytes(guest: Guest) -> int:
-    """The guest's free memory in blocks of the largest order: what it could hint."""
-    lines = guest.agent.run("cat /proc/buddyinfo").splitlines()
-    return sum(int(line.split()[-1]) for line in lines) * MAX_ORDER_PAGES * PAGE_BYTES
+def free_told_bytes(guest: Guest) -> int:
+    """The guest's free memory in blocks of the orders that its driver tells by default."""
+    zones = [line.split() for line in guest.agent.run("cat /proc/buddyinfo").splitlines()]
+    return sum(
+        int(zone[-1 - below]) * (MAX_ORDER_PAGES >> below) * PAGE_BYTES
+        for zone in zones
+        for below in range(TOLD_ORDERS)
+    )

@@ -273,7 +273,7 @@ def test_record_has_the_fields_that_were_agreed() -> None:
             scenario,
             MigrationResult.from_qmp({**info, **extra}),
             True,
-            guest_free_max_order_bytes=8 << 20,
+            guest_free_told_bytes=8 << 20,
         )
         for name, extra in (("array", {"free-page-hint": hints}), ("stock-block", {}))
     ]

@@ -154,7 +154,7 @@ def test_demo_fails_when_memory_is_wrong(
     def lossy(*args: Any) -> Dict[str, Any]:
         _, mode, scenario, *_ = args
         good = demo.MigrationResult.from_qmp({})
-        return demo.record(mode, scenario, good, False, guest_free_max_order_bytes=0)
+        return demo.record(mode, scenario, good, False, guest_free_told_bytes=0)
 
     monkeypatch.setattr(demo, "run_once", lossy)
     arguments = ["--mem", "1G", "--modes", "none", "--scenarios", "idle", "--out", str(out)]
