@@ -21,7 +21,7 @@ from livemig.guest import Guest
 from livemig.migration import MigrationResult
 from livemig.spec import DOWNTIME_LIMIT_MS, UNLIMITED, GuestSpec, MigrationSpec
 
-FORMAT = 1
+FORMAT = 2
 # How often a migration is looked at: more often at first, where a short one would be over.
 SAMPLE_SECONDS = 0.05
 FIRST_SAMPLE_SECONDS = 0.02
@@ -235,17 +235,19 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any
     with _booted(scenario, mode, logs) as pairs:
         if mode.settle:
             record["settle_s"] = [settle(pair.source) for pair in pairs]
-        host.warm(scenario.guests * scenario.workload.host_mib(scenario.mem_mib))
         record["guest_before"] = [guest_facts(pair.source) for pair in pairs]
         for pair in pairs:
             scenario.workload.start(pair.source, pair.console)
-        rss_before = _rss(pairs)
-        if mode.floor:
-            record["floor"] = [
-                floor.compute(pair.source)
-                for pair in pairs
-                if isinstance(pair.source, floor.FloorGuest)
-            ]
+        # Until the destinations want it: what is free grows cold.
+        with host.warmed(scenario.guests * scenario.workload.host_mib(scenario.mem_mib)):
+            time.sleep(scenario.workload.lead)
+            rss_before = _rss(pairs)
+            if mode.floor:
+                record["floor"] = [
+                    floor.compute(pair.source)
+                    for pair in pairs
+                    if isinstance(pair.source, floor.FloorGuest)
+                ]
         moved = _move(pairs, migration_spec(scenario, mode))
         record["rss_mib"] = {"before": rss_before, "after": _rss(pairs)}
         wrong: List[str] = []

@@ -34,6 +34,8 @@ class Workload:
     # One of the disks that bench/make-images makes; the guest writes to it or not.
     data_disk: ClassVar[str] = ""
     data_writable: ClassVar[bool] = False
+    # Seconds that it goes on before the migration, undisturbed.
+    lead: ClassVar[float] = 0
     # The host's seconds that a run takes, with all waiting, in a guess that only progress uses.
     guess: ClassVar[int] = 15
 
@@ -64,7 +66,7 @@ class Workload:
         workload.stamp(guest, STAMP_MIB)
 
     def start(self, guest: Guest, console: Console) -> None:
-        """Begin what goes on during the migration; returns when it is time for that."""
+        """Begin what goes on during the migration."""
 
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
         """What came of it, at the destination."""
@@ -249,7 +251,7 @@ class Working(Workload):
 
     # How long it would run: longer than anybody watches.
     SECONDS: ClassVar[int] = 900
-    LEAD_SECONDS: ClassVar[float] = throughput.BEFORE_SECONDS + 3
+    lead: ClassVar[float] = throughput.BEFORE_SECONDS + 3
     guess: ClassVar[int] = 45
 
     def command(self) -> str:
@@ -267,7 +269,6 @@ class Working(Workload):
             if time.monotonic() > deadline:
                 raise GuestError(f"{guest.name}: {self.name} does not work: {guest.console.tail()}")
             time.sleep(0.05)
-        time.sleep(self.LEAD_SECONDS)
 
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
         time.sleep(max(throughput.enough_after(span) - time.monotonic(), 0))

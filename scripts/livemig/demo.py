@@ -111,9 +111,9 @@ def run_once(
     with Guest(spec, "source", logs=logs) as source:
         source.wait_ready()
         scenario.prepare(source)
-        free_bytes = workload.free_told_bytes(source)
         with Guest(spec, "destination", logs=logs, incoming=True) as destination:
-            host.warm(scenario.host_mib(spec.mem_mib))
+            with host.warmed(scenario.host_mib(spec.mem_mib)):
+                free_bytes = workload.free_told_bytes(source)
             result = migrate(source, destination, migration_for_mode(mode))
             verdicts = scenario.verify(destination)
             trouble = source.kernel_trouble() + destination.kernel_trouble()

@@ -38,13 +38,15 @@ def _left_by_limits_mib() -> Iterator[int]:
             yield max(limit - used, 0) // MIB
 
 
-def warm(mib: int) -> None:
-    """Touch so much free memory, and free it again.
+@contextlib.contextmanager
+def warmed(mib: int) -> Iterator[None]:
+    """Touch so much free memory, and free it when the context ends.
 
     A destination populates memory that was free. If this host is a virtual machine itself, free
     memory may have been taken back by its own host, and the first write to it is then many times
     slower than on bare metal: what is measured is what happened to run before. Memory that was
-    freed a moment ago is backed, and is the first to be allocated again.
+    freed a moment ago is backed, and is the first to be allocated again. It does not stay so: where
+    free pages are reported, much of it is gone some seconds later.
     """
     try:
         free = mmap.mmap(-1, mib * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -56,3 +58,4 @@ def warm(mib: int) -> None:
             memory.madvise(mmap.MADV_HUGEPAGE)
         for offset in range(0, mib * MIB, PAGE_BYTES):
             memory[offset] = 1
+        yield

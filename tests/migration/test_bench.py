@@ -2,6 +2,7 @@
 """The benchmarks say what was measured: their statistics, their plan, their report."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "bench"))
 # pylint: disable=wrong-import-position
-from livebench import engine, floor, plan, report, statistics, summary, throughput  # noqa: E402
+from livebench import engine, floor, hostinfo, plan, report, statistics  # noqa: E402
+from livebench import summary, throughput  # noqa: E402
 from livebench.modes import MODES, Mode  # noqa: E402
 from livebench.scenarios import SCENARIOS, Scenario, Target, matching  # noqa: E402
 from livebench.store import Store  # noqa: E402
+from livemig import host  # noqa: E402
 from livemig.errors import LivemigError  # noqa: E402
 
 IDLE = SCENARIOS["idle-8g"]
@@ -299,3 +302,13 @@ def test_one_run(tmp_path: Path) -> None:
     assert run["verified"] and run["metrics"]["hint_blocks"] > 0 and run["samples"][0]
     assert str(Path.home()) not in json.dumps(run)
     assert "1 of 1 runs are there already" in bench(*arguments).stdout
+
+
+def test_memory_is_warm_until_it_is_wanted() -> None:
+    """Memory that was touched for a destination is held until it is wanted, and free then."""
+    rss = [hostinfo.rss_mib(os.getpid())]
+    with host.warmed(64):
+        rss.append(hostinfo.rss_mib(os.getpid()))
+    rss.append(hostinfo.rss_mib(os.getpid()))
+    assert rss[1] - rss[0] >= 64
+    assert rss[1] - rss[2] >= 64
