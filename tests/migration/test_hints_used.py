@@ -15,6 +15,7 @@ from livemig.migration import MigrationResult, migrate
 from livemig.spec import MODES
 
 MIB = 1 << 20
+HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,8 @@ def test_freed_memory_is_not_sent(
 def test_many_blocks_share_a_message(lab: Lab, measured: Dict[str, Any]) -> None:
     """A report takes one queue element per 8192 blocks, and one more per order told at most."""
     source = lab.boot(SMALL.but(mem_mib=4096))
+    order = int(source.agent.run(f"cat {HINT_ORDER}"))
+    assert workload.MAX_ORDER_PAGES >> order == 1 << workload.TOLD_ORDERS - 1
     destination = lab.incoming(source.spec)
     result = migrate(source, destination, WITH_HINTS)
     hints = assert_hints_used(result, 3 << 30)
