@@ -279,23 +279,24 @@ class Working(Workload):
 class AllocLoop(Working):
     """Takes memory and gives it back."""
 
-    # Of the guest's memory.
+    # Of the guest's memory. QEMU can only finish if a link carries what the loop writes anew in
+    # the downtime limit.
     share: float = 0.25
     LINE: ClassVar[str] = r"alloc ms=\d+ ops=(\d+) p50=\d+ p99=(\d+) max=\d+$"
 
     @property
     def name(self) -> str:
-        return "allocloop"
+        return "allocloop" if self.share == 0.25 else f"allocloop-{self.share:.0%}".rstrip("%")
 
     @property
     def about(self) -> str:
-        return "a program takes memory from the allocator and gives it back"
+        return f"a program takes {self.share:.0%} of the memory and gives it back, again and again"
 
     def used_mib(self, mem_mib: int) -> int:
         return int(mem_mib * self.share)
 
     def prepare(self, guest: Guest) -> None:
-        guest.agent.run(f"echo {int(guest.spec.mem_mib * self.share)} > /run/hold")
+        guest.agent.run(f"echo {self.used_mib(guest.spec.mem_mib)} > /run/hold")
         super().prepare(guest)
 
     def command(self) -> str:
