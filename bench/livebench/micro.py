@@ -30,6 +30,8 @@ REPEAT = 7
 HOST_NS_LIMIT = 50
 
 TRACEFS = "/sys/kernel/tracing"
+# The struct pages of two blocks of 4 MiB that are neighbours are 1024 of 64 bytes apart.
+LINE_STRIDE = 1024 * 64
 
 
 def _run(command: List[str], what: str) -> str:
@@ -103,6 +105,7 @@ def in_vivo(mem_mib: int, vcpus: int, logs: Path) -> Dict[str, Any]:
         with Guest(spec.but(trace=None, args=()), "destination", logs=logs, incoming=True) as there:
             result = migration.migrate(source, there, migration_for_mode(DEMO_MODES["array"]))
             batches = _batches(there.agent.run(f"cat {TRACEFS}/trace"))
+            bound = there.agent.run(f"linewalk {batches[:, 0].sum():.0f} {LINE_STRIDE} {REPEAT}")
         log = source.trace_log.read_text(errors="replace")
     hints = result.hints
     if not hints or not hints.blocks:
@@ -122,6 +125,7 @@ def in_vivo(mem_mib: int, vcpus: int, logs: Path) -> Dict[str, Any]:
         "holds": len(batches),
         "entries": float(entries.sum()),
         "walk_ns": float(holds.sum() / entries.sum()),
+        "line_ns": float(bound.split("ns=")[1]),
         "full_batch_ns": float(np.median(holds[full] / entries[full])),
         "max_hold_us": float(holds.max() / 1000),
         "ask_to_end_ms": hints.ask_to_end / 1000,
@@ -165,6 +169,7 @@ def _rows(measured: Dict[str, Any]) -> List[Dict[str, Any]]:
         ),
         ("walk_ns", "walk of the free lists, lock held", "ns per entry"),
         ("full_batch_ns", "the same, full batches", "ns per entry"),
+        ("line_ns", "lower bound: follow as many pointers, as far apart", "ns per entry"),
         ("max_hold_us", "longest hold of a zone's lock", "us"),
         ("ask_to_end_ms", "ask to end", "ms"),
         ("arm_ms", "arming", "ms"),
