@@ -16,6 +16,8 @@ export PATH=/usr/lib/ccache:/usr/sbin:/usr/bin:/sbin:/bin:$PATH
 export LC_ALL=C.UTF-8
 # Relative paths and no directory in the hash let the stock and our build share objects.
 export CCACHE_DIR=${CCACHE_DIR:-$FPH_CACHE/ccache} CCACHE_BASEDIR=$FPH_CACHE CCACHE_NOHASHDIR=1
+# What the compiler tells of the headers that it read will do: without this, each miss preprocesses first.
+export CCACHE_DEPEND=1
 export CCACHE_MAXSIZE=5G
 
 say() { echo "${0##*/}: $*"; }
