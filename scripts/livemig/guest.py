@@ -231,6 +231,7 @@ class Guest:
                 return
             raise GuestError(
                 f"{self.name}: the guest did not boot: {err}{self.qemu_output()}\n"
+                f"--- what its agent wrote: {self._agent_port.text()!r}\n"
                 f"--- the end of its console ({self.console_log}):\n{self.console.tail()}"
             ) from err
 
