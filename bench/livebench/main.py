@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-from livebench import floor, micro, plan, report, store
+from livebench import floor, micro, plan, report, statistics, store, summary
 from livebench.modes import MODES
 from livebench.scenarios import SCENARIOS, Scenario, matching
 from livebench.store import Store
@@ -121,6 +121,29 @@ def command_list(_args: argparse.Namespace) -> int:
     return 0
 
 
+def command_compare(args: argparse.Namespace) -> int:
+    """Compare two modes, over the runs of several scenarios and files together."""
+    runs = [run for path in args.files for run in store.exported(path)]
+    runs = runs or Store(args.out).runs()
+    names = [scenario.name for scenario in _scenarios(args.scenario)]
+    rows = summary.compare(runs, names, (args.mode, args.base), args.metric)
+    if not rows:
+        raise LivemigError(
+            f"no runs of {args.mode} and {args.base} in one scenario tell {args.metric}"
+        )
+    for row in rows:
+        print(f"{row.name}: {_spread(args.mode, row.own)}; {_spread(args.base, row.base)}", end="")
+        print(f"; {report.ratio(row.ratio)}" + (f", p = {row.p_value:.2g}" if row.p_value else ""))
+    return 0
+
+
+def _spread(mode: str, spread: statistics.Spread) -> str:
+    return (
+        f"{mode} {spread.runs} runs, {spread.median:g} "
+        f"({spread.first_quartile:g}-{spread.third_quartile:g})"
+    )
+
+
 def command_export(args: argparse.Namespace) -> int:
     """Copy the report into a directory, with all runs in one compressed file."""
     command_report(args)
@@ -152,6 +175,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ("report", command_report),
         ("micro", command_micro),
         ("list", command_list),
+        ("compare", command_compare),
         ("export", command_export),
     ):
         one = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
@@ -166,10 +190,26 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             one.add_argument("--vcpus", type=int, metavar="N", help="for trying: another number")
         if name == "export":
             one.add_argument("to", type=Path, metavar="TO", help="a directory")
-        if name == "run":
+        if name in ("run", "compare"):
             one.add_argument(
                 "--scenario", nargs="+", metavar="NAME", help='or "BEGIN*"; default: all'
             )
+        if name == "compare":
+            for which in ("mode", "base"):
+                one.add_argument(which, choices=list(MODES), metavar=which.upper())
+            one.add_argument(
+                "--metric", default="total_ms", metavar="NAME", help="default: total_ms"
+            )
+            one.add_argument(
+                "--from",
+                dest="files",
+                type=Path,
+                nargs="+",
+                default=[],
+                metavar="FILE",
+                help="runs.json.xz of an export; default: what is in out/bench",
+            )
+        if name == "run":
             one.add_argument(
                 "--mode", nargs="+", choices=list(MODES), metavar="MODE", help="default: all"
             )

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import lzma
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping
@@ -11,6 +12,7 @@ from livebench import engine, hostinfo
 from livebench.modes import Mode
 from livebench.scenarios import Scenario
 from livemig import paths
+from livemig.errors import LivemigError
 
 OUT = paths.OUT / "bench"
 
@@ -45,6 +47,20 @@ def key(scenario: Scenario, mode: Mode) -> str:
     }
     text = json.dumps(what, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def exported(path: Path) -> List[Dict[str, Any]]:
+    """The runs of a file that an export has written."""
+    try:
+        runs = json.loads(lzma.decompress(path.read_bytes()))
+    except OSError as err:
+        raise LivemigError(f"{path}: {err.strerror}") from err
+    except (lzma.LZMAError, ValueError) as err:
+        raise LivemigError(f"{path} is no file of runs: see bench/bench export") from err
+    found = [run for run in runs if isinstance(run, dict) and run.get("format") == engine.FORMAT]
+    if not found:
+        raise LivemigError(f"{path} has no runs of this format ({engine.FORMAT})")
+    return found
 
 
 class Store:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the runs say: one row for each scenario and mode, and which targets are reached."""
 
+from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence
 
 from livebench import statistics
@@ -74,6 +75,49 @@ def row(runs: Sequence[Run], scenario: str, mode: str) -> Dict[str, Any]:
 def table(runs: Sequence[Run]) -> List[Dict[str, Any]]:
     """All rows."""
     return [row(runs, name, mode) for name in names(runs) for mode in modes_of(runs, name)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A metric of a mode beside that of another."""
+
+    name: str
+    own: statistics.Spread
+    base: statistics.Spread
+    ratio: Optional[float]
+    p_value: Optional[float]
+
+    @classmethod
+    def from_values(cls, name: str, own: Sequence[float], base: Sequence[float]) -> "Comparison":
+        """Compare at least one value with at least one."""
+        return cls(
+            name,
+            statistics.Spread.from_values(own),
+            statistics.Spread.from_values(base),
+            statistics.ratio(own, base),
+            statistics.p_value(own, base),
+        )
+
+
+def compare(
+    runs: Sequence[Run], scenarios: Sequence[str], modes: Sequence[str], metric: str
+) -> List[Comparison]:
+    """A mode beside another in each scenario that has runs of both; then in all of them together.
+
+    Together says something only of scenarios in which the metric should be the same.
+    """
+    found: List[Comparison] = []
+    own_all: List[float] = []
+    base_all: List[float] = []
+    for name in scenarios:
+        own, base = (values(runs, name, mode, metric) for mode in modes)
+        if own and base:
+            found.append(Comparison.from_values(name, own, base))
+            own_all += own
+            base_all += base
+    if len(found) > 1:
+        found.append(Comparison.from_values("together", own_all, base_all))
+    return found
 
 
 def judge(runs: Sequence[Run], scenario: str, target: Target) -> Optional[Dict[str, Any]]:

@@ -284,9 +284,43 @@ def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+def test_compare(tmp_path: Path) -> None:
+    """Two modes are compared in each scenario with runs of both, and over all of these together."""
+    store = Store(tmp_path)
+    totals = {
+        ("idle-8g", "array"): (1, 2, 3),
+        ("idle-8g", "legacy"): (50, 60, 70),
+        ("idle-1g", "array"): (4,),
+        ("idle-1g", "legacy"): (80,),
+        ("idle-2g", "array"): (1000,),
+    }
+    for (name, mode), values in totals.items():
+        for index, total in enumerate(values, 1):
+            run = canned(SCENARIOS[name], MODES[mode], index, total)
+            store.save(SCENARIOS[name], MODES[mode], index, run)
+    here = bench("compare", "array", "legacy", "--scenario", "idle*", "--out", str(tmp_path))
+    assert here.stdout.splitlines() == [
+        "idle-8g: array 3 runs, 2 (1.5-2.5); legacy 3 runs, 60 (55-65); 0.033",
+        "idle-1g: array 1 runs, 4 (4-4); legacy 1 runs, 80 (80-80); 0.050",
+        "together: array 4 runs, 2.5 (1.75-3.25); legacy 4 runs, 65 (57.5-72.5); 0.038, p = 0.029",
+    ]
+    assert bench("export", str(tmp_path / "to"), "--out", str(tmp_path)).returncode == 0
+    packed = str(tmp_path / "to" / "runs.json.xz")
+    assert bench("compare", "array", "legacy", "--from", packed).stdout == here.stdout
+    twice = bench("compare", "array", "legacy", "--scenario", "idle-1g", "--from", packed, packed)
+    assert twice.stdout == "idle-1g: array 2 runs, 4 (4-4); legacy 2 runs, 80 (80-80); 0.050\n"
+
+
 def test_errors_are_one_line(tmp_path: Path) -> None:
     """What a user gets wrong is told in one line, without a traceback."""
-    for arguments in (["run", "--scenario", "no-such"], ["report", "--out", str(tmp_path)]):
+    (tmp_path / "no-runs").write_text("text")
+    for arguments in (
+        ["run", "--scenario", "no-such"],
+        ["report", "--out", str(tmp_path)],
+        ["compare", "array", "floor", "--out", str(tmp_path)],
+        ["compare", "array", "floor", "--from", str(tmp_path / "no-such")],
+        ["compare", "array", "floor", "--from", str(tmp_path / "no-runs")],
+    ):
         done = bench(*arguments)
         assert done.returncode and done.stderr.startswith("bench: error: ")
         assert done.stderr.count("\n") == 1
