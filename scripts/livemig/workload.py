@@ -47,9 +47,9 @@ def stamp(
     guest.agent.run(f"memstamp start {options} {mib}")
 
 
-def verify(guest: Guest, name: str = "default") -> Verdict:
+def verify(guest: Guest, name: str = "default", timeout: float = 120) -> Verdict:
     """Let the guest check all pages that `stamp` filled."""
-    status, output = guest.agent.exec(f"memstamp verify --name {name}")
+    status, output = guest.agent.exec(f"memstamp verify --name {name}", timeout)
     match = re.search(
         r"^verified=(\d+) errors=(\d+) checked=(\d+) passes=(\d+) reallocs=(\d+) first=(.*)$",
         output,

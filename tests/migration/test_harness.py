@@ -128,9 +128,9 @@ def test_memstamp_sees_memory_that_is_not_clear(lab: Lab) -> None:
         assert_hints_used(migrate(source, destination, WITH_HINTS), 512 << 20)
         try:
             destination.agent.run("true", timeout=20)
-            # Done in a second or two, unless the kernel tripped.
+            # Each is done in a second or two, unless the kernel tripped.
             destination.agent.run("memstamp start 512", timeout=20)
-            verdict = workload.verify(destination)
+            verdict = workload.verify(destination, timeout=20)
         except GuestError:
             return
     assert verdict.errors > 0 and "not clear" in verdict.first
