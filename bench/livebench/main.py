@@ -133,7 +133,10 @@ def command_compare(args: argparse.Namespace) -> int:
         )
     for row in rows:
         print(f"{row.name}: {_spread(args.mode, row.own)}; {_spread(args.base, row.base)}", end="")
-        print(f"; {report.ratio(row.ratio)}" + (f", p = {row.p_value:.2g}" if row.p_value else ""))
+        print(
+            f"; {report.ratio(row.ratio)}"
+            + (f", p = {row.p_value:.2g}" if row.p_value is not None else "")
+        )
     return 0
 
 
