@@ -41,6 +41,7 @@ def key(scenario: Scenario, mode: Mode) -> str:
     what: Dict[str, Any] = {
         "format": engine.FORMAT,
         "name": scenario.name,
+        "cmdline": engine.CMDLINE,
         "workload": [scenario.workload.name, asdict(scenario.workload)],
         "mode": asdict(mode),
         "builds": [hostinfo.stamp(build) for build in mode.builds],
