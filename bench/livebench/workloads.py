@@ -36,8 +36,9 @@ class Workload:
     data_writable: ClassVar[bool] = False
     # Seconds that it goes on before the migration, undisturbed.
     lead: ClassVar[float] = 0
-    # The host's seconds that a run takes, with all waiting, in a guess that only progress uses.
-    guess: ClassVar[int] = 15
+    # The host's seconds that a run takes, with all waiting: what one run of everything took, about
+    # (bench/results/whole.json.xz). Only progress uses it.
+    guess: ClassVar[int] = 6
 
     @property
     def name(self) -> str:
@@ -87,7 +88,7 @@ class Freed(Workload):
     """Memory that was written and is free again."""
 
     percent: int = 75
-    guess: ClassVar[int] = 50
+    guess: ClassVar[int] = 12
 
     @property
     def name(self) -> str:
@@ -110,7 +111,7 @@ class Held(Workload):
     """Memory that is in use, but for a share of it."""
 
     free_percent: int = 0
-    guess: ClassVar[int] = 60
+    guess: ClassVar[int] = 15
 
     @property
     def name(self) -> str:
@@ -141,7 +142,7 @@ class PageCache(Workload):
 
     data_disk: ClassVar[str] = "pagecache.ext4"
     FILE_MIB: ClassVar[int] = 64
-    guess: ClassVar[int] = 45
+    guess: ClassVar[int] = 30
 
     @property
     def name(self) -> str:
@@ -224,7 +225,7 @@ class Compile(Workload):
 class Fragmented(Compile):
     """A guest that compiled for a while and is idle now."""
 
-    guess: ClassVar[int] = 150
+    guess: ClassVar[int] = 220
 
     @property
     def name(self) -> str:
@@ -252,7 +253,7 @@ class Working(Workload):
     # How long it would run: longer than anybody watches.
     SECONDS: ClassVar[int] = 900
     lead: ClassVar[float] = throughput.BEFORE_SECONDS + 3
-    guess: ClassVar[int] = 45
+    guess: ClassVar[int] = 30
 
     def command(self) -> str:
         """Starts the program."""
