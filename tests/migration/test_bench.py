@@ -334,9 +334,9 @@ def test_one_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (run,) = Store(tmp_path).runs()
     assert run["verified"] and run["metrics"]["hint_blocks"] > 0 and run["samples"][0]
-    # Another clock would be another machine.
-    facts = run["guest_before"] + run["guest_after"]
-    assert [fact["clocksource"] for fact in facts] == ["tsc", "tsc"]
+    # Another clock would be another machine. Under KVM, guests that can have its own.
+    clocks = {fact["clocksource"] for fact in run["guest_before"] + run["guest_after"]}
+    assert clocks in ({"tsc"}, {"kvm-clock"})
     assert str(Path.home()) not in json.dumps(run)
     assert "1 of 1 runs are there already" in bench(*arguments).stdout
 
