@@ -299,7 +299,7 @@ def metrics(record: Dict[str, Any]) -> Dict[str, float]:
         for side, mib in record["rss_mib"][when].items():
             values[f"rss_{side}_{when}_mib"] = mib
     hints = [result.hints for result in results if result.hints]
-    if hints and not record["mode"]["floor"] and all(hint.arrays for hint in hints):
+    if hints and not record["mode"]["floor"] and all(hint.messages for hint in hints):
         values.update(
             arm_ms=max(hint.arm_time for hint in hints) / 1000,
             ask_to_first_ms=max(hint.ask_to_first for hint in hints) / 1000,

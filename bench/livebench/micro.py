@@ -118,7 +118,7 @@ def in_vivo(mem_mib: int, vcpus: int, logs: Path) -> Dict[str, Any]:
     return {
         "mem_mib": mem_mib,
         "blocks": hints.blocks,
-        "arrays": hints.arrays,
+        "messages": hints.messages,
         "array_to_end_ns": (ended[-1] - arrays[0]) * 1e9 / hints.blocks
         if arrays and ended
         else None,

@@ -1,8 +1,8 @@
 /*
  * How long the host takes for an array of hints
  *
- * The path of a message as it is in QEMU: copy, parse, join blocks to ranges, trim to whole host
- * pages, clear bits and count them.  Only the lookup of guest memory is left out: here RAM is one
+ * The path of a message as it is in QEMU: copy, parse, join blocks to ranges, clear bits and count
+ * them, a hold of the lock at a time.  Only the lookup of guest memory is left out: here RAM is one
  * block that begins at address 0.  Beside it stand lower bounds, which do not look at what they move:
  * the words of both bitmaps in one go, and block by block in the guest's order, which is what the
  * memory's latency allows.  And, to compare with, one bit operation for each page.
@@ -17,6 +17,7 @@
 #include "qemu/osdep.h"
 #include "qemu/bitmap.h"
 #include "qemu/bswap.h"
+#include "qemu/units.h"
 #include "hw/virtio/virtio-balloon-hint-parse.h"
 #include "migration/free-page-hint-bitmap.h"
 
@@ -25,8 +26,9 @@
 #define BLOCK_PAGES (BLOCK >> PAGE_BITS)
 /* As many as the guest's driver puts into an array */
 #define ARRAY_ADDRS 16383
-/* As in migration/free-page-hint.c */
-#define APPLY_AHEAD 4
+/* As in migration/free-page-hint.c and free-page-hint-ram.c */
+#define APPLY_BATCH 1024
+#define HOLD_PAGES (4 * MiB)
 
 typedef struct Message {
     VirtIOBalloonHintHeader header;
@@ -36,7 +38,7 @@ typedef struct Message {
 static Message message;
 static uint64_t addrs[ARRAY_ADDRS];
 static VirtIOBalloonHintRange ranges[ARRAY_ADDRS];
-static unsigned long *bmap, *hinted;
+static unsigned long *bmap, *hinted, *groups;
 static uint64_t blocks, pages;
 /* The order in which the guest tells its blocks */
 static uint64_t *order;
@@ -57,8 +59,17 @@ static void all_dirty(void)
 
 static uint64_t apply_message(unsigned n)
 {
-    uint64_t block, cleared = 0;
-    unsigned count, n_ranges, invalid, i;
+    const FreePageHintMap map = {
+        .bmap = bmap,
+        .hinted = hinted,
+        .groups = groups,
+        .npages = pages,
+        .host_ratio = 1,
+    };
+    FreePageHintTally tally = {};
+    FreePageHintRun runs[APPLY_BATCH];
+    uint64_t block, next = 0;
+    unsigned count, n_ranges, invalid;
     uint32_t id;
     VirtIOBalloonHintMsg kind;
 
@@ -71,19 +82,23 @@ static uint64_t apply_message(unsigned n)
     n_ranges = virtio_balloon_hint_parse_addrs(addrs, n, block, ranges,
                                                &invalid);
     assert(!invalid);
-    for (i = 0; i < n_ranges; i++) {
-        uint64_t first = ranges[i].addr >> PAGE_BITS;
-        uint64_t npages = ranges[i].len >> PAGE_BITS;
+    while (next < n_ranges) {
+        unsigned n = MIN(n_ranges - next, APPLY_BATCH), done = 0, i;
 
-        if (i + APPLY_AHEAD < n_ranges) {
-            free_page_hint_prefetch(bmap, hinted, ranges[i + APPLY_AHEAD].addr >> PAGE_BITS,
-                                    ranges[i + APPLY_AHEAD].len >> PAGE_BITS);
+        for (i = 0; i < n; i++, next++) {
+            runs[i] = (FreePageHintRun) {
+                .first = ranges[next].addr >> PAGE_BITS,
+                .npages = ranges[next].len >> PAGE_BITS,
+            };
         }
-        if (free_page_hint_trim(&first, &npages, pages, 1)) {
-            cleared += free_page_hint_clear(bmap, hinted, first, npages);
+        while (done < n) {
+            uint64_t budget = HOLD_PAGES;
+
+            done += free_page_hint_clear_runs(&map, runs + done, n - done,
+                                              &budget, &tally);
         }
     }
-    return cleared;
+    return tally.cleared;
 }
 
 static uint64_t apply_all(void)
@@ -183,6 +198,7 @@ int main(int argc, char **argv)
     pages = blocks * BLOCK_PAGES;
     bmap = bitmap_new(pages);
     hinted = bitmap_new(pages);
+    groups = bitmap_new(free_page_hint_groups(pages));
     order = g_new(uint64_t, blocks);
     for (i = 0; i < blocks; i++) {
         order[i] = i;

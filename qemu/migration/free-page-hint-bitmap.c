@@ -13,37 +13,33 @@
 #define CACHE_LINE_PAGES (64 * BITS_PER_BYTE)
 /* A block of 4 MiB; of a longer run, the hardware sees where it goes */
 #define PREFETCH_PAGES 1024
+/*
+ * How far the caches are warmed ahead.  Of 2, 4, 8 and 16, 4 was fastest for
+ * 4 MiB blocks of a 1 TiB guest in random order: 72 ns each, 220 ns without.
+ */
+#define PREFETCH_RUNS 4
+#define GROUP_WORDS (FREE_PAGE_HINT_GROUP_PAGES / BITS_PER_LONG)
 
-bool free_page_hint_trim(uint64_t *first, uint64_t *npages,
-                         uint64_t block_pages, uint64_t host_ratio)
+QEMU_BUILD_BUG_ON(FREE_PAGE_HINT_GROUP_PAGES % BITS_PER_LONG);
+
+/* Shrink a run to the whole host pages in it.  Returns false if it is empty. */
+static bool run_trim(FreePageHintRun *run, uint64_t host_ratio)
 {
-    uint64_t start, end;
+    uint64_t start = ROUND_UP(run->first, host_ratio);
+    uint64_t end = ROUND_DOWN(run->first + run->npages, host_ratio);
 
-    if (*first >= block_pages || *npages > block_pages - *first) {
-        return false;
-    }
-
-    start = ROUND_UP(*first, host_ratio);
-    end = ROUND_DOWN(*first + *npages, host_ratio);
-    if (start >= end) {
-        return false;
-    }
-
-    *first = start;
-    *npages = end - start;
-    return true;
+    run->first = start;
+    run->npages = start < end ? end - start : 0;
+    return run->npages;
 }
 
-uint64_t free_page_hint_clear(unsigned long *bmap, unsigned long *hinted,
-                              uint64_t first, uint64_t npages)
+/* Returns the number of pages cleared. */
+static uint64_t map_clear(const FreePageHintMap *map, uint64_t first,
+                          uint64_t npages)
 {
     uint64_t last = first + npages - 1;
     uint64_t cleared = 0;
     uint64_t k;
-
-    if (!npages) {
-        return 0;
-    }
 
     for (k = BIT_WORD(first); k <= BIT_WORD(last); k++) {
         unsigned long mask = ~0UL;
@@ -56,56 +52,143 @@ uint64_t free_page_hint_clear(unsigned long *bmap, unsigned long *hinted,
             mask &= BITMAP_LAST_WORD_MASK(last + 1);
         }
 
-        bits = bmap[k] & mask;
-        bmap[k] &= ~bits;
-        hinted[k] |= bits;
+        bits = map->bmap[k] & mask;
+        map->bmap[k] &= ~bits;
+        map->hinted[k] |= bits;
         /* Before the first round nearly all are set, and counting is slow */
         cleared += bits == ~0UL ? BITS_PER_LONG : ctpopl(bits);
+    }
+    if (cleared) {
+        bitmap_set(map->groups, first / FREE_PAGE_HINT_GROUP_PAGES,
+                   last / FREE_PAGE_HINT_GROUP_PAGES -
+                   first / FREE_PAGE_HINT_GROUP_PAGES + 1);
     }
     return cleared;
 }
 
-void free_page_hint_prefetch(const unsigned long *bmap,
-                             const unsigned long *hinted,
-                             uint64_t first, uint64_t npages)
+/*
+ * A guest that has run for a while reports its blocks in no order, and the
+ * bitmaps of a large guest are larger than the caches: let several runs wait
+ * for memory at the same time.
+ */
+static void map_prefetch(const FreePageHintMap *map, const FreePageHintRun *run)
 {
-    uint64_t end = first + MIN(npages, PREFETCH_PAGES);
+    uint64_t end = run->first + MIN(run->npages, PREFETCH_PAGES);
     uint64_t page;
 
-    for (page = first; page < end; page += CACHE_LINE_PAGES) {
-        __builtin_prefetch(&bmap[BIT_WORD(page)], 1);
-        __builtin_prefetch(&hinted[BIT_WORD(page)], 1);
+    for (page = run->first; page < end; page += CACHE_LINE_PAGES) {
+        __builtin_prefetch(&map->bmap[BIT_WORD(page)], 1);
+        __builtin_prefetch(&map->hinted[BIT_WORD(page)], 1);
     }
 }
 
-uint64_t free_page_hint_forget_dirty(unsigned long *hinted,
-                                     const unsigned long *bmap,
-                                     uint64_t npages)
+unsigned free_page_hint_clear_runs(const FreePageHintMap *map,
+                                   FreePageHintRun *runs, unsigned n_runs,
+                                   uint64_t *budget, FreePageHintTally *tally)
 {
+    unsigned i = 0;
+
+    while (i < n_runs && *budget && runs[i].block == runs[0].block) {
+        FreePageHintRun *run = &runs[i];
+        uint64_t npages = run->npages, piece = 0;
+
+        if (i + PREFETCH_RUNS < n_runs &&
+            run[PREFETCH_RUNS].block == run->block) {
+            map_prefetch(map, &run[PREFETCH_RUNS]);
+        }
+
+        if (run->first > map->npages || npages > map->npages - run->first) {
+            tally->invalid += npages;
+            run->npages = 0;
+        } else if (!run_trim(run, map->host_ratio)) {
+            tally->too_small += npages;
+        } else {
+            /* A multiple of host_ratio, so that trimming the rest is no loss */
+            piece = run->npages <= *budget ?
+                    run->npages : ROUND_UP(*budget, map->host_ratio);
+            tally->too_small += npages - run->npages;
+            tally->hinted += piece;
+            tally->cleared += map_clear(map, run->first, piece);
+            run->first += piece;
+            run->npages -= piece;
+        }
+
+        *budget -= MIN(*budget, MAX(piece, FREE_PAGE_HINT_RUN_PAGES));
+        if (!run->npages) {
+            i++;
+        }
+    }
+    return i;
+}
+
+uint64_t free_page_hint_forget_dirty(const FreePageHintMap *map)
+{
+    uint64_t n_groups = free_page_hint_groups(map->npages);
+    uint64_t n_words = BITS_TO_LONGS(map->npages);
     uint64_t forgotten = 0;
-    uint64_t k;
+    uint64_t group;
 
-    for (k = 0; k < BITS_TO_LONGS(npages); k++) {
-        unsigned long bits = hinted[k] & bmap[k];
+    for (group = find_first_bit(map->groups, n_groups); group < n_groups;
+         group = find_next_bit(map->groups, n_groups, group + 1)) {
+        uint64_t end = MIN((group + 1) * GROUP_WORDS, n_words);
+        unsigned long left = 0;
+        uint64_t k;
 
-        if (bits) {
-            hinted[k] &= ~bits;
-            forgotten += ctpopl(bits);
+        for (k = group * GROUP_WORDS; k < end; k++) {
+            unsigned long bits = map->hinted[k] & map->bmap[k];
+
+            if (bits) {
+                map->hinted[k] &= ~bits;
+                forgotten += ctpopl(bits);
+            }
+            left |= map->hinted[k];
+        }
+        if (!left) {
+            clear_bit(group, map->groups);
         }
     }
     return forgotten;
 }
 
-uint64_t free_page_hint_restore(unsigned long *bmap,
-                                const unsigned long *hinted,
-                                uint64_t npages)
+static bool host_page_hinted(const FreePageHintMap *map, uint64_t first)
 {
-    uint64_t restored = 0;
-    uint64_t k;
+    uint64_t end = first + map->host_ratio;
 
-    for (k = 0; k < BITS_TO_LONGS(npages); k++) {
-        restored += ctpopl(hinted[k] & ~bmap[k]);
-        bmap[k] |= hinted[k];
+    return end <= map->npages &&
+           find_next_zero_bit(map->hinted, end, first) >= end;
+}
+
+uint64_t free_page_hint_mark_host_page(const FreePageHintMap *map,
+                                       uint64_t page)
+{
+    uint64_t first = ROUND_DOWN(page, map->host_ratio);
+    uint64_t marked = 0;
+
+    if (!host_page_hinted(map, first)) {
+        return 0;
     }
-    return restored;
+    for (page = first; page < first + map->host_ratio; page++) {
+        marked += !test_and_set_bit(page, map->bmap);
+    }
+    return marked;
+}
+
+uint64_t free_page_hint_clear_hinted(const FreePageHintMap *map)
+{
+    uint64_t cleared = 0;
+    uint64_t first = find_first_bit(map->hinted, map->npages);
+
+    while (first < map->npages) {
+        first = ROUND_DOWN(first, map->host_ratio);
+        if (host_page_hinted(map, first)) {
+            uint64_t page;
+
+            for (page = first; page < first + map->host_ratio; page++) {
+                cleared += test_and_clear_bit(page, map->bmap);
+            }
+        }
+        first = find_next_bit(map->hinted, map->npages,
+                              first + map->host_ratio);
+    }
+    return cleared;
 }

@@ -1,7 +1,7 @@
 /*
- * Free page hints: what builds with --enable-debug check
+ * Free page hints: what builds with FREE_PAGE_HINT_DEBUG check
  *
- * The argument of free-page-hint.c ends in this: a page that is still hinted
+ * The argument of free-page-hint-ram.c ends in this: a page that is still hinted
  * when the guest has stopped was not written since the dirty log was armed.
  * Here that is looked up.  A checksum of each page is taken right after arming
  * and compared after the merge that follows the stop of the guest.  A page that
@@ -20,8 +20,12 @@
 #include "exec/target_page.h"
 #include "free-page-hint.h"
 #include "free-page-hint-debug.h"
+#include "migration.h"
 #include "ram.h"
 #include "trace.h"
+
+/* Of RAMBlock * to uint32_t[].  Migration thread, then with the BQL. */
+static GHashTable *checksums;
 
 static uint64_t block_pages(RAMBlock *rb)
 {
@@ -44,6 +48,14 @@ void free_page_hint_debug_counter(void)
     uint64_t bits = 0;
     RAMBlock *rb;
 
+    /* A RAMBlock that grew has ended the migration: nobody counts any more */
+    if ((!FREE_PAGE_HINT_DEBUG &&
+         !trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_CHECK)) ||
+        !migration_is_running() ||
+        migrate_get_current()->state == MIGRATION_STATUS_CANCELLING) {
+        return;
+    }
+
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
         bits += bitmap_count_one(rb->bmap, block_pages(rb));
     }
@@ -57,15 +69,17 @@ void free_page_hint_debug_armed(void)
 
     RCU_READ_LOCK_GUARD();
 
+    checksums = g_hash_table_new_full(NULL, NULL, NULL, g_free);
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-        if (rb->hint_bmap) {
+        if (rb->hint) {
+            uint32_t *sums = g_new(uint32_t, rb->max_length >>
+                                   qemu_target_page_bits());
             uint64_t page;
 
-            rb->hint_checksums = g_new(uint32_t, rb->max_length >>
-                                       qemu_target_page_bits());
             for (page = 0; page < block_pages(rb); page++) {
-                rb->hint_checksums[page] = page_checksum(rb, page);
+                sums[page] = page_checksum(rb, page);
             }
+            g_hash_table_insert(checksums, rb, sums);
         }
     }
 }
@@ -76,16 +90,18 @@ void free_page_hint_debug_stopped(void)
     RAMBlock *rb;
 
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+        uint32_t *sums = checksums ? g_hash_table_lookup(checksums, rb) : NULL;
         uint64_t page;
 
-        if (!rb->hint_bmap || !rb->hint_checksums) {
+        if (!rb->hint || !sums) {
             continue;
         }
-        for (page = find_first_bit(rb->hint_bmap, block_pages(rb));
+        for (page = find_first_bit(rb->hint->hinted, block_pages(rb));
              page < block_pages(rb);
-             page = find_next_bit(rb->hint_bmap, block_pages(rb), page + 1)) {
+             page = find_next_bit(rb->hint->hinted, block_pages(rb),
+                                  page + 1)) {
             checked++;
-            if (page_checksum(rb, page) != rb->hint_checksums[page] &&
+            if (page_checksum(rb, page) != sums[page] &&
                 !buffer_is_zero(page_host(rb, page), qemu_target_page_size())) {
                 error_report("free page hints: page 0x%" PRIx64 " of block %s "
                              "was written, and the write is lost", page,
@@ -105,11 +121,11 @@ void free_page_hint_debug_kept(void)
     RAMBLOCK_FOREACH_MIGRATABLE(rb) {
         uint64_t page = 0;
 
-        while (rb->hint_bmap && page < block_pages(rb)) {
-            uint64_t first = find_next_bit(rb->hint_bmap, block_pages(rb),
+        while (rb->hint && page < block_pages(rb)) {
+            uint64_t first = find_next_bit(rb->hint->hinted, block_pages(rb),
                                            page);
 
-            page = find_next_zero_bit(rb->hint_bmap, block_pages(rb), first);
+            page = find_next_zero_bit(rb->hint->hinted, block_pages(rb), first);
             if (first < page) {
                 trace_free_page_hint_kept(rb->idstr, first, page - first);
                 kept += page - first;
@@ -117,4 +133,9 @@ void free_page_hint_debug_kept(void)
         }
     }
     trace_free_page_hint_kept_all(kept);
+}
+
+void free_page_hint_debug_cleanup(void)
+{
+    g_clear_pointer(&checksums, g_hash_table_unref);
 }

@@ -1,5 +1,5 @@
 /*
- * Free page hints: what builds with --enable-debug check
+ * Free page hints: what builds with FREE_PAGE_HINT_DEBUG check
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -9,18 +9,19 @@
 
 #include "exec/ramblock.h"
 
-/* --enable-debug-mutex, which --enable-debug implies */
-#ifdef CONFIG_DEBUG_MUTEX
-#define FREE_PAGE_HINT_DEBUG true
-#else
-#define FREE_PAGE_HINT_DEBUG false
+/*
+ * For tests only: --extra-cflags=-DFREE_PAGE_HINT_DEBUG=1.  It reads all RAM
+ * before the guest is asked.
+ */
+#ifndef FREE_PAGE_HINT_DEBUG
+#define FREE_PAGE_HINT_DEBUG 0
 #endif
 
 /*
  * The counter of dirty pages changes together with the bits, or the migration
- * ends too early or never: trace both, and in debug builds assert it.  Called
- * with the BQL, so that no RAMBlock grows, and under bitmap_mutex, in an RCU
- * critical section.
+ * ends too early or never: if it is traced or this is a debug build, count the
+ * bits too.  Called with the BQL, so that no RAMBlock grows, and under
+ * bitmap_mutex, in an RCU critical section.
  */
 void free_page_hint_debug_counter(void);
 
@@ -39,5 +40,8 @@ void free_page_hint_debug_stopped(void);
  * an RCU critical section.
  */
 void free_page_hint_debug_kept(void);
+
+/* Free what free_page_hint_debug_armed() has made. */
+void free_page_hint_debug_cleanup(void);
 
 #endif

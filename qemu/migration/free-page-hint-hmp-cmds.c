@@ -1,5 +1,5 @@
 /*
- * Free page hints: what "info migrate" tells
+ * Free page hints: what "info migrate" shows
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -19,17 +19,23 @@ void hmp_info_free_page_hint(Monitor *mon, const FreePageHintInfo *info)
         return;
     }
     monitor_printf(mon, "free page hints reported: %" PRIu64 " blocks in %"
-                   PRIu64 " arrays, %" PRIu64 " reports\n",
-                   info->blocks, info->arrays, info->reports);
-    monitor_printf(mon, "free page hints rejected: %" PRIu64 " stale, %"
-                   PRIu64 " invalid\n", info->stale, info->invalid);
+                   PRIu64 " messages, %s\n", info->blocks, info->messages,
+                   info->complete ? "complete" : "incomplete");
     monitor_printf(mon, "free pages hinted: %" PRIu64 " kbytes\n",
                    info->hinted_bytes >> 10);
     monitor_printf(mon, "free pages skipped: %" PRIu64 " kbytes\n",
                    info->skipped_bytes >> 10);
     monitor_printf(mon, "free pages dirtied again: %" PRIu64 " kbytes\n",
                    info->redirtied_bytes >> 10);
-    monitor_printf(mon, "free page hint times: arm %" PRIu64 " us, first %"
-                   PRIu64 " us, end %" PRIu64 " us\n",
-                   info->arm_time, info->ask_to_first, info->ask_to_end);
+    monitor_printf(mon, "free pages requested in postcopy: %" PRIu64
+                   " kbytes\n", info->requested_bytes >> 10);
+    monitor_printf(mon, "free page hints dropped: %" PRIu64 " kbytes stale, %"
+                   PRIu64 " kbytes too small, %" PRIu64 " kbytes invalid, %"
+                   PRIu64 " invalid messages\n", info->stale_bytes >> 10,
+                   info->too_small_bytes >> 10, info->invalid_bytes >> 10,
+                   info->invalid_messages);
+    monitor_printf(mon, "free page hint times: arm %" PRIu64 " us (%" PRIu64
+                   " kbytes), first %" PRIu64 " us, end %" PRIu64 " us\n",
+                   info->arm_time, info->armed_bytes >> 10,
+                   info->ask_to_first, info->ask_to_end);
 }

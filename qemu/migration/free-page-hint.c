@@ -7,45 +7,30 @@
  *                \         \_____________________^
  *                 \______________________________^
  *
- * A write to a page after ARMING is in the dirty log and is merged into the
- * dirty bitmap by a later sync.  A hint that answers a request made after
- * ARMING can therefore clear the page's bit, as long as no such merge came in
- * between.  That is all that keeps the writes; the rest of this file keeps
- * accounts and waits.
+ * What arming and a hint do to RAM, and why no write is lost, is in
+ * free-page-hint-ram.c; this file decides when, keeps accounts and waits.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
 
 #include "qemu/osdep.h"
-#include "qemu/bitmap.h"
 #include "qemu/lockable.h"
 #include "qemu/main-loop.h"
-#include "qemu/rcu.h"
 #include "qemu/thread.h"
 #include "qemu/timer.h"
-#include "exec/cputlb.h"
-#include "exec/memory.h"
 #include "exec/target_page.h"
 #include "qapi/qapi-types-migration.h"
 #include "system/kvm.h"
 #include "system/runstate.h"
 #include "system/tcg.h"
 #include "free-page-hint.h"
-#include "free-page-hint-bitmap.h"
-#include "free-page-hint-debug.h"
+#include "free-page-hint-ram.h"
 #include "migration.h"
 #include "options.h"
-#include "ram.h"
 #include "trace.h"
 
-/* Runs applied in one hold of bitmap_mutex: 4 GiB of 4 MiB blocks */
+/* Runs taken from the queue in one go: 4 GiB of 4 MiB blocks */
 #define APPLY_BATCH 1024
-
-/*
- * How far the caches are warmed ahead.  Of 2, 4, 8 and 16, 4 was fastest for
- * 4 MiB blocks of a 1 TiB guest in random order: 72 ns each, 220 ns without.
- */
-#define APPLY_AHEAD 4
 
 /* "no reason": hints were used, all of them */
 #define REASON_NONE FREE_PAGE_HINT_REASON__MAX
@@ -63,8 +48,6 @@ static struct {
     FreePageHintReason reason;
     /* The request, in states ASKED and REPORTING */
     uint32_t id;
-    /* The guest said that its report is complete */
-    bool complete;
     /* Ring of FREE_PAGE_HINT_QUEUE_RUNS; only there while a round runs */
     FreePageHintRun *queue;
     unsigned head;
@@ -77,12 +60,6 @@ static struct {
     /* Written with the BQL and the lock, read with either. */
     const FreePageHintProviderOps *ops;
     void *opaque;
-
-    /* Protected by bitmap_mutex.  Counts the merges of the dirty log. */
-    uint64_t epoch;
-
-    /* Migration thread only.  The epoch in which the dirty log was armed. */
-    uint64_t armed_epoch;
 } hint;
 
 static void __attribute__((constructor)) free_page_hint_init(void)
@@ -116,28 +93,21 @@ static bool free_page_hint_asking(void)
            hint.state == FREE_PAGE_HINT_STATE_REPORTING;
 }
 
+/* Is @id the request that is being answered?  Called with hint.lock. */
+static bool free_page_hint_current(uint32_t id)
+{
+    return free_page_hint_asking() && id == hint.id && !hint.stats.complete &&
+           hint.reason == REASON_NONE;
+}
+
 static uint64_t us_since(int64_t ns)
 {
     return (qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - ns) / SCALE_US;
 }
 
-static uint64_t block_pages(RAMBlock *rb)
+static uint64_t bytes_of(uint64_t npages)
 {
-    return rb->used_length >> qemu_target_page_bits();
-}
-
-/*
- * Called with the BQL and under bitmap_mutex, in an RCU critical section.  A
- * RAMBlock that grew has ended the migration: then nobody counts any more.
- */
-static void free_page_hint_check(void)
-{
-    if ((FREE_PAGE_HINT_DEBUG ||
-         trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_CHECK)) &&
-        migration_is_running() &&
-        migrate_get_current()->state != MIGRATION_STATUS_CANCELLING) {
-        free_page_hint_debug_counter();
-    }
+    return npages << qemu_target_page_bits();
 }
 
 void free_page_hint_reset(void)
@@ -146,7 +116,6 @@ void free_page_hint_reset(void)
 
     free_page_hint_set_state(FREE_PAGE_HINT_STATE_IDLE);
     hint.reason = REASON_NONE;
-    hint.complete = false;
     hint.stats = (FreePageHintInfo) {};
 }
 
@@ -180,24 +149,14 @@ static FreePageHintReason free_page_hint_refusal(void)
     return hint.ops->unavailable(hint.opaque);
 }
 
-/* Called with the BQL, so that no RAMBlock comes or goes. */
+/* Called with the BQL. */
 static bool free_page_hint_alloc(void)
 {
-    RAMBlock *rb;
-
-    RCU_READ_LOCK_GUARD();
-    QEMU_LOCK_GUARD(&hint.lock);
-
-    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-        if (rb->bmap && rb->used_length) {
-            /* As large as bmap: used_length may change while we run */
-            rb->hint_bmap = bitmap_try_new(rb->max_length >>
-                                           qemu_target_page_bits());
-            if (!rb->hint_bmap) {
-                return false;
-            }
-        }
+    if (!free_page_hint_ram_alloc()) {
+        return false;
     }
+
+    QEMU_LOCK_GUARD(&hint.lock);
 
     hint.queue = g_try_new(FreePageHintRun, FREE_PAGE_HINT_QUEUE_RUNS);
     hint.head = 0;
@@ -206,88 +165,33 @@ static bool free_page_hint_alloc(void)
     return hint.queue != NULL;
 }
 
-void free_page_hint_cleanup(void)
+/* Called with hint.lock, by the migration thread. */
+static bool free_page_hint_over(void)
 {
-    RAMBlock *rb;
-
-    RCU_READ_LOCK_GUARD();
-
-    if (trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_KEPT)) {
-        free_page_hint_debug_kept();
+    if (hint.reason == REASON_NONE &&
+        migrate_get_current()->state != MIGRATION_STATUS_ACTIVE) {
+        hint.reason = FREE_PAGE_HINT_REASON_CANCELLED;
     }
-
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-        g_free(rb->hint_bmap);
-        rb->hint_bmap = NULL;
-        g_free(rb->hint_checksums);
-        rb->hint_checksums = NULL;
-    }
+    return hint.reason != REASON_NONE;
 }
 
-/*
- * Make sure that every write from now on is logged.
- *
- * KVM: with manual protection, a sync leaves pages writable whose bit is set,
- * and the deferred clear (clear_bmap) protects them only before they are sent.
- * Do it now, a chunk at a time: KVM holds its mmu_lock for a chunk, and has
- * flushed the TLBs when it returns.
- *
- * TCG: a page's TLB entry may still allow writes that bypass the log, from
- * before the dirty bits were cleared.  Reset them, and wait until each vCPU has
- * left the translation block that may have looked at one.
- *
- * Stops early if the round is to end: nobody is asked then.
- */
+bool free_page_hint_armed(uint64_t npages)
+{
+    QEMU_LOCK_GUARD(&hint.lock);
+
+    hint.stats.armed_bytes += bytes_of(npages);
+    return !free_page_hint_over();
+}
+
 static void free_page_hint_arm(void)
 {
     int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-    uint64_t chunks = 0;
-    RAMBlock *rb;
 
-    /* First: a merge from here on needs the deferred clear done again */
-    ram_bitmap_lock();
-    hint.armed_epoch = hint.epoch;
-    ram_bitmap_unlock();
-
-    WITH_RCU_READ_LOCK_GUARD() {
-        RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-            uint64_t page, step;
-
-            if (!rb->hint_bmap) {
-                continue;
-            }
-
-            step = 1ULL << rb->clear_bmap_shift;
-            for (page = 0; page < block_pages(rb) && !free_page_hint_stopped();
-                 page += step) {
-                ram_bitmap_lock();
-                ram_clear_dirty_log(rb, page);
-                ram_bitmap_unlock();
-                chunks++;
-            }
-        }
-    }
-
-    if (tcg_enabled()) {
-        bql_lock();
-        WITH_RCU_READ_LOCK_GUARD() {
-            RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-                if (rb->hint_bmap) {
-                    tlb_reset_dirty_range_all(rb->offset, rb->used_length);
-                }
-            }
-        }
-        memory_global_after_dirty_log_sync();
-        bql_unlock();
-    }
-
-    if (FREE_PAGE_HINT_DEBUG) {
-        free_page_hint_debug_armed();
-    }
+    free_page_hint_ram_arm();
 
     WITH_QEMU_LOCK_GUARD(&hint.lock) {
         hint.stats.arm_time = us_since(start);
-        trace_free_page_hint_arm(chunks, hint.stats.arm_time);
+        trace_free_page_hint_arm(hint.stats.armed_bytes, hint.stats.arm_time);
     }
 }
 
@@ -317,72 +221,6 @@ static bool free_page_hint_ask(void)
     return true;
 }
 
-/* Called in an RCU critical section. */
-static bool free_page_hint_block_listed(RAMBlock *block)
-{
-    RAMBlock *rb;
-
-    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-        if (rb == block) {
-            return rb->hint_bmap && rb->bmap;
-        }
-    }
-    return false;
-}
-
-/* Clear the bits of @runs, as far as this migration would send the pages. */
-static void free_page_hint_apply(FreePageHintRun *runs, unsigned n_runs)
-{
-    uint64_t hinted = 0, cleared = 0;
-    unsigned invalid = 0, stale = 0;
-    RAMBlock *listed = NULL;
-    unsigned i;
-
-    WITH_RCU_READ_LOCK_GUARD() {
-        ram_bitmap_lock();
-        if (hint.epoch != hint.armed_epoch) {
-            stale = n_runs;
-            n_runs = 0;
-        }
-        for (i = 0; i < n_runs; i++) {
-            FreePageHintRun *run = &runs[i];
-            RAMBlock *rb = run->block;
-
-            if (rb != listed && !free_page_hint_block_listed(rb)) {
-                invalid++;
-                continue;
-            }
-            listed = rb;
-
-            if (i + APPLY_AHEAD < n_runs && run[APPLY_AHEAD].block == rb) {
-                free_page_hint_prefetch(rb->bmap, rb->hint_bmap,
-                                        run[APPLY_AHEAD].first,
-                                        run[APPLY_AHEAD].npages);
-            }
-            if (!free_page_hint_trim(&run->first, &run->npages,
-                                     block_pages(rb),
-                                     MAX(1, rb->page_size /
-                                            qemu_target_page_size()))) {
-                invalid++;
-                continue;
-            }
-            hinted += run->npages;
-            cleared += free_page_hint_clear(rb->bmap, rb->hint_bmap,
-                                            run->first, run->npages);
-            trace_free_page_hint_apply(rb->idstr, run->first, run->npages);
-        }
-        ram_dirty_pages_add(-cleared);
-        ram_bitmap_unlock();
-    }
-
-    WITH_QEMU_LOCK_GUARD(&hint.lock) {
-        hint.stats.hinted_bytes += hinted << qemu_target_page_bits();
-        hint.stats.skipped_bytes += cleared << qemu_target_page_bits();
-        hint.stats.invalid += invalid;
-        hint.stats.stale += stale;
-    }
-}
-
 /* Take up to @max runs from the queue.  Called with hint.lock. */
 static unsigned free_page_hint_dequeue(FreePageHintRun *runs, unsigned max)
 {
@@ -401,6 +239,48 @@ static unsigned free_page_hint_dequeue(FreePageHintRun *runs, unsigned max)
     return n;
 }
 
+/* Called with hint.lock. */
+static void free_page_hint_account(const FreePageHintTally *tally)
+{
+    hint.stats.hinted_bytes += bytes_of(tally->hinted);
+    hint.stats.skipped_bytes += bytes_of(tally->cleared);
+    hint.stats.too_small_bytes += bytes_of(tally->too_small);
+    hint.stats.invalid_bytes += bytes_of(tally->invalid);
+    hint.stats.stale_bytes += bytes_of(tally->stale);
+}
+
+/*
+ * Find out how to go on after a hold of bitmap_mutex, or a wait.  Fills @runs if
+ * @n_runs is 0, as far as there are any.  Returns false if the round is to end.
+ */
+static bool free_page_hint_next(FreePageHintRun *runs, unsigned *n_runs,
+                                int64_t deadline)
+{
+    int64_t left = deadline - qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+
+    QEMU_LOCK_GUARD(&hint.lock);
+
+    if (free_page_hint_over()) {
+        return false;
+    }
+    if (left <= 0) {
+        hint.reason = FREE_PAGE_HINT_REASON_TIMEOUT;
+        return false;
+    }
+    if (*n_runs) {
+        return true;
+    }
+    *n_runs = free_page_hint_dequeue(runs, APPLY_BATCH);
+    if (*n_runs) {
+        return true;
+    }
+    if (hint.stats.complete) {
+        return false;
+    }
+    qemu_cond_timedwait(&hint.cond, &hint.lock, DIV_ROUND_UP(left, SCALE_MS));
+    return true;
+}
+
 /*
  * Apply what the guest reports until its report is complete, the deadline has
  * passed, or something ended the round.
@@ -409,37 +289,29 @@ static void free_page_hint_collect(void)
 {
     g_autofree FreePageHintRun *runs = g_new(FreePageHintRun, APPLY_BATCH);
     int64_t deadline = hint.ask_ns +
-                       (int64_t)migrate_free_page_hint_wait() *
-                       SCALE_MS;
+                       (int64_t)migrate_free_page_hint_wait() * SCALE_MS;
+    unsigned n_runs = 0, done = 0;
 
-    qemu_mutex_lock(&hint.lock);
-    while (hint.reason == REASON_NONE) {
-        int64_t left = deadline - qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-        unsigned n;
+    while (free_page_hint_next(runs, &n_runs, deadline)) {
+        FreePageHintTally tally = {};
 
-        if (migrate_get_current()->state != MIGRATION_STATUS_ACTIVE) {
-            hint.reason = FREE_PAGE_HINT_REASON_CANCELLED;
-            break;
+        if (n_runs) {
+            done += free_page_hint_ram_apply(&runs[done], n_runs - done,
+                                             &tally);
         }
-        if (left <= 0) {
-            hint.reason = FREE_PAGE_HINT_REASON_TIMEOUT;
-            break;
+        if (done == n_runs) {
+            n_runs = done = 0;
         }
-
-        n = free_page_hint_dequeue(runs, APPLY_BATCH);
-        if (n) {
-            qemu_mutex_unlock(&hint.lock);
-            free_page_hint_apply(runs, n);
-            qemu_mutex_lock(&hint.lock);
-            continue;
+        WITH_QEMU_LOCK_GUARD(&hint.lock) {
+            free_page_hint_account(&tally);
         }
-        if (hint.complete) {
-            break;
-        }
-        qemu_cond_timedwait(&hint.cond, &hint.lock,
-                            DIV_ROUND_UP(left, SCALE_MS));
     }
-    qemu_mutex_unlock(&hint.lock);
+
+    WITH_QEMU_LOCK_GUARD(&hint.lock) {
+        for (; done < n_runs; done++) {
+            hint.stats.stale_bytes += bytes_of(runs[done].npages);
+        }
+    }
 }
 
 /* Drop what is left in the queue; from here on everything is stale. */
@@ -449,8 +321,11 @@ static void free_page_hint_finish(void)
 
     WITH_QEMU_LOCK_GUARD(&hint.lock) {
         asked = free_page_hint_asking();
-        hint.stats.stale += hint.count;
-        hint.count = 0;
+        for (; hint.count; hint.count--, hint.head++) {
+            hint.stats.stale_bytes +=
+                bytes_of(hint.queue[hint.head %
+                                    FREE_PAGE_HINT_QUEUE_RUNS].npages);
+        }
         g_free(hint.queue);
         hint.queue = NULL;
         free_page_hint_set_state(FREE_PAGE_HINT_STATE_ENDED);
@@ -465,11 +340,7 @@ static void free_page_hint_finish(void)
     if (asked && hint.ops) {
         hint.ops->done(hint.opaque);
     }
-    WITH_RCU_READ_LOCK_GUARD() {
-        ram_bitmap_lock();
-        free_page_hint_check();
-        ram_bitmap_unlock();
-    }
+    free_page_hint_ram_check();
     bql_unlock();
 }
 
@@ -509,48 +380,11 @@ void free_page_hint_round(void)
     free_page_hint_finish();
 }
 
-/* ---- from ram.c ---- */
-
-void free_page_hint_synced(void)
+void free_page_hint_count(uint64_t redirtied, uint64_t requested)
 {
-    uint64_t redirtied = 0;
-    RAMBlock *rb;
-
-    hint.epoch++;
-
-    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-        if (rb->hint_bmap) {
-            redirtied += free_page_hint_forget_dirty(rb->hint_bmap, rb->bmap,
-                                                     block_pages(rb));
-        }
-    }
-
-    if (redirtied) {
-        QEMU_LOCK_GUARD(&hint.lock);
-        hint.stats.redirtied_bytes += redirtied << qemu_target_page_bits();
-    }
-    free_page_hint_check();
-    if (FREE_PAGE_HINT_DEBUG && !runstate_is_running()) {
-        free_page_hint_debug_stopped();
-    }
-}
-
-void free_page_hint_restore_all(void)
-{
-    uint64_t restored = 0;
-    RAMBlock *rb;
-
-    ram_bitmap_lock();
-    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-        if (rb->hint_bmap) {
-            restored += free_page_hint_restore(rb->bmap, rb->hint_bmap,
-                                               block_pages(rb));
-        }
-    }
-    ram_dirty_pages_add(restored);
-    free_page_hint_check();
-    ram_bitmap_unlock();
-    trace_free_page_hint_restore(restored);
+    QEMU_LOCK_GUARD(&hint.lock);
+    hint.stats.redirtied_bytes += bytes_of(redirtied);
+    hint.stats.requested_bytes += bytes_of(requested);
 }
 
 /* ---- from other threads ---- */
@@ -560,7 +394,7 @@ static void free_page_hint_stop(FreePageHintReason reason)
 {
     if ((free_page_hint_asking() ||
          hint.state == FREE_PAGE_HINT_STATE_ARMING) &&
-        !hint.complete && hint.reason == REASON_NONE) {
+        !hint.stats.complete && hint.reason == REASON_NONE) {
         hint.reason = reason;
         qemu_cond_signal(&hint.cond);
     }
@@ -609,8 +443,7 @@ void free_page_hint_unregister(void *opaque)
 bool free_page_hint_wanted(uint32_t id)
 {
     QEMU_LOCK_GUARD(&hint.lock);
-    return free_page_hint_asking() && id == hint.id && !hint.complete &&
-           hint.reason == REASON_NONE;
+    return free_page_hint_current(id);
 }
 
 bool free_page_hint_has_room(unsigned runs)
@@ -624,15 +457,17 @@ bool free_page_hint_has_room(unsigned runs)
 }
 
 void free_page_hint_submit(uint32_t id, const FreePageHintRun *runs,
-                           unsigned n_runs, unsigned blocks, unsigned invalid)
+                           unsigned n_runs, unsigned blocks,
+                           uint64_t invalid_bytes)
 {
     unsigned i;
 
     QEMU_LOCK_GUARD(&hint.lock);
 
-    if (!free_page_hint_asking() || id != hint.id || hint.complete ||
-        hint.reason != REASON_NONE) {
-        hint.stats.stale += blocks;
+    if (!free_page_hint_current(id)) {
+        for (i = 0; i < n_runs; i++) {
+            hint.stats.stale_bytes += bytes_of(runs[i].npages);
+        }
         return;
     }
 
@@ -640,9 +475,9 @@ void free_page_hint_submit(uint32_t id, const FreePageHintRun *runs,
         free_page_hint_set_state(FREE_PAGE_HINT_STATE_REPORTING);
         hint.stats.ask_to_first = us_since(hint.ask_ns);
     }
-    hint.stats.arrays++;
+    hint.stats.messages++;
     hint.stats.blocks += blocks;
-    hint.stats.invalid += invalid;
+    hint.stats.invalid_bytes += invalid_bytes;
 
     assert(n_runs <= FREE_PAGE_HINT_QUEUE_RUNS - hint.count);
     for (i = 0; i < n_runs; i++) {
@@ -657,25 +492,22 @@ void free_page_hint_end(uint32_t id)
 {
     QEMU_LOCK_GUARD(&hint.lock);
 
-    if (!free_page_hint_asking() || id != hint.id || hint.complete ||
-        hint.reason != REASON_NONE) {
-        hint.stats.stale++;
+    if (!free_page_hint_current(id)) {
         return;
     }
-    hint.complete = true;
-    hint.stats.reports++;
+    hint.stats.complete = true;
     hint.stats.ask_to_end = us_since(hint.ask_ns);
     qemu_cond_signal(&hint.cond);
 }
 
-void free_page_hint_stale(unsigned entries)
+void free_page_hint_stale(uint64_t bytes)
 {
     QEMU_LOCK_GUARD(&hint.lock);
-    hint.stats.stale += entries;
+    hint.stats.stale_bytes += bytes;
 }
 
-void free_page_hint_invalid(unsigned entries)
+void free_page_hint_invalid_message(void)
 {
     QEMU_LOCK_GUARD(&hint.lock);
-    hint.stats.invalid += entries;
+    hint.stats.invalid_messages++;
 }

@@ -13,6 +13,7 @@
 #ifndef QEMU_MIGRATION_FREE_PAGE_HINT_H
 #define QEMU_MIGRATION_FREE_PAGE_HINT_H
 
+#include "qemu/bitops.h"
 #include "qapi/qapi-types-migration.h"
 #include "exec/ramblock.h"
 #include "migration/free-page-hint-provider.h"
@@ -36,7 +37,7 @@ void free_page_hint_round(void);
 /* End a running round at once.  Any thread. */
 void free_page_hint_cancel(void);
 
-/* What query-migrate tells; to be freed by the caller.  Any thread. */
+/* What query-migrate reports; to be freed by the caller.  Any thread. */
 FreePageHintInfo *free_page_hint_query(void);
 
 /* ---- for migration-hmp-cmds.c ---- */
@@ -46,28 +47,54 @@ void hmp_info_free_page_hint(Monitor *mon, const FreePageHintInfo *info);
 
 /* ---- for ram.c ---- */
 
+/* What RAMBlock->hint points to while a migration uses hints */
+typedef struct FreePageHintBlock {
+    /*
+     * Pages that a hint took out of bmap and that were not dirtied since.
+     * Protected by bitmap_mutex; but in postcopy, whoever sends a page clears
+     * its bit without that, atomically.
+     */
+    unsigned long *hinted;
+    /* See FreePageHintMap.  Protected by bitmap_mutex. */
+    unsigned long *groups;
+} FreePageHintBlock;
+
 /*
  * The dirty log was merged into the dirty bitmaps: hints that were asked for
  * before are stale from now on, and pages dirtied since are no longer hinted.
- * Called under bitmap_mutex, in an RCU critical section.
+ * Called with the BQL and under bitmap_mutex, in an RCU critical section.
  */
 void free_page_hint_synced(void);
 
 /*
- * Mark all hinted pages dirty, for a switch to postcopy: the destination can
- * only fault in pages that are sent one day.  Called without bitmap_mutex, in
- * an RCU critical section.
+ * A postcopy destination asks for @page of @rb, which is not dirty.  If it is a
+ * page that was hinted, and so never sent, make its host page dirty: it will be
+ * sent as a zero page.  Otherwise it was sent already.  Called under
+ * bitmap_mutex.
+ *
+ * Returns whether the page is to be sent.
  */
-void free_page_hint_restore_all(void);
+bool free_page_hint_request(RAMBlock *rb, unsigned long page);
 
 /*
- * Was @page of @rb hinted and not dirtied since?  Then nobody needs its
- * contents, and a zero page does.  Called under bitmap_mutex, or in postcopy,
- * when the bits do not change any more.
+ * After a cut link, bmap of @rb is what a postcopy destination has not
+ * received.  Hinted pages are among that; they are sent only when it asks.
+ * Called while nobody sends.
  */
-static inline bool free_page_hint_test(RAMBlock *rb, unsigned long page)
+void free_page_hint_reloaded(RAMBlock *rb);
+
+/* Use free_page_hint_is_zero(). */
+bool free_page_hint_take(RAMBlock *rb, unsigned long page);
+
+/*
+ * Is @page of @rb, which is about to be sent, to arrive as zero whatever it
+ * holds here?  So it is in postcopy for hinted pages.  Called once for a page
+ * that is sent, by its sender.
+ */
+static inline bool free_page_hint_is_zero(RAMBlock *rb, unsigned long page)
 {
-    return rb->hint_bmap && test_bit(page, rb->hint_bmap);
+    return rb->hint && test_bit(page, rb->hint->hinted) &&
+           free_page_hint_take(rb, page);
 }
 
 /* Free the bitmaps.  Called with the BQL, when nobody sends RAM any more. */

@@ -91,7 +91,7 @@ def record(
         # Stock QEMU does not count its hints.
         "hinted_bytes": hints.hinted_bytes if result.hints else None,
         "ask_to_end_ms": hints.ask_to_end / 1000 if asked else None,
-        "arrays": hints.arrays if result.hints else None,
+        "messages": hints.messages if result.hints else None,
         "verified": verified,
         "ask_to_first_ms": hints.ask_to_first / 1000 if asked else None,
         "arm_ms": hints.arm_time / 1000 if asked else None,

@@ -55,13 +55,13 @@ def show(result: MigrationResult) -> None:
         return
     hints = result.hints
     print(f"free page hints: {hints.state}" + (f", {hints.reason}" if hints.reason else ""))
-    print(f"  hinted:        {hints.hinted_bytes / 2**20:.1f} MiB in {hints.arrays} arrays")
+    print(f"  hinted:        {hints.hinted_bytes / 2**20:.1f} MiB in {hints.messages} messages")
     print(f"  skipped:       {hints.skipped_bytes / 2**20:.1f} MiB")
     print(f"  redirtied:     {hints.redirtied_bytes / 2**20:.1f} MiB")
     print(f"  arm:           {hints.arm_time / 1000:.1f} ms")
     print(f"  ask to first:  {hints.ask_to_first / 1000:.1f} ms")
     print(f"  ask to end:    {hints.ask_to_end / 1000:.1f} ms")
-    print(f"  stale/invalid: {hints.stale}/{hints.invalid}")
+    print(f"  stale/invalid: {hints.stale_bytes / 2**20:.1f}/{hints.invalid_bytes / 2**20:.1f} MiB")
 
 
 def main(argv: Sequence[str]) -> int:

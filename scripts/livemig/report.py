@@ -70,7 +70,7 @@ COLUMNS: List[Column] = [
     ("zero pages", lambda runs, base: number(runs, "zero_pages")),
     ("hinted MiB", lambda runs, base: number(runs, "hinted_bytes", MIB)),
     ("% of free", lambda runs, base: hinted_share(runs)),
-    ("arrays", lambda runs, base: number(runs, "arrays")),
+    ("messages", lambda runs, base: number(runs, "messages")),
     ("first ms", lambda runs, base: number(runs, "ask_to_first_ms", digits=1)),
     ("end ms", lambda runs, base: number(runs, "ask_to_end_ms", digits=1)),
     ("verified", lambda runs, base: all_verified(runs)),

@@ -106,7 +106,7 @@ class Journey:
             "skipped_mib": hints.skipped_bytes // MIB,
             "redirtied_mib": hints.redirtied_bytes // MIB,
             "kept_pages": kept,
-            "stale": hints.stale,
+            "stale_bytes": hints.stale_bytes,
             "blocks_reallocated": verdicts[1].reallocs - before.reallocs,
             "pages_verified": sum(verdict.pages for verdict in verdicts),
         }

@@ -32,7 +32,7 @@ def canned(scenario: Scenario, mode: Mode, index: int, total_ms: float) -> Dict[
     raw["ram"] = {"transferred": 1 << 27, "normal": 30000, "duplicate": 40000}
     raw["ram"]["dirty-sync-count"] = 3
     if mode.name == "array":
-        raw["free-page-hint"] = {"state": "ended", "arrays": 1, "blocks": 9, "ask-to-end": 9000}
+        raw["free-page-hint"] = {"state": "ended", "messages": 1, "blocks": 9, "ask-to-end": 9000}
     series = [{"when": t / 10, "ops": 9.0, "p99_us": 30.0} for t in range(-60, 100)]
     phase = {"rate": 90.0, "kept": 1.0, "p99_us": 30.0, "worst_p99_us": 31.0}
     work = {"before": phase, "during": phase, "window": phase, "series": series}

@@ -131,7 +131,7 @@ def in_flight(source: Guest, messages: int = BUFFERS) -> Iterator[None]:
         time.sleep(0.05)
     # The premise: the device has not heard of them.
     hints = hints_of(query(source))
-    assert (hints.state, hints.arrays) == ("asked", 0)
+    assert (hints.state, hints.messages) == ("asked", 0)
     # Nor is a buffer used twice.
     assert read_number(source, f"{FAULTS}/muted") == messages
     yield
@@ -141,7 +141,8 @@ def assert_works(source: Guest) -> None:
     """A request is answered with all that is free, and nothing is left of it."""
     before = read_number(source, f"{STATS}/reports")
     hints = ask(source)
-    assert (hints.state, hints.reason, hints.reports, hints.invalid) == ("ended", None, 1, 0)
+    assert (hints.state, hints.reason, hints.complete) == ("ended", None, True)
+    assert (hints.invalid_bytes, hints.invalid_messages) == (0, 0)
     assert hints.hinted_bytes >= FREED_MIB * MIB
     assert read_number(source, f"{STATS}/reports") == before + 1
     wait_held(source, 0)
@@ -423,12 +424,12 @@ def test_no_memory_for_reports(lab: Lab, measured: Dict[str, Any]) -> None:
         before = read_number(source, f"{STATS}/no_memory")
         hints = ask(source)
         failed = MANY_TIMES - read_number(source, f"{DEBUGFS}/fail_page_alloc/times")
-        measured[case] = {"failures": failed, "arrays": hints.arrays, "bytes": hints.hinted_bytes}
-        assert (hints.state, hints.reason, hints.reports) == ("ended", None, 1), case
+        measured[case] = {"failures": failed, "arrays": hints.messages, "bytes": hints.hinted_bytes}
+        assert (hints.state, hints.reason, hints.complete) == ("ended", None, True), case
         # The premise.
         assert bool(failed) == ("probability" not in options), case
         assert read_number(source, f"{STATS}/no_memory") == before + (expected == 0), case
-        assert bool(hints.arrays) == bool(expected), case
+        assert bool(hints.messages) == bool(expected), case
         assert hints.hinted_bytes >= (FREED_MIB * MIB if expected else 0), case
         wait_held(source, 0)
     source.agent.run(f"echo 0 > {DEBUGFS}/fail_page_alloc/probability")
@@ -458,7 +459,7 @@ def test_queue_refuses(lab: Lab, measured: Dict[str, Any]) -> None:
         ends = first == last < messages
         hints = ask(source, PATIENT_MS if ends else 1000)
         assert hints.reason == (None if ends else "timeout")
-        assert hints.arrays == first - 1
+        assert hints.messages == first - 1
         # The premise.
         assert read_number(source, f"{FAULTS}/refused") == (1 if first == last else 2)
         assert read_number(source, f"{STATS}/aborted") == aborted + 1

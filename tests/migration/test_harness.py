@@ -265,7 +265,7 @@ def test_record_has_the_fields_that_were_agreed() -> None:
         "downtime": 10,
         "ram": {"transferred": 1 << 20, "normal": 5, "duplicate": 6},
     }
-    hints = {"state": "ended", "arrays": 3, "hinted-bytes": 4 << 20, "ask-to-end": 2500}
+    hints = {"state": "ended", "messages": 3, "hinted-bytes": 4 << 20, "ask-to-end": 2500}
     scenario = demo.SCENARIOS["idle"]
     runs = [
         demo.record(
@@ -279,7 +279,7 @@ def test_record_has_the_fields_that_were_agreed() -> None:
     ]
     for run in runs:
         assert list(run)[: len(ISSUE_FIELDS)] == ISSUE_FIELDS
-    assert (runs[0]["ask_to_end_ms"], runs[0]["arrays"]) == (2.5, 3)
+    assert (runs[0]["ask_to_end_ms"], runs[0]["messages"]) == (2.5, 3)
     text = report.table(runs, "idle")
     assert [line.split()[0] for line in text.splitlines()] == ["mode", "array", "stock-block"]
     assert report.comparisons(runs, "idle") == ["array hints / stock per-block hints: 1.00"]

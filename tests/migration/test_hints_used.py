@@ -53,7 +53,7 @@ def test_freed_memory_is_not_sent(
     measured.update(
         hinted_share=hints.hinted_bytes / free_bytes,
         sent_share=result.sent_bytes / without_hints.sent_bytes,
-        arrays=hints.arrays,
+        arrays=hints.messages,
         blocks=hints.blocks,
     )
     # The guest took some of it when it was connected to and while it answered.
@@ -71,9 +71,9 @@ def test_many_blocks_share_a_message(lab: Lab, measured: Dict[str, Any]) -> None
     destination = lab.incoming(source.spec)
     result = migrate(source, destination, WITH_HINTS)
     hints = assert_hints_used(result, 3 << 30)
-    measured.update(arrays=hints.arrays, blocks=hints.blocks)
+    measured.update(arrays=hints.messages, blocks=hints.blocks)
     assert hints.blocks > 700
-    assert hints.arrays <= workload.TOLD_ORDERS + hints.blocks // 8192
+    assert hints.messages <= workload.TOLD_ORDERS + hints.blocks // 8192
 
 
 def test_counter_matches_bitmap(lab: Lab, measured: Dict[str, Any]) -> None:

@@ -64,39 +64,51 @@ class Lie:
     name: str
     size: int
     addrs: Sequence[int]
-    invalid: int
+    invalid_bytes: int = 0
     # Pages that are hinted all the same.
     pages: int = 0
 
+    @property
+    def malformed(self) -> bool:
+        """Whether its block size is none, so that all of it is dropped."""
+        return self.size < PAGE or bool(self.size & (self.size - 1))
+
 
 LIES = [
-    Lie("unaligned", PAGE, [A + 1, A + 0x800, A + PAGE - 1], 3),
-    Lie("unaligned-large", LARGE, [A + PAGE, A + LARGE - 1, A + LARGE // 2], 3),
-    Lie("some-unaligned", PAGE, [A + 1, A, A + 2 * PAGE + 8, A + PAGE], 2, 2),
-    Lie("size-0", 0, [A], 1),
-    Lie("size-1", 1, [A], 1),
-    Lie("size-3", 3, [A], 1),
-    Lie("size-below-a-page", PAGE // 2, [A], 1),
-    Lie("size-not-a-power", 3 * PAGE, [A], 1),
-    Lie("size-almost", 0xFFFFFFFF, [A], 1),
-    Lie("size-and-a-bit", 0x80000001, [A], 1),
-    Lie("after-ram", PAGE, [RAM_END, RAM_END + PAGE, 0xC0000000, NOTHING, 1 << 40, 1 << 52], 6),
+    Lie("unaligned", PAGE, [A + 1, A + 0x800, A + PAGE - 1], 3 * PAGE),
+    Lie("unaligned-large", LARGE, [A + PAGE, A + LARGE - 1, A + LARGE // 2], 3 * LARGE),
+    Lie("some-unaligned", PAGE, [A + 1, A, A + 2 * PAGE + 8, A + PAGE], 2 * PAGE, 2),
+    Lie("size-0", 0, [A]),
+    Lie("size-1", 1, [A]),
+    Lie("size-3", 3, [A]),
+    Lie("size-below-a-page", PAGE // 2, [A]),
+    Lie("size-not-a-power", 3 * PAGE, [A]),
+    Lie("size-almost", 0xFFFFFFFF, [A]),
+    Lie("size-and-a-bit", 0x80000001, [A]),
+    Lie(
+        "after-ram",
+        PAGE,
+        [RAM_END, RAM_END + PAGE, 0xC0000000, NOTHING, 1 << 40, 1 << 52],
+        6 * PAGE,
+    ),
     Lie("last-page", PAGE, [RAM_END - PAGE], 0, 1),
-    Lie("end-of-ram", LARGE, [RAM_END & -LARGE], 1, (RAM_END % LARGE) // PAGE),
-    Lie("wraps", PAGE, [(1 << 64) - PAGE], 1),
-    Lie("wraps-large", 0x80000000, [(1 << 64) - 0x80000000], 1),
-    Lie("wraps-to-0", PAGE, [0, (1 << 64) - PAGE], 1, 1),
-    Lie("top", PAGE, [(1 << 64) - 2 * PAGE, (1 << 63)], 2),
-    Lie("mmio", PAGE, [LOCAL_APIC, IO_APIC, 0xFED00000], 3),
-    Lie("rom", PAGE, [FIRMWARE + i * PAGE for i in range(16)], 16),
-    Lie("rom-below-1-mib", PAGE, [0xF0000, 0xFF000], 2),
-    Lie("ram-rom-ram", PAGE, [A, FIRMWARE, A + PAGE], 1, 2),
+    Lie(
+        "end-of-ram", LARGE, [RAM_END & -LARGE], LARGE - RAM_END % LARGE, (RAM_END % LARGE) // PAGE
+    ),
+    Lie("wraps", PAGE, [(1 << 64) - PAGE], PAGE),
+    Lie("wraps-large", 0x80000000, [(1 << 64) - 0x80000000], 0x80000000),
+    Lie("wraps-to-0", PAGE, [0, (1 << 64) - PAGE], PAGE, 1),
+    Lie("top", PAGE, [(1 << 64) - 2 * PAGE, (1 << 63)], 2 * PAGE),
+    Lie("mmio", PAGE, [LOCAL_APIC, IO_APIC, 0xFED00000], 3 * PAGE),
+    Lie("rom", PAGE, [FIRMWARE + i * PAGE for i in range(16)], 16 * PAGE),
+    Lie("rom-below-1-mib", PAGE, [0xF0000, 0xFF000], 2 * PAGE),
+    Lie("ram-rom-ram", PAGE, [A, FIRMWARE, A + PAGE], PAGE, 2),
     Lie("nothing", PAGE, [], 0),
     Lie("duplicates", PAGE, [A] * 100, 0, 100),
     Lie("overlapping", 2 * PAGE, [A, A, A + 2 * PAGE, A], 0, 8),
     Lie("backwards", PAGE, [A + i * PAGE for i in reversed(range(64))], 0, 64),
     Lie("scattered", PAGE, [A + i * 2 * PAGE for i in range(500)], 0, 500),
-    Lie("1-gib", 1 << 30, [1 << 30, 1 << 31], 2),
+    Lie("1-gib", 1 << 30, [1 << 30, 1 << 31], 2 << 30),
 ]
 
 
@@ -117,15 +129,20 @@ def test_lies_are_counted(lab: Lab, accel: str) -> None:
             before = hints_now(guest.source)
             guest.balloon.send_array(cmd_id, lie.size, lie.addrs)
             guest.balloon.queue.wait_returned()
-            expected = (before.invalid + lie.invalid, before.hinted_bytes + lie.pages * PAGE)
-            after = wait_hinted(guest.source, expected[1])
-            found = (after.invalid, after.hinted_bytes)
+            hinted = before.hinted_bytes + lie.pages * PAGE
+            after = wait_hinted(guest.source, hinted)
+            expected = (
+                before.invalid_bytes + lie.invalid_bytes,
+                before.invalid_messages + lie.malformed,
+                hinted,
+            )
+            found = (after.invalid_bytes, after.invalid_messages, after.hinted_bytes)
             if found != expected:
                 wrong[lie.name] = {"expected": expected, "found": found}
         assert not wrong
         guest.balloon.send_end(cmd_id)
         assert wait_ended(guest.source).reason is None
-        assert hints_of(let_go(guest.source, destination)).stale == 0
+        assert hints_of(let_go(guest.source, destination)).stale_bytes == 0
         assert_only_ram(guest, destination)
         assert_counters_match(guest.source)
 
@@ -157,7 +174,6 @@ class Shape:
     buffers: Callable[[int, int], List[Tuple[int, int, bool]]]
     invalid: int = 1
     pages: int = 0
-    stale: int = 0
 
 
 SHAPES = [
@@ -180,7 +196,7 @@ SHAPES = [
     Shape("1024-descriptors", lambda addr, length: [(addr, RAM_END // 2, False)] * 1024),
     Shape("1024-writable", lambda addr, length: [(A, RAM_END // 2, True)] * 1024),
     # Reads from there are zeros: the end of a report that was never asked for.
-    Shape("no-memory", lambda addr, length: [(NOTHING, 8, False)], 0, 0, 1),
+    Shape("no-memory", lambda addr, length: [(NOTHING, 8, False)], 0),
     Shape("runs-out-of-memory", lambda addr, length: [(RAM_END - 8, 4096, False)], 1),
 ]
 
@@ -209,8 +225,8 @@ def test_shapes_are_counted(lab: Lab, accel: str, measured: Dict[str, Any]) -> N
                 break
             hinted = before.hinted_bytes + shape.pages * PAGE
             after = wait_hinted(guest.source, hinted)
-            expected = (before.invalid + shape.invalid, hinted, before.stale + shape.stale)
-            found = (after.invalid, after.hinted_bytes, after.stale)
+            expected = (before.invalid_messages + shape.invalid, hinted)
+            found = (after.invalid_messages, after.hinted_bytes)
             if found != expected:
                 wrong[shape.name] = {"expected": expected, "found": found}
         measured.update(wrong)
@@ -489,16 +505,18 @@ def test_flood_in_migration(lab: Lab, accel: str, measured: Dict[str, Any], kind
             longest_answer_ms=longest,
             grown_mib=grown,
             blocks=hints.blocks,
-            stale=hints.stale,
-            invalid=hints.invalid,
+            stale_bytes=hints.stale_bytes,
+            invalid_bytes=hints.invalid_bytes,
+            invalid_messages=hints.invalid_messages,
         )
-        assert (hints.reason, hints.reports) == ("timeout", 0)
+        assert (hints.reason, hints.complete) == ("timeout", False)
         assert times > 10
         assert grown < 32
         # The premises: a message that changes was seen both ways.
         assert (hints.blocks > 0) == (kind != "stale")
-        assert (hints.stale > 0) >= (kind in ("stale", "id-changes"))
-        assert (hints.invalid > 0) >= (kind in ("invalid", "size-changes", "address-changes"))
+        assert (hints.stale_bytes > 0) >= (kind in ("stale", "id-changes"))
+        wrong = hints.invalid_bytes + hints.invalid_messages
+        assert (wrong > 0) >= (kind in ("invalid", "size-changes", "address-changes"))
 
         # Goes on while memory is sent, with other memory written meanwhile.
         guest.write("in round 1")
@@ -709,6 +727,6 @@ def send_random(
         "messages": MESSAGES,
         "resets": resets,
         "hinted": hints.hinted_bytes,
-        "invalid": hints.invalid,
-        "stale": hints.stale,
+        "invalid": hints.invalid_bytes + hints.invalid_messages,
+        "stale": hints.stale_bytes,
     }

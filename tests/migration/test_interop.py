@@ -126,10 +126,10 @@ def test_matrix(
     if source_build == "ours":
         result = migrate(source, destination, WITH_HINTS)
         hints = assert_hints_used(result, FREED_MIB * MIB)
-        measured.update(blocks=hints.blocks, arrays=hints.arrays)
+        measured.update(blocks=hints.blocks, messages=hints.messages)
         # As many messages as blocks: the old protocol.
         with_arrays = kernel == destination_build == "ours"
-        assert (hints.arrays < hints.blocks) == with_arrays
+        assert (hints.messages < hints.blocks) == with_arrays
     else:
         result = migrate(source, destination, STOCK_SLOW)
         kept = held_by_balloon(source, tmp_path / "pages")

@@ -80,13 +80,12 @@ static void hint_runs_find(HintRuns *r, hwaddr addr)
 
 /*
  * Append the runs for @range, which consists of blocks of @block bytes.
- * Returns the number of blocks that are not RAM, all of them, or for which
- * there is no room.
+ * Returns the number of bytes that are not RAM, or for which there is no room.
  */
-static unsigned hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range,
+static uint64_t hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range,
                               uint64_t block)
 {
-    unsigned invalid = 0;
+    uint64_t invalid = 0;
 
     while (range.len) {
         /* Up to the end of the block */
@@ -100,7 +99,7 @@ static unsigned hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range,
         if (!mr || range.addr < base || r->n == r->max ||
             !memory_region_is_ram(mr) || memory_region_is_rom(mr) ||
             memory_region_is_romd(mr) || memory_region_is_ram_device(mr)) {
-            invalid++;
+            invalid += len;
             range.addr += len;
             range.len -= len;
             continue;
@@ -140,13 +139,14 @@ static void hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
     HintRuns r = {};
     uint32_t id = 0;
     uint64_t block = 0;
-    unsigned n = 0, n_ranges, invalid, i;
+    unsigned n = 0, n_ranges, misaligned, i;
+    uint64_t invalid;
 
     iov_to_buf(elem->out_sg, elem->out_num, 0, &header, sizeof(header));
 
     /* The device reads arrays: one that it could write is no array */
     if (elem->in_num) {
-        free_page_hint_invalid(1);
+        free_page_hint_invalid_message();
         return;
     }
 
@@ -160,12 +160,12 @@ static void hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
         break;
     default:
         trace_virtio_balloon_hint_bad_message(len);
-        free_page_hint_invalid(1);
+        free_page_hint_invalid_message();
         return;
     }
 
     if (!free_page_hint_wanted(id)) {
-        free_page_hint_stale(n);
+        free_page_hint_stale(n * block);
         return;
     }
 
@@ -182,7 +182,8 @@ static void hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
     iov_to_buf(elem->out_sg, elem->out_num, sizeof(header), addrs,
                n * sizeof(*addrs));
     n_ranges = virtio_balloon_hint_parse_addrs(addrs, n, block, ranges,
-                                               &invalid);
+                                               &misaligned);
+    invalid = misaligned * block;
     for (i = 0; i < n_ranges; i++) {
         invalid += hint_runs_add(&r, ranges[i], block);
     }
@@ -196,7 +197,7 @@ static void hint_handle_command(VirtIOBalloon *s, VirtQueueElement *elem)
     uint32_t id;
 
     if (iov_size(elem->out_sg, elem->out_num) != sizeof(id)) {
-        free_page_hint_invalid(1);
+        free_page_hint_invalid_message();
         return;
     }
     iov_to_buf(elem->out_sg, elem->out_num, 0, &id, sizeof(id));
@@ -218,10 +219,11 @@ static void hint_handle_command(VirtIOBalloon *s, VirtQueueElement *elem)
 static void hint_handle_blocks(VirtIOBalloon *s, VirtQueueElement *elem)
 {
     HintRuns r = {};
-    unsigned invalid = 0, i;
+    uint64_t invalid = 0;
+    unsigned i;
 
     if (!s->hint.block_id || !free_page_hint_wanted(s->hint.block_id)) {
-        free_page_hint_stale(elem->in_num);
+        free_page_hint_stale(iov_size(elem->in_sg, elem->in_num));
         return;
     }
 

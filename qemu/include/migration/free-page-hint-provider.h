@@ -12,7 +12,7 @@
 
 /* Consecutive pages of one RAMBlock that the guest called free */
 typedef struct FreePageHintRun {
-    /* Only compared until it was found in the list of RAMBlocks */
+    /* Not dereferenced before the engine has found it in the block list */
     RAMBlock *block;
     /* In target pages.  May leave the block: the engine checks. */
     uint64_t first;
@@ -78,19 +78,20 @@ bool free_page_hint_has_room(unsigned runs);
  * @runs: the hints, checked by the provider to lie in RAM
  * @n_runs: no more than free_page_hint_has_room() said there is room for
  * @blocks: free blocks in the message (before they were merged to runs)
- * @invalid: entries of the message that were no block of RAM
+ * @invalid_bytes: bytes of these that are no RAM
  */
 void free_page_hint_submit(uint32_t id, const FreePageHintRun *runs,
-                           unsigned n_runs, unsigned blocks, unsigned invalid);
+                           unsigned n_runs, unsigned blocks,
+                           uint64_t invalid_bytes);
 
 /* The guest's report @id is complete. */
 void free_page_hint_end(uint32_t id);
 
-/* Count @entries of the guest that answered no current request. */
-void free_page_hint_stale(unsigned entries);
+/* Count @bytes that a message hinted which answered no current request. */
+void free_page_hint_stale(uint64_t bytes);
 
-/* Count @entries of the guest that made no sense. */
-void free_page_hint_invalid(unsigned entries);
+/* Count a message that made no sense. */
+void free_page_hint_invalid_message(void);
 
 /* The guest cannot answer any more: end the round with @reason. */
 void free_page_hint_abort(FreePageHintReason reason);

@@ -185,35 +185,157 @@ static void test_addrs_random(void)
     }
 }
 
-static bool trim(uint64_t first, uint64_t npages, uint64_t ratio,
-                 uint64_t want_first, uint64_t want_npages)
+static FreePageHintMap map_new(uint64_t npages, uint64_t host_ratio)
 {
-    return free_page_hint_trim(&first, &npages, 4096, ratio) &&
-           first == want_first && npages == want_npages;
+    return (FreePageHintMap) {
+        .bmap = bitmap_new(npages),
+        .hinted = bitmap_new(npages),
+        .groups = bitmap_new(free_page_hint_groups(npages)),
+        .npages = npages,
+        .host_ratio = host_ratio,
+    };
 }
 
-static bool trim_fails(uint64_t first, uint64_t npages, uint64_t ratio)
+static void map_free(FreePageHintMap *map)
 {
-    return !free_page_hint_trim(&first, &npages, 4096, ratio);
+    g_free(map->bmap);
+    g_free(map->hinted);
+    g_free(map->groups);
 }
 
-/* Only whole host pages within the block are left of a run. */
+/* Clear one run, whatever budget that takes. */
+static FreePageHintTally clear_run(const FreePageHintMap *map, uint64_t first,
+                                   uint64_t npages)
+{
+    FreePageHintRun run = { .first = first, .npages = npages };
+    FreePageHintTally tally = {};
+    uint64_t budget = UINT64_MAX;
+
+    g_assert_cmpuint(free_page_hint_clear_runs(map, &run, 1, &budget, &tally),
+                     ==, 1);
+    g_assert_cmpuint(run.npages, ==, 0);
+    return tally;
+}
+
+static bool clears(uint64_t first, uint64_t npages, uint64_t ratio,
+                   uint64_t want_first, uint64_t want_npages)
+{
+    FreePageHintMap map = map_new(4096, ratio);
+    FreePageHintTally tally;
+    bool good;
+
+    bitmap_set(map.bmap, 0, 4096);
+    tally = clear_run(&map, first, npages);
+    good = tally.hinted == want_npages && tally.cleared == want_npages &&
+           tally.hinted + tally.too_small + tally.invalid == npages &&
+           bitmap_count_one(map.hinted, 4096) == want_npages &&
+           bitmap_count_one(map.bmap, 4096) == 4096 - want_npages &&
+           find_next_zero_bit(map.hinted, 4096, want_first) >=
+           want_first + want_npages;
+    map_free(&map);
+    return good;
+}
+
+/* Only whole host pages within the block are taken of a run. */
 static void test_trim(void)
 {
-    g_assert_true(trim(0, 4096, 1, 0, 4096));
-    g_assert_true(trim(5, 7, 1, 5, 7));
-    g_assert_true(trim(4095, 1, 1, 4095, 1));
-    g_assert_true(trim(1, 1600, 512, 512, 1024));
-    g_assert_true(trim(512, 1023, 512, 512, 512));
+    g_assert_true(clears(0, 4096, 1, 0, 4096));
+    g_assert_true(clears(5, 7, 1, 5, 7));
+    g_assert_true(clears(4095, 1, 1, 4095, 1));
+    g_assert_true(clears(1, 1600, 512, 512, 1024));
+    g_assert_true(clears(512, 1023, 512, 512, 512));
 
-    g_assert_true(trim_fails(0, 0, 1));
-    g_assert_true(trim_fails(4096, 1, 1));
-    g_assert_true(trim_fails(4095, 2, 1));
-    g_assert_true(trim_fails(0, 4097, 1));
-    g_assert_true(trim_fails(UINT64_MAX, 2, 1));
-    g_assert_true(trim_fails(1, UINT64_MAX, 1));
-    g_assert_true(trim_fails(1, 511, 512));
-    g_assert_true(trim_fails(1, 1022, 512));
+    g_assert_true(clears(0, 0, 1, 0, 0));
+    g_assert_true(clears(4096, 1, 1, 0, 0));
+    g_assert_true(clears(4095, 2, 1, 0, 0));
+    g_assert_true(clears(0, 4097, 1, 0, 0));
+    g_assert_true(clears(UINT64_MAX, 2, 1, 0, 0));
+    g_assert_true(clears(1, UINT64_MAX, 1, 0, 0));
+    g_assert_true(clears(1, 511, 512, 0, 0));
+    g_assert_true(clears(1, 1022, 512, 0, 0));
+}
+
+/* What is smaller than a host page is counted apart from what is no RAM. */
+static void test_too_small(void)
+{
+    FreePageHintMap map = map_new(4096, 512);
+    FreePageHintTally tally = clear_run(&map, 1, 1600);
+
+    g_assert_cmpuint(tally.too_small, ==, 1600 - 1024);
+    g_assert_cmpuint(tally.invalid, ==, 0);
+    tally = clear_run(&map, 4000, 100);
+    g_assert_cmpuint(tally.too_small, ==, 0);
+    g_assert_cmpuint(tally.invalid, ==, 100);
+    map_free(&map);
+}
+
+/*
+ * However long the runs are, a call does no more than the budget and less than
+ * a host page; done in pieces, the outcome is the same as in one go.
+ */
+static void test_budget(void)
+{
+    enum { N = 64, NPAGES = 1 << 20 };
+    int round;
+
+    for (round = 0; round < 100; round++) {
+        uint64_t ratio = 1ULL << g_test_rand_int_range(0, 12);
+        FreePageHintMap whole = map_new(NPAGES, ratio);
+        FreePageHintMap pieces = map_new(NPAGES, ratio);
+        FreePageHintTally want = {}, got = {};
+        FreePageHintRun runs[N];
+        unsigned done = 0, i;
+
+        bitmap_set(whole.bmap, 0, NPAGES);
+        bitmap_set(pieces.bmap, 0, NPAGES);
+        for (i = 0; i < N; i++) {
+            FreePageHintTally t;
+
+            runs[i] = (FreePageHintRun) {
+                .first = g_test_rand_int_range(0, NPAGES + NPAGES / 8),
+                .npages = g_test_rand_int_range(0, NPAGES / 4),
+            };
+            t = clear_run(&whole, runs[i].first, runs[i].npages);
+            want.hinted += t.hinted;
+            want.cleared += t.cleared;
+            want.too_small += t.too_small;
+            want.invalid += t.invalid;
+        }
+        while (done < N) {
+            uint64_t most = g_test_rand_int_range(1, 50000), budget = most;
+            uint64_t before = got.hinted;
+
+            done += free_page_hint_clear_runs(&pieces, runs + done, N - done,
+                                              &budget, &got);
+            g_assert_cmpuint(got.hinted - before, <, most + ratio);
+            g_assert_true(!budget || done == N);
+        }
+        g_assert_cmpmem(&want, sizeof(want), &got, sizeof(got));
+        g_assert_true(bitmap_equal(whole.bmap, pieces.bmap, NPAGES));
+        g_assert_true(bitmap_equal(whole.hinted, pieces.hinted, NPAGES));
+        g_assert_true(bitmap_equal(whole.groups, pieces.groups,
+                                   free_page_hint_groups(NPAGES)));
+        map_free(&whole);
+        map_free(&pieces);
+    }
+}
+
+/* Runs of another block are left for a call with its bitmaps. */
+static void test_stops_at_another_block(void)
+{
+    FreePageHintMap map = map_new(4096, 1);
+    FreePageHintRun runs[] = {
+        { .block = (RAMBlock *)&map, .first = 0, .npages = 10 },
+        { .block = (RAMBlock *)&map, .first = 20, .npages = 10 },
+        { .block = NULL, .first = 40, .npages = 10 },
+    };
+    FreePageHintTally tally = {};
+    uint64_t budget = UINT64_MAX;
+
+    g_assert_cmpuint(free_page_hint_clear_runs(&map, runs, 3, &budget, &tally),
+                     ==, 2);
+    g_assert_cmpuint(tally.hinted, ==, 20);
+    map_free(&map);
 }
 
 typedef struct Model {
@@ -221,30 +343,44 @@ typedef struct Model {
     bool hinted[PAGES];
 } Model;
 
-static void assert_model(const Model *m, const unsigned long *bmap,
-                         const unsigned long *hinted)
+static void assert_model(const Model *m, const FreePageHintMap *map)
 {
     int i;
 
     for (i = 0; i < PAGES; i++) {
-        g_assert_cmpint(test_bit(i, bmap), ==, m->dirty[i]);
-        g_assert_cmpint(test_bit(i, hinted), ==, m->hinted[i]);
+        g_assert_cmpint(test_bit(i, map->bmap), ==, m->dirty[i]);
+        g_assert_cmpint(test_bit(i, map->hinted), ==, m->hinted[i]);
+        /* Or it would never be forgotten */
+        g_assert_true(!m->hinted[i] ||
+                      test_bit(i / FREE_PAGE_HINT_GROUP_PAGES, map->groups));
     }
 }
 
-/*
- * Clearing, forgetting and restoring do what they say to every page, and the
- * numbers they return keep a counter equal to the population of the bitmap.
- */
-static void test_bitmaps_random(void)
+static bool model_hinted(const Model *m, int first, int n)
 {
-    unsigned long *bmap = bitmap_new(PAGES);
-    unsigned long *hinted = bitmap_new(PAGES);
+    int i;
+
+    for (i = first; i < first + n; i++) {
+        if (!m->hinted[i]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/*
+ * Clearing, forgetting, marking and clearing again do what they say to every
+ * page, and the numbers they return keep a counter equal to the population of
+ * the bitmap.
+ */
+static void bitmaps_random(uint64_t ratio)
+{
+    FreePageHintMap map = map_new(PAGES, ratio);
     g_autofree Model *m = g_new0(Model, 1);
     uint64_t counter = PAGES;
-    int step, i;
+    int step, i, k;
 
-    bitmap_set(bmap, 0, PAGES);
+    bitmap_set(map.bmap, 0, PAGES);
     memset(m->dirty, true, sizeof(m->dirty));
 
     for (step = 0; step < RANDOM_STEPS; step++) {
@@ -258,61 +394,81 @@ static void test_bitmaps_random(void)
             for (i = first; i < first + n; i++) {
                 counter += !m->dirty[i];
                 m->dirty[i] = true;
-                set_bit(i, bmap);
+                set_bit(i, map.bmap);
             }
             for (i = 0; i < PAGES; i++) {
                 want += m->dirty[i] && m->hinted[i];
                 m->hinted[i] &= !m->dirty[i];
             }
-            g_assert_cmpuint(free_page_hint_forget_dirty(hinted, bmap, PAGES),
-                             ==, want);
+            g_assert_cmpuint(free_page_hint_forget_dirty(&map), ==, want);
             break;
         case 1:
-            /* A switch to postcopy */
-            for (i = 0; i < PAGES; i++) {
-                want += m->hinted[i] && !m->dirty[i];
-                m->dirty[i] |= m->hinted[i];
+            /* A request in postcopy */
+            i = QEMU_ALIGN_DOWN(first, ratio);
+            if (i + ratio <= PAGES && model_hinted(m, i, ratio)) {
+                for (k = i; k < i + ratio; k++) {
+                    want += !m->dirty[k];
+                    m->dirty[k] = true;
+                }
             }
-            g_assert_cmpuint(free_page_hint_restore(bmap, hinted, PAGES),
-                             ==, want);
+            g_assert_cmpuint(free_page_hint_mark_host_page(&map, first), ==,
+                             want);
             counter += want;
             break;
+        case 2:
+            /* Recovery of postcopy */
+            for (i = 0; i + ratio <= PAGES; i += ratio) {
+                for (k = i; model_hinted(m, i, ratio) && k < i + ratio; k++) {
+                    want += m->dirty[k];
+                    m->dirty[k] = false;
+                }
+            }
+            g_assert_cmpuint(free_page_hint_clear_hinted(&map), ==, want);
+            counter -= want;
+            break;
         default:
-            n = MIN(n, 200);
+            first = QEMU_ALIGN_DOWN(first, ratio);
+            n = MIN(QEMU_ALIGN_DOWN(PAGES - first, ratio), 192);
             for (i = first; i < first + n; i++) {
                 want += m->dirty[i];
                 m->hinted[i] |= m->dirty[i];
                 m->dirty[i] = false;
             }
-            g_assert_cmpuint(free_page_hint_clear(bmap, hinted, first, n),
-                             ==, want);
+            g_assert_cmpuint(clear_run(&map, first, n).cleared, ==, want);
             counter -= want;
             break;
         }
-        g_assert_cmpuint(bitmap_count_one(bmap, PAGES), ==, counter);
+        g_assert_cmpuint(bitmap_count_one(map.bmap, PAGES), ==, counter);
         if (step % 64 == 0) {
-            assert_model(m, bmap, hinted);
+            assert_model(m, &map);
         }
     }
-    assert_model(m, bmap, hinted);
-    g_free(bmap);
-    g_free(hinted);
+    assert_model(m, &map);
+    map_free(&map);
 }
 
-/* A page that was clean when it was hinted does not come back as dirty. */
+static void test_bitmaps_random(void)
+{
+    bitmaps_random(1);
+    bitmaps_random(64);
+}
+
+/* A page that was clean when it was hinted does not become dirty by a request. */
 static void test_clean_page_stays_clean(void)
 {
-    unsigned long *bmap = bitmap_new(PAGES);
-    unsigned long *hinted = bitmap_new(PAGES);
+    FreePageHintMap map = map_new(PAGES, 1);
+    uint64_t page, marked = 0;
 
-    bitmap_set(bmap, 100, 10);
-    g_assert_cmpuint(free_page_hint_clear(bmap, hinted, 90, 30), ==, 10);
-    g_assert_cmpuint(free_page_hint_clear(bmap, hinted, 90, 30), ==, 0);
-    g_assert_cmpuint(free_page_hint_restore(bmap, hinted, PAGES), ==, 10);
-    g_assert_cmpuint(bitmap_count_one(bmap, PAGES), ==, 10);
-    g_assert_cmpuint(find_next_bit(bmap, PAGES, 0), ==, 100);
-    g_free(bmap);
-    g_free(hinted);
+    bitmap_set(map.bmap, 100, 10);
+    g_assert_cmpuint(clear_run(&map, 90, 30).cleared, ==, 10);
+    g_assert_cmpuint(clear_run(&map, 90, 30).cleared, ==, 0);
+    for (page = 0; page < PAGES; page++) {
+        marked += free_page_hint_mark_host_page(&map, page);
+    }
+    g_assert_cmpuint(marked, ==, 10);
+    g_assert_cmpuint(bitmap_count_one(map.bmap, PAGES), ==, 10);
+    g_assert_cmpuint(find_next_bit(map.bmap, PAGES, 0), ==, 100);
+    map_free(&map);
 }
 
 int main(int argc, char **argv)
@@ -324,7 +480,11 @@ int main(int argc, char **argv)
     g_test_add_func("/free-page-hint/addrs/merge", test_addrs_merge);
     g_test_add_func("/free-page-hint/addrs/invalid", test_addrs_invalid);
     g_test_add_func("/free-page-hint/addrs/random", test_addrs_random);
-    g_test_add_func("/free-page-hint/trim", test_trim);
+    g_test_add_func("/free-page-hint/runs/trim", test_trim);
+    g_test_add_func("/free-page-hint/runs/too-small", test_too_small);
+    g_test_add_func("/free-page-hint/runs/budget", test_budget);
+    g_test_add_func("/free-page-hint/runs/another-block",
+                    test_stops_at_another_block);
     g_test_add_func("/free-page-hint/bitmaps/random", test_bitmaps_random);
     g_test_add_func("/free-page-hint/bitmaps/clean-stays-clean",
                     test_clean_page_stays_clean);

@@ -27,6 +27,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 static uint8_t dirty[MAX_PAGES], hinted[MAX_PAGES];
 static unsigned long bmap[BITS_TO_LONGS(MAX_PAGES)];
 static unsigned long hint_bmap[BITS_TO_LONGS(MAX_PAGES)];
+static unsigned long groups[BITS_TO_LONGS(MAX_PAGES)];
 
 static void check_bitmaps(uint64_t pages)
 {
@@ -40,27 +41,43 @@ static void check_bitmaps(uint64_t pages)
 
 static void apply(uint64_t addr, uint64_t len, uint64_t pages, uint64_t ratio)
 {
-    uint64_t first = addr >> PAGE_BITS;
-    uint64_t npages = len >> PAGE_BITS;
-    uint64_t cleared = 0;
+    const FreePageHintMap map = {
+        .bmap = bmap,
+        .hinted = hint_bmap,
+        .groups = groups,
+        .npages = pages,
+        .host_ratio = ratio,
+    };
+    FreePageHintRun run = {
+        .first = addr >> PAGE_BITS,
+        .npages = len >> PAGE_BITS,
+    };
+    FreePageHintTally tally = {};
+    uint64_t first = run.first, npages = run.npages;
+    uint64_t used = 0, cleared = 0;
     uint64_t i;
-    bool inside = first < pages && npages <= pages - first;
-    bool used = free_page_hint_trim(&first, &npages, pages, ratio);
 
-    if (!used) {
-        return;
-    }
-    assert(inside && npages);
-    assert(first % ratio == 0 && npages % ratio == 0);
-    assert(first >= addr >> PAGE_BITS);
-    assert(first + npages <= (addr + len) >> PAGE_BITS);
+    /* Whole host pages of a run that lies in the block */
+    for (i = first; first <= pages && npages <= pages - first &&
+         i < first + npages; i++) {
+        uint64_t start = ROUND_DOWN(i, ratio);
 
-    for (i = first; i < first + npages; i++) {
+        if (start < first || start + ratio > first + npages) {
+            continue;
+        }
+        used++;
         cleared += dirty[i];
         hinted[i] |= dirty[i];
         dirty[i] = 0;
     }
-    assert(free_page_hint_clear(bmap, hint_bmap, first, npages) == cleared);
+    /* In pieces, some smaller than a host page */
+    while (run.npages) {
+        uint64_t budget = 1 + addr % 97;
+
+        free_page_hint_clear_runs(&map, &run, 1, &budget, &tally);
+    }
+    assert(tally.hinted == used && tally.cleared == cleared);
+    assert(tally.hinted + tally.too_small + tally.invalid == npages);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)

@@ -9,7 +9,7 @@
  *
  * The vCPU is halted, the target is the guest.  After each input the migration
  * must end, leave nothing behind, and the device must answer again.  What
- * --enable-debug-mutex adds is checked, too: the counter of dirty pages, and
+ * FREE_PAGE_HINT_DEBUG adds is checked, too: the counter of dirty pages, and
  * that no write is lost to a page that is still hinted when the guest stops.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
@@ -447,15 +447,15 @@ static void check_nothing_left(void)
     assert(current_id() <= VIRTIO_BALLOON_CMD_ID_DONE);
     WITH_RCU_READ_LOCK_GUARD() {
         RAMBLOCK_FOREACH_MIGRATABLE(rb) {
-            assert(!rb->hint_bmap);
+            assert(!rb->hint);
         }
     }
 
     reached.applied += info->hinted_bytes > 0;
     reached.redirtied += info->redirtied_bytes > 0;
-    reached.invalid += info->invalid > 0;
-    reached.stale += info->stale > 0;
-    reached.reported += info->reports > 0;
+    reached.invalid += info->invalid_bytes || info->invalid_messages;
+    reached.stale += info->stale_bytes > 0;
+    reached.reported += info->complete;
     if (info->has_reason) {
         reached.reasons[info->reason]++;
     }

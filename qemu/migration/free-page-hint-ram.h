@@ -1,0 +1,52 @@
+/*
+ * Free page hints: what the engine does to RAM
+ *
+ * Between free-page-hint.c, which knows when, and the dirty bitmaps.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef QEMU_MIGRATION_FREE_PAGE_HINT_RAM_H
+#define QEMU_MIGRATION_FREE_PAGE_HINT_RAM_H
+
+#include "free-page-hint-bitmap.h"
+
+/* ---- called by the engine, in the migration thread ---- */
+
+/*
+ * Allocate what a round needs.  Called with the BQL, so that no RAMBlock comes
+ * or goes.  Returns false if there is no memory for it.
+ */
+bool free_page_hint_ram_alloc(void);
+
+/*
+ * Make sure that every write from now on is logged.  Gives up as soon as
+ * free_page_hint_armed() says so.  Called without locks.
+ */
+void free_page_hint_ram_arm(void);
+
+/*
+ * Apply some of @runs: as many as a hold of bitmap_mutex allows, see
+ * free_page_hint_clear_runs().  They are stale if the dirty log was merged since
+ * free_page_hint_ram_arm().  Called without locks, with an empty @tally.
+ *
+ * Returns the number of runs that are done.
+ */
+unsigned free_page_hint_ram_apply(FreePageHintRun *runs, unsigned n_runs,
+                                  FreePageHintTally *tally);
+
+/*
+ * Trace the counter of dirty pages, and in debug builds check it.  Called with
+ * the BQL.
+ */
+void free_page_hint_ram_check(void);
+
+/* ---- called back ---- */
+
+/* @npages more are armed.  Returns false if the round is to end. */
+bool free_page_hint_armed(uint64_t npages);
+
+/* Count pages that the guest wrote, or a postcopy destination asked for. */
+void free_page_hint_count(uint64_t redirtied, uint64_t requested);
+
+#endif
