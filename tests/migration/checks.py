@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Checks and set-ups that several test files use."""
 
+import contextlib
 import re
 import time
 from dataclasses import replace
-from typing import Optional
+from pathlib import Path
+from typing import Iterator, Optional
+
+import pytest
 
 from livemig import workload
 from livemig.guest import Guest
@@ -139,3 +143,23 @@ def assert_watched(guest: Guest) -> None:
     """Lockdep of the debug kernel looks on: it stops after its first complaint."""
     stats = guest.agent.run("cat /proc/lockdep_stats")
     assert re.search(r"debug_locks: +1$", stats, re.MULTILINE), stats
+
+
+@contextlib.contextmanager
+def huge_pages_set_aside(size_kib: int, count: int) -> Iterator[None]:
+    """Huge pages of the host for a test; skips it if there are not so many."""
+    control = Path(f"/sys/kernel/mm/hugepages/hugepages-{size_kib}kB/nr_hugepages")
+    if not control.exists():
+        pytest.skip(f"this host has no huge pages of {size_kib} KiB")
+    before = int(control.read_text(encoding="ascii"))
+    try:
+        try:
+            control.write_text(str(before + count), encoding="ascii")
+        except OSError as err:
+            pytest.skip(f"huge pages cannot be set aside on this host: {err}")
+        if int(control.read_text(encoding="ascii")) < before + count:
+            pytest.skip(f"this host has no {count} free huge pages of {size_kib} KiB")
+        yield
+    finally:
+        if int(control.read_text(encoding="ascii")) != before:
+            control.write_text(str(before), encoding="ascii")

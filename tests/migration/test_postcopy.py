@@ -8,7 +8,8 @@ from typing import Any, Dict, Mapping
 
 import pytest
 from checks import FREED_MIB, SMALL, assert_goes_on, assert_hints_if, assert_hints_used
-from checks import assert_intact, fill_and_free, migration, start_churn, wait_hints_ended
+from checks import assert_intact, fill_and_free, huge_pages_set_aside, migration, start_churn
+from checks import wait_hints_ended
 from conftest import Lab
 from oracle import Oracle
 
@@ -56,9 +57,9 @@ def resident_mib(guest: Guest) -> int:
     return int(match.group(1)) // 1024
 
 
-def busy_guest(lab: Lab) -> Guest:
+def busy_guest(lab: Lab, **changes: Any) -> Guest:
     """A guest at work, whose QEMU checks when it has stopped that no write is lost."""
-    source = lab.boot(SMALL.but(qemu="debug"))
+    source = lab.boot(SMALL.but(qemu="debug", **changes))
     fill_and_free(source)
     start_churn(source)
     return source
@@ -158,3 +159,23 @@ def test_taken_back_in_postcopy(lab: Lab, measured: Dict[str, Any], name: str) -
     assert hints.requested_bytes > 0
     assert_intact(destination)
     assert_goes_on(destination)
+
+
+@pytest.mark.parametrize("name", ["plain", "preempt"])
+def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """With huge pages behind the guest, one that is used in postcopy comes as a whole."""
+    with huge_pages_set_aside(2048, SMALL.mem_mib):
+        backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
+        source = busy_guest(lab, mem_backend=backend)
+        destination = lab.incoming(source.spec)
+        switch_early(source, destination, CASES[name].common)
+        destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
+        workload.dirty_and_free(destination, FREED_MIB // 2)
+        hints = assert_hints_used(finish_fast(source, destination), FREED_MIB * MIB)
+        measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
+        # The premise
+        assert hints.requested_bytes > 0 and hints.requested_bytes % (2 * MIB) == 0
+        assert_intact(destination)
+        assert_goes_on(destination)
+        source.close()
+        destination.close()
