@@ -52,6 +52,12 @@ static struct {
     uint64_t armed_epoch;
 
     /*
+     * The postcopy destination has loaded its devices.  Atomic: set by the
+     * return path thread, read by the migration thread.
+     */
+    bool loaded;
+
+    /*
      * What is to be freed, even if its RAMBlock is gone by then.  Written with
      * the BQL, by the migration thread or when it has ended.
      */
@@ -112,6 +118,7 @@ bool free_page_hint_ram_alloc(void)
     RCU_READ_LOCK_GUARD();
 
     ram_hint.pages = 0;
+    qatomic_set(&ram_hint.loaded, false);
     ram_hint.blocks = g_ptr_array_new_with_free_func(block_free);
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
         /* As large as bmap: used_length may change while we run */
@@ -352,12 +359,46 @@ bool free_page_hint_request(RAMBlock *rb, unsigned long page)
 
 void free_page_hint_reloaded(RAMBlock *rb)
 {
+    /* Before it has loaded its devices, a destination cannot recover */
+    qatomic_set(&ram_hint.loaded, true);
+
     if (rb->hint) {
         FreePageHintMap map = block_map(rb);
 
         trace_free_page_hint_reloaded(rb->idstr,
                                       free_page_hint_clear_hinted(&map));
     }
+}
+
+/* Comes after the devices' states: see postcopy_start() */
+#define PING_LOADED 3
+
+void free_page_hint_pong(uint32_t value)
+{
+    if (value == PING_LOADED) {
+        qatomic_set(&ram_hint.loaded, true);
+    }
+}
+
+/*
+ * A destination that waits for a page while it loads its devices ends postcopy
+ * only when it has loaded them.  With preempt, the return path thread answers it
+ * to the last.
+ */
+bool free_page_hint_in_demand(void)
+{
+    MigrationState *s = migrate_get_current();
+
+    if (!migration_in_postcopy() || !migrate_postcopy_ram() ||
+        migrate_postcopy_preempt() || !ram_hint.pages ||
+        qatomic_read(&ram_hint.loaded)) {
+        return false;
+    }
+    /* As in migration_rate_limit(): whoever serves a request takes the post */
+    if (qemu_sem_timedwait(&s->rate_limit_sem, 1) == 0) {
+        qemu_sem_post(&s->rate_limit_sem);
+    }
+    return true;
 }
 
 bool free_page_hint_take(RAMBlock *rb, unsigned long page)

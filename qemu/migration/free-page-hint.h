@@ -37,6 +37,17 @@ void free_page_hint_round(void);
 /* End a running round at once.  Any thread. */
 void free_page_hint_cancel(void);
 
+/*
+ * May the destination still need hinted pages in order to load its devices, and
+ * be unable to get them once postcopy has ended?  If so, let a moment pass.
+ * Called by the migration thread, without locks, when there is nothing more to
+ * send than requests.
+ */
+bool free_page_hint_in_demand(void);
+
+/* The destination has come to the ping @value.  Return path thread. */
+void free_page_hint_pong(uint32_t value);
+
 /* What query-migrate reports; to be freed by the caller.  Any thread. */
 FreePageHintInfo *free_page_hint_query(void);
 

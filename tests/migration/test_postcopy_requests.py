@@ -5,9 +5,12 @@ A bare-metal guest knows exactly what it hinted, and what it touches after the s
 """
 
 import contextlib
+import socket
+import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Optional
 
 import pytest
 from conftest import Lab
@@ -15,7 +18,7 @@ from metal import HELD, Metal, held, hints_now, metal, tcg_at_least, wait_ended
 
 from livemig.baremetal import MIB, PAGE, Balloon
 from livemig.guest import Guest
-from livemig.migration import MigrationResult, finish, query, start, status_is
+from livemig.migration import MigrationResult, finish, query, set_capabilities, start, status_is
 from livemig.spec import MigrationSpec
 
 MEM_MIB = 256
@@ -217,4 +220,76 @@ def test_stock_destination(lab: Lab, accel: str, way: str) -> None:
         there.let_go()
         assert there.resident_pages() <= MEM_MIB * 256 - (FREE_PAGES - USED_PAGES)
         assert guest.machine.wrong_pages(FREE, USED_PAGES, 5) == 0
+        assert guest.machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
+
+
+class SlowWayBack:
+    """Passes a migration on, and what the destination answers only while it is let through."""
+
+    def __init__(self, here: Path, there: Path):
+        self.open = threading.Event()
+        self.open.set()
+        self._there = there
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(here))
+        self._listener.listen(1)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        source, _ = self._listener.accept()
+        destination = socket.socket(socket.AF_UNIX)
+        destination.connect(str(self._there))
+        threading.Thread(target=self._pass, args=(source, destination), daemon=True).start()
+        self._pass(destination, source, self.open)
+
+    @staticmethod
+    def _pass(one: socket.socket, other: socket.socket, gate: Optional[Any] = None) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 16):
+                if gate:
+                    gate.wait()
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+
+@tcg_at_least
+def test_asked_for_by_a_device(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
+    """A hinted page that a device of the destination looks at while it is loaded is sent too.
+
+    Even if its request comes when all else was sent, and postcopy could end.
+    """
+    with metal(lab, accel=accel, mem_mib=MEM_MIB) as guest:
+        source = guest.source
+        guest.machine.stamp(KEPT, KEPT_PAGES, 2)
+        # A queue that nobody ever wrote to, in memory that is hinted.
+        guest.balloon.set(Balloon.QUEUE_SELECT, 0, 16)
+        guest.balloon.set(Balloon.QUEUE_PAGE, FREE // PAGE)
+        destination = lab.incoming(source.spec.but(mem_file=guest.files[1]), "destination")
+        relay = SlowWayBack(lab.logs / "relay", lab.logs / "there")
+        spec = _spec(False)
+        for side in (source, destination):
+            set_capabilities(side, {"events": True, **spec.common})
+        destination.qmp("migrate-incoming", uri=f"unix:{lab.logs}/there")
+        source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
+        source.qmp("migrate", uri=f"unix:{lab.logs}/relay")
+        cmd_id = guest.balloon.wait_asked()
+        guest.balloon.send_array(cmd_id, 2 * MIB, range(FREE, FREE + FREE_PAGES * PAGE, 2 * MIB))
+        guest.balloon.send_end(cmd_id)
+        assert wait_ended(source).skipped_bytes == FREE_PAGES * PAGE
+        relay.open.clear()
+        source.qmp("migrate-start-postcopy")
+        source.wait_event(status_is("postcopy-active"), "postcopy", 60)
+        source.qmp("migrate-set-parameters", max_bandwidth=0, max_postcopy_bandwidth=0)
+        # The premise: all is sent, for a while already, and the destination's answers are not here.
+        while query(source).raw["ram"]["remaining"]:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        assert query(source).status == "postcopy-active"
+        assert hints_now(source).requested_bytes == 0
+        relay.open.set()
+        finish(source, destination, timeout=30)
+        measured["requested"] = hints_now(source).requested_bytes // PAGE
+        # The premise: the device did look.
+        assert measured["requested"] > 0
+        guest.machine.moved_to(destination)
         assert guest.machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
