@@ -26,6 +26,8 @@ DEPTH = 2_000_000
 TIMEOUT_S = 1200
 
 KVM = "KVM_MANUAL NO_DEVICE"
+# Postcopy alone, from any state that a switch can find.
+SWITCHED = f"{KVM} SWITCHED"
 SAFETY = "-DSAFETY -DNOFAIR"
 # Weak fairness for more than six processes.
 LIVENESS = "-DNFAIR=3"
@@ -114,9 +116,14 @@ HOLDS = {
     "kvm-others-dma-syncs": f"{KVM} OTHERS DMA TIMER",
     "kvm-two-pages": f"{KVM} PAGES=2",
     "kvm-cancel-and-again": f"{KVM} CANCEL MIGRATIONS=2",
-    "kvm-postcopy": f"{KVM} POSTCOPY TIMER",
+    "kvm-stop-and-go-on": f"{KVM} STOP_ONCE",
+    "kvm-postcopy": f"{KVM} POSTCOPY TIMER CUTS=1",
+    "kvm-postcopy-preempt": f"{KVM} POSTCOPY PREEMPT CUTS=1",
     "kvm-init-on-free": f"{KVM} INIT_ON_FREE TIMER",
-    "kvm-init-on-free-postcopy": f"{KVM} INIT_ON_FREE POSTCOPY",
+    "kvm-init-on-free-postcopy": f"{KVM} INIT_ON_FREE POSTCOPY CUTS=1",
+    "kvm-init-on-free-postcopy-preempt": f"{KVM} INIT_ON_FREE POSTCOPY PREEMPT CUTS=1",
+    "kvm-leftovers": f"{KVM} LEFTOVERS INIT_ON_FREE CANCEL MIGRATIONS=2",
+    "kvm-leftovers-postcopy": f"{KVM} LEFTOVERS POSTCOPY",
     "kvm-stock-guest": "KVM_MANUAL BLOCKS",
     "kvm-auto-protect": "KVM_AUTO NO_DEVICE OTHERS DMA TIMER",
     "kvm-ring": "KVM_RING NO_DEVICE OTHERS TIMER",
@@ -128,11 +135,15 @@ HOLDS = {
     "tcg-cancel-and-again": "TCG NO_DEVICE CANCEL MIGRATIONS=2",
     "tcg-queue-cancel-and-again": "TCG CANCEL MIGRATIONS=2",
     "tcg-postcopy-two-pages": "TCG NO_DEVICE POSTCOPY PAGES=2",
+    "switched-cut-twice": f"{SWITCHED} PAGES=2 CUTS=2",
+    "switched-preempt-cut-twice": f"{SWITCHED} PREEMPT CUTS=2",
+    "switched-preempt-two-pages": f"{SWITCHED} PAGES=2 PREEMPT",
     "tcg-init-on-free": "TCG NO_DEVICE INIT_ON_FREE OTHERS",
     "tcg-stock-guest-cancel-and-again": "TCG BLOCKS CANCEL MIGRATIONS=2",
 }
 
 CLAIMS = ("L1", "L2", "L3", "L4")
+POSTCOPY_CLAIMS = ("L5", "L6")
 # 1 cancel, 2 stop and go on, 4 reset.
 ENDS_WELL = {
     "cancel-and-again": ("LIFE=1 MIGRATIONS=2", CLAIMS),
@@ -142,6 +153,11 @@ ENDS_WELL = {
     "stop-reset": ("LIFE=6", CLAIMS),
     # It has no right to its buffers.
     "hostile-stop": ("LIFE=2 HOSTILE", ("L1", "L2", "L4")),
+}
+
+POSTCOPY_ENDS = {
+    "plain-cut-twice": f"{SWITCHED} PAGES=2 CUTS=2",
+    "preempt-cut-twice": f"{SWITCHED} PREEMPT CUTS=2",
 }
 
 LOST = "S1_no_lost_write"
@@ -166,15 +182,20 @@ MUTANTS = {
     "M11-buffer-freed-too-early": (LOST, "TCG M11"),
     "M12-epoch-of-first-batch-only": (LOST, f"{KVM} TIMER M12"),
     "M13-queue-served-for-stopped-vm": ("S5_stopped_vm_unchanged", "KVM_MANUAL M13"),
-    "M14-nothing-restored-for-postcopy": ("L5_fault_answered", f"{KVM} POSTCOPY M14"),
+    "M14-no-answer": ("L6", f"{SWITCHED} M14"),
+    "M14-no-answer-before-preempt-is-active": ("L6", f"{SWITCHED} PREEMPT M14"),
     "M15A-dirtied-page-stays-hinted": (LOST, f"{KVM} POSTCOPY M15A"),
-    "M15B-restored-after-discard": ("S7_page_placed_once", f"{KVM} POSTCOPY M15B"),
+    "M15B-precopy-looks-at-stale-hints": (LOST, f"{KVM} M15B"),
     "M16-counted-without-mutex": ("S4_counter_is_popcount", f"{KVM} TIMER M16"),
     "M17-device-applies-with-bql": ("L2", "NO_LOG LIFE=2 M17"),
     "M18-log-cleared-with-ones": (LOST, f"{KVM} M18"),
     "M19-ring-initially-all-set": (LOST, "KVM_RING NO_DEVICE M19"),
     "M20-tlb-reset-if-newly-dirty": (LOST, "TCG NO_DEVICE M20"),
     "M21-init-on-free-asked-again": ("S6_free_page_reads_zero", f"{KVM} INIT_ON_FREE M21"),
+    "M21-init-on-free-asked-again-postcopy": (
+        "S6_free_page_reads_zero",
+        f"{KVM} INIT_ON_FREE POSTCOPY M21",
+    ),
     "M22-any-id-accepted": (LOST, f"{KVM} CANCEL MIGRATIONS=2 M22"),
     "M23-done-not-published": ("L1", "NO_LOG LIFE=2 M23"),
     "M24-no-deadline": ("L4", "NO_LOG LIFE=2 M24"),
@@ -182,6 +203,30 @@ MUTANTS = {
     "M26-done-does-not-serve-queue": ("L3", "NO_LOG LIFE=2 M26"),
     "M27-start-does-not-serve-queue": ("L3", "NO_LOG LIFE=2 M27"),
     "M28-epoch-read-after-arming": (LOST, f"{KVM} TIMER M28"),
+    "M29-no-answer-by-preempt": ("L6", f"{SWITCHED} PREEMPT M29"),
+    "M30-answered-page-stays-hinted": ("S7_page_placed_once", f"{SWITCHED} M30"),
+    "M30-answered-page-stays-hinted-preempt": ("S7_page_placed_once", f"{SWITCHED} PREEMPT M30"),
+    "M31-forgotten-after-the-send": ("S7_page_placed_once", f"{SWITCHED} PREEMPT M31"),
+    "M32-recovery-skips-what-was-dirtied": (LOST, f"{KVM} POSTCOPY CUTS=1 M32"),
+    "M33-recovery-skips-what-was-answered": ("L6", f"{SWITCHED} PREEMPT CUTS=1 M33"),
+    "M34-recovery-sends-what-is-hinted": ("S7_page_placed_once", f"{SWITCHED} CUTS=1 M34"),
+    "M35-ends-while-devices-are-loaded": ("L6", f"{SWITCHED} M35"),
+    "M36-queued-after-the-last-look": ("L6", f"{SWITCHED} PREEMPT M36"),
+    "M37-nothing-emptied": ("S8_nobodys_data", f"{KVM} LEFTOVERS M37"),
+    "M37-nothing-emptied-init-on-free": (
+        "S6_free_page_reads_zero",
+        f"{KVM} LEFTOVERS INIT_ON_FREE M37",
+    ),
+    "M37-nothing-emptied-second-attempt": (
+        "S6_free_page_reads_zero",
+        f"{KVM} INIT_ON_FREE CANCEL MIGRATIONS=2 M37",
+    ),
+    "M38-emptied-after-the-first-page": (LOST, f"{KVM} M38"),
+    "M39-asked-though-not-all-is-armed": (LOST, f"{KVM} STOP_ONCE M39"),
+    "M39-asked-though-not-all-is-armed-seen-at-once": (
+        "S3_armed_when_asked",
+        f"{KVM} STOP_ONCE M39 CHECK_ARMED",
+    ),
 }
 
 # Where the model has to get to. L4 has no part in it, but LIFE is for such.
@@ -193,10 +238,14 @@ REACHED = {
     "queue_full": "KVM_MANUAL",
     "deadline_passed": KVM,
     "report_complete": KVM,
-    "zero_page_sent": f"{KVM} POSTCOPY",
-    "fault_on_hinted_page": f"{KVM} POSTCOPY",
     "link_stalled": "NO_LOG LIFE=2",
     "guest_hangs": "NO_LOG LIFE=2",
+    "hinted_page_asked_for": f"{KVM} POSTCOPY",
+    "asked_for_twice": f"{KVM} POSTCOPY",
+    "woken_by_the_end": f"{KVM} POSTCOPY",
+    "link_recovered": f"{KVM} POSTCOPY CUTS=1",
+    "queued_too_late": f"{KVM} POSTCOPY PREEMPT",
+    "arming_cut_off": f"{KVM} STOP_ONCE",
 }
 
 # Only manual protection leaves pages writable that the log has no trace of.
@@ -223,18 +272,26 @@ def _holds(options: str) -> Tuple[Search, ...]:
     return (Search(f"{options} CHECK_ARMED"),)
 
 
+def _postcopy_ends(options: str) -> Tuple[Search, ...]:
+    return tuple(Search(options, claim) for claim in POSTCOPY_CLAIMS)
+
+
 def _ends_well(options: str, claims: Tuple[str, ...]) -> Tuple[Search, ...]:
     return tuple(Search(f"NO_LOG {options}", claim) for claim in claims)
 
 
 def _mutant(violates: str, options: str) -> Tuple[Search, ...]:
-    return (Search(options, violates if violates in CLAIMS else ""),)
+    return (Search(options, violates if violates in CLAIMS + POSTCOPY_CLAIMS else ""),)
 
 
 # All searches, by the test function and the case.
 SEARCHES_OF: Dict[Tuple[str, str], Tuple[Search, ...]] = {
     **{("test_no_write_is_lost", case): _holds(options) for case, options in HOLDS.items()},
     **{("test_ends_well", case): _ends_well(*how) for case, how in ENDS_WELL.items()},
+    **{
+        ("test_postcopy_ends", case): _postcopy_ends(options)
+        for case, options in POSTCOPY_ENDS.items()
+    },
     **{("test_mutant_is_caught", case): _mutant(*how) for case, how in MUTANTS.items()},
     **{
         ("test_gets_there", place): (
@@ -302,6 +359,13 @@ def test_no_write_is_lost(violated: List[str]) -> None:
 @pytest.mark.usefixtures("case")
 def test_ends_well(violated: List[str]) -> None:
     """The guest is answered, commands return, buffers come back and round 0 ends, always."""
+    assert not violated
+
+
+@pytest.mark.parametrize("case", POSTCOPY_ENDS)
+@pytest.mark.usefixtures("case")
+def test_postcopy_ends(violated: List[str]) -> None:
+    """Each page that is asked for comes, or the end does, which wakes who waits; and it comes."""
     assert not violated
 
 

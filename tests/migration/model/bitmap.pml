@@ -37,7 +37,17 @@ inline free_page_hint_check()
 	CHECK(S4_counter_is_popcount, dirty_pages == c)
 }
 
-/* ram_list_init_bitmaps(), for a destination whose RAM is fresh */
+/* In a d_step. The destination makes its RAM empty. */
+inline ram_load_empty()
+{
+	for_each_page(i) {
+		foreign[i] = 0;
+		dst_zero[i] = 1;
+		differs[i] = !zero[i]
+	}
+}
+
+/* ram_list_init_bitmaps(), and ram_load_setup() at the destination */
 inline ram_init_bitmaps()
 {
 	d_step {
@@ -45,9 +55,11 @@ inline ram_init_bitmaps()
 			bmap[i] = 1;
 			hint_bmap[i] = 0;
 			mapped[i] = 0;
-			dst_zero[i] = 1;
-			differs[i] = !zero[i]
+			received[i] = 0
 		}
+#if !defined(M37) && !defined(M38)
+		ram_load_empty();
+#endif
 		clear_bmap = 0;
 		dirty_pages = PAGES
 	}
@@ -56,13 +68,22 @@ inline ram_init_bitmaps()
 
 /* ---- merges ---- */
 
-/* In a d_step. */
+/*
+ * In a d_step. What is hinted matters to postcopy alone: without it the merge in
+ * the downtime is left as it is, and hint_bmap may be out of date from there on.
+ */
+#ifdef POSTCOPY
+#define FORGET 1
+#else
+#define FORGET vm_running
+#endif
+
 inline free_page_hint_synced()
 {
 	epoch_moved = 1;
 	for_each_page(i) {
 		if
-		:: hint_bmap[i] && bmap[i] ->
+		:: FORGET && hint_bmap[i] && bmap[i] ->
 			MARK(hint_redirtied);
 #ifndef M15A
 			hint_bmap[i] = 0
@@ -145,12 +166,13 @@ inline free_page_hint_arm(v)
 #ifndef M28
 	note_epoch();
 #endif
+	/* Stop and cancel are looked at before each chunk. */
 	if
 	:: ARM && !reason ->
 		lock(bitmap_mutex);
 		ram_clear_dirty_log(FLUSH);
 		unlock(bitmap_mutex)
-	:: else
+	:: else -> MARK(arming_cut_off)
 	fi;
 #if defined(TCG) && !defined(M2)
 	bql_lock();
@@ -196,11 +218,14 @@ inline free_page_hint_apply(page)
 		:: STALE -> MARK(hint_after_merge)
 		:: else ->
 			if
-			/* free_page_hint_clear() */
+			/* free_page_hint_clear_runs() */
 			:: page < PAGES && bmap[page] ->
 				MARK(hint_applied);
 				bmap[page] = 0;
 				hint_bmap[page] = 1;
+#ifdef M32
+				was_hinted[page] = 1;
+#endif
 #ifdef M7
 				dirty_memory[page] = 0;
 #endif
@@ -227,19 +252,6 @@ inline free_page_hint_apply(page)
 	}
 }
 
-/* With the VM stopped. */
-inline free_page_hint_restore_all()
-{
-	d_step {
-		!bitmap_mutex ->
-		for_each_page(i) {
-			dirty_pages = dirty_pages + (hint_bmap[i] && !bmap[i]);
-			bmap[i] = bmap[i] || hint_bmap[i]
-		}
-		free_page_hint_check()
-	}
-}
-
 /* ---- the sender ---- */
 
 /* In a d_step. The page is read, and the destination has it. */
@@ -247,16 +259,19 @@ inline transfer(p)
 {
 	differs[p] = 0;
 	dst_zero[p] = zero[p];
-	mapped[p] = 1
+	foreign[p] = 0;
+	mapped[p] = 1;
+	received[p] = 1
 }
 
-/* In a d_step. save_zero_page() of a hinted page does not read it. */
+/* In a d_step. A zero page is not read. */
 inline transfer_zero(p)
 {
-	MARK(zero_page_sent);
 	differs[p] = !zero[p];
 	dst_zero[p] = 1;
-	mapped[p] = 1
+	foreign[p] = 0;
+	mapped[p] = 1;
+	received[p] = 1
 }
 
 /* multifd_queue_page() ... multifd_nocomp_send_prepare() */
@@ -278,10 +293,14 @@ inline ram_save_host_page(p)
 		:: p < PAGES && bmap[p] ->
 			bmap[p] = 0;
 			dirty_pages--;
+#ifdef M15B
 			if
 			:: hint_bmap[p] -> transfer_zero(p)
 			:: else -> inflight[p] = 1
 			fi
+#else
+			inflight[p] = 1
+#endif
 		:: else
 		fi;
 		free_page_hint_check();

@@ -15,6 +15,10 @@
 #define MIGRATIONS 1
 #endif
 
+#ifdef SWITCHED
+#define POSTCOPY
+#endif
+
 /* Runs in the engine's queue */
 #define QUEUE_RUNS 2
 
@@ -35,7 +39,7 @@ hidden byte S4_counter_is_popcount;
 hidden byte S5_stopped_vm_unchanged;
 hidden byte S6_free_page_reads_zero;
 hidden byte S7_page_placed_once;
-hidden byte L5_fault_answered;
+hidden byte S8_nobodys_data;
 
 /*
  * What must be possible, lest the properties hold for want of anything that
@@ -51,10 +55,14 @@ hidden byte never_reached;
 #define queue_full 5
 #define deadline_passed 6
 #define report_complete 7
-#define zero_page_sent 8
-#define fault_on_hinted_page 9
-#define link_stalled 10
-#define guest_hangs 11
+#define link_stalled 8
+#define guest_hangs 9
+#define hinted_page_asked_for 10
+#define asked_for_twice 11
+#define woken_by_the_end 12
+#define link_recovered 13
+#define queued_too_late 14
+#define arming_cut_off 15
 #ifndef REACHED
 #define REACHED 0
 #endif

@@ -22,8 +22,8 @@
  *   engine.pml     free-page-hint.c: what the device calls
  *   balloon.pml    virtio-balloon-hint.c
  *   guest.pml      allocator, vCPUs, devices' DMA; the balloon driver
- *   migration.pml  round 0, the other rounds, switchover, postcopy; cancel,
- *                  stop, reset
+ *   migration.pml  round 0, the other rounds, switchover; cancel, stop, reset
+ *   postcopy.pml   what follows its switch: both sides, and the link
  *
  * Variants (-D)
  *
@@ -39,8 +39,13 @@
  *   DMA          devices that write to memory and mark it dirty after that
  *   TIMER        syncs in the main loop, at any time
  *   CANCEL       cancel at any time; MIGRATIONS=2: and try again
+ *   STOP_ONCE    stop and go on, at any time
  *   POSTCOPY     switchover at any time after round 0
+ *   PREEMPT      the return path thread sends what is asked for
+ *   CUTS=n       the link is cut, and postcopy recovers, up to n times
+ *   SWITCHED     postcopy alone, from any state that a switch can find
  *   INIT_ON_FREE the guest clears pages when it frees them, and counts on it
+ *   LEFTOVERS    the destination's memory is not fresh: it holds somebody's data
  *   BLOCKS       stock guest: blocks without an id, between start and stop
  *   NO_DEVICE    see below
  *   LIFE=n       1 cancel, 2 stop and go on, 4 reset, or a sum: each once, at
@@ -48,7 +53,7 @@
  *   HOSTILE      a guest that never stops sending
  *   CHECK_ARMED  S3 too; mutants leave it out, so that they have to break S1
  *
- * Mutants: M1 to M28, each a rule left out; test_model.py has the list.
+ * Mutants: M1 to M39, each a rule left out; test_model.py has the list.
  *
  * Properties
  *
@@ -58,11 +63,13 @@
  *   S5  a stopped VM's memory is not written to
  *   S6  INIT_ON_FREE: what nobody has written since it was freed reads zero
  *   S7  postcopy places no page where there is one
+ *   S8  when the destination runs, nothing can be read that is somebody else's
  *   L1  the guest that was asked is told that no more hints are wanted
  *   L2  cancel, stop and reset return, whatever the link and the guest do
  *   L3  the driver's buffers come back
  *   L4  round 0 ends, whatever the guest does
- *   L5  postcopy leaves no vCPU of the destination waiting
+ *   L5  no vCPU of the destination waits for ever: a page comes, or the end
+ *   L6  postcopy ends, at both sides
  *
  * Simplifications, and why they hide nothing
  *
@@ -86,14 +93,25 @@
  * - Waits are for conditions, not for signals: a lost qemu_cond_signal() would
  *   cost time, up to the deadline, which nothing here measures.
  * - Who waits with run_on_cpu() or in pause_all_vcpus() keeps the BQL here.
- * - bitmap_mutex is given back after each page, not every 50 ms. Sections in
- *   which nothing is waited for are one step.
+ * - bitmap_mutex is given back after each page: by the sender not every 50 ms, by
+ *   free_page_hint_apply() not once free_page_hint_clear_runs() has used up its
+ *   budget. So a run of several pages is applied in several holds here, with the
+ *   epoch looked at in each of them (M12), and deadline, cancel and stop before
+ *   it. Sections in which nothing is waited for are one step.
+ * - Arming has one chunk. That it was cut off after some chunks is, for a page of
+ *   those that were left out, that it was cut off before the page's chunk.
+ * - Postcopy: a request has one delay from the destination to the sender, as long
+ *   as the return path and the queue together. Two threads at most miss a page
+ *   before it comes. Whoever misses one before the devices are loaded is who loads
+ *   them: that is at least as many waits as there can be. A cut comes after that,
+ *   as the destination gives up if it comes before, and before the source's
+ *   migration thread has ended: later ones fail the migration, hints or not.
  *
  * Not in the model: huge pages and their trimming, several RAMBlocks, RAMBlocks
  * that are ignored, grow or are plugged; virtio-mem; xbzrle, zero page detection,
- * mapped-ram (they decide how a page is sent, not whether); recovery of
- * postcopy; savevm; other accelerators; vhost and VFIO, which have logs of their
- * own; what makes a message valid; memory ordering weaker than the locks.
+ * mapped-ram (they decide how a page is sent, not whether); savevm; other
+ * accelerators; vhost and VFIO, which have logs of their own; what makes a message
+ * valid; memory ordering weaker than the locks.
  */
 
 #include "config.pml"
@@ -113,4 +131,8 @@ ltl L1 { [] (status == ASKED_GUEST -> <> (status != ASKED_GUEST)) }
 ltl L2 { [] (control_busy -> <> !control_busy) }
 ltl L3 { [] <> HAS_ALL }
 ltl L4 { [] (state == ARMING -> <> (state == ENDED)) }
+#endif
+#ifdef SWITCHED
+ltl L5 { [] (fault[0] -> <> !fault[0]) }
+ltl L6 { <> (source_done && !userfault) }
 #endif

@@ -6,6 +6,12 @@
 #if defined(M8) || defined(M21)
 bit second_round;
 #endif
+#ifdef M38
+bit emptied;
+#define EMPTY emptied
+#else
+#define EMPTY 1
+#endif
 
 /* free_page_hint_refusal() */
 #define CAN_ASK (migrating && vm_running && device_running)
@@ -15,7 +21,11 @@ inline free_page_hint_ask(asked)
 	bql_lock();
 	d_step {
 		if
+#ifdef M39
+		:: CAN_ASK -> reason = 0;
+#else
 		:: CAN_ASK && !reason ->
+#endif
 			state = ASKED;
 			asked = 1;
 #ifdef CHECK_ARMED
@@ -141,10 +151,9 @@ inline check_page(p)
 {
 	CHECK(S1_no_lost_write, !live[p] || !differs[p]);
 #ifdef INIT_ON_FREE
-	CHECK(S6_free_page_reads_zero, live[p] || !differs[p])
-#else
-	skip
+	CHECK(S6_free_page_reads_zero, live[p] || !differs[p]);
 #endif
+	CHECK(S8_nobodys_data, !foreign[p])
 }
 
 inline check_destination()
@@ -201,82 +210,22 @@ inline migration_completion(p, unused)
 #endif
 
 #ifdef POSTCOPY
-proctype destination_vcpu(byte p)
-{
-	do
-	/* migrate_send_rp_req_pages() */
-	:: d_step { postcopy && !mapped[p] && !fault[p] -> fault[p] = 1 }
-	:: d_step { postcopy && mapped[p] -> check_page(p);
-		if
-		:: fault[p] && hint_bmap[p] -> MARK(fault_on_hinted_page)
-		:: else
-		fi;
-		fault[p] = 0
-	   }
-	od
-}
-
-inline ram_postcopy_send_discard_bitmap(p)
-{
-	migration_bitmap_sync(p);
-#if !defined(M14) && !defined(M15B)
-	free_page_hint_restore_all();
-#endif
-	/* postcopy_each_ram_send_discard() */
-	d_step {
-		for_each_page(i) {
-			if
-			:: bmap[i] ->
-				mapped[i] = 0;
-				dst_zero[i] = 1;
-				differs[i] = !zero[i]
-			:: else
-			fi
-		}
-		postcopy = 1
-	}
-#ifdef M15B
-	free_page_hint_restore_all()
-#endif
-}
-
-/* What is left is sent in any order: asked for, or not. */
-inline postcopy_start(p)
-{
-	bql_lock();
-	vm_stop();
-	ram_postcopy_send_discard_bitmap(p);
-	bql_unlock();
-	do
-	:: !ALL_SENT ->
-		if
-		:: bmap[0] -> p = 0
-		:: bmap[PAGES - 1] -> p = PAGES - 1
-		fi;
-		/* qemu_ufd_copy_ioctl() fails if there is a page. */
-		d_step { CHECK(S7_page_placed_once, !mapped[p]); skip };
-		ram_save_host_page(p);
-		ALL_READ
-	:: else -> break
-	od;
-	p = NONE;
-	d_step {
-		for_each_page(i) {
-			CHECK(L5_fault_answered, mapped[i] || !fault[i])
-		}
-		skip
-	}
-	check_destination()
-}
+#include "postcopy.pml"
 #endif
 
 active proctype migration_thread()
 {
 	byte page = NONE;
 	byte done;
+	byte what;
 	bit asked;
 	bit runs;
 
+#ifdef SWITCHED
+	any_switch(page);
+	postcopy_run(page, what);
+	false;
+#endif
 	do
 	:: done < MIGRATIONS ->
 		bql_lock();
@@ -312,12 +261,15 @@ active proctype migration_thread()
 				migration_bitmap_sync(page);
 				page = NONE;
 				bql_unlock()
+#ifdef M38
+			:: d_step { !emptied -> emptied = 1; ram_load_empty(); skip }
+#endif
 #if defined(M8) || defined(M21)
 			:: !second_round ->
 				second_round = 1;
 				free_page_hint_round(asked, page)
 #endif
-			:: ALL_READ ->
+			:: ALL_READ && EMPTY ->
 				page = 0;
 				migration_completion(page, runs);
 				page = NONE;
@@ -325,7 +277,8 @@ active proctype migration_thread()
 #ifdef POSTCOPY
 			:: ALL_READ ->
 				page = 0;
-				postcopy_start(page)
+				postcopy_start(page);
+				postcopy_run(page, what)
 			/* Other pages came, and with them a huge page for all. */
 			:: mapped[0] = 1
 #endif
@@ -382,6 +335,21 @@ active proctype qmp_migrate_cancel()
 }
 #endif
 
+#ifdef STOP_ONCE
+active proctype qmp_stop_and_cont()
+{
+	lock(bql);
+	vm_stop();
+	unlock(bql);
+	lock(bql);
+	if
+	:: migrating -> vm_start()
+	:: else
+	fi;
+	unlock(bql)
+}
+#endif
+
 #ifdef LIFE
 #define CANCELS 1
 #define STOPS 2
@@ -424,12 +392,24 @@ init
 {
 	atomic {
 		for_each_page(i) {
+#ifndef SWITCHED
 			run page_users(i);
 			run multifd_send_thread(i);
+#endif
 #ifdef POSTCOPY
-			run destination_vcpu(i);
+			run destination_page(i);
 #endif
 		}
+#ifdef POSTCOPY
+		run loadvm_handle_cmd_packaged();
+		run postcopy_ram_listen_thread();
+#endif
+#ifdef PREEMPT
+		run source_return_path_thread();
+#endif
+#ifdef CUTS
+		run link_cut();
+#endif
 #ifdef TCG
 		for (i : 0 .. PAGES * VCPUS - 1) {
 			run tcg_vcpu(i / VCPUS, i)

@@ -35,7 +35,11 @@ bit bql_turn_of_bh;
 /* ---- the guest's pages ---- */
 
 /* The VM runs, here or (once a migration has ended) at the destination. */
+#ifdef SWITCHED
+bit vm_running;
+#else
 bit vm_running = 1;
+#endif
 /* The page is out of the guest's allocator. */
 bit alloc[PAGES];
 /* Its owner has written to it, and wants to find that again. */
@@ -50,10 +54,17 @@ bit zero[PAGES] = 1;
 #else
 bit zero[PAGES];
 #endif
+#ifdef LEFTOVERS
+bit dst_zero[PAGES];
+#else
 bit dst_zero[PAGES] = 1;
-/* POSTCOPY: the destination has a page there; a vCPU of it waits for one. */
-bit mapped[PAGES];
-bit fault[PAGES];
+#endif
+/* LEFTOVERS: the destination's memory holds what is somebody else's. */
+#ifdef LEFTOVERS
+bit foreign[PAGES] = 1;
+#else
+bit foreign[PAGES];
+#endif
 
 #define OWNED(p) (vm_running && alloc[p])
 
@@ -92,8 +103,6 @@ bit clear_bmap;
 short dirty_pages;
 /* In the queue of a multifd thread, which has not read the page yet. */
 bit inflight[PAGES];
-/* POSTCOPY: the VM runs at the destination, and pages are missing. */
-bit postcopy;
 
 #if PAGES == 1
 #define ALL_READ (!inflight[0])
@@ -101,6 +110,45 @@ bit postcopy;
 #else
 #define ALL_READ (!inflight[0] && !inflight[1])
 #define ALL_SENT (!bmap[0] && !bmap[1])
+#endif
+
+/* ---- postcopy ---- */
+
+/* The destination may run; the source's state is POSTCOPY_ACTIVE; it has sent all. */
+bit postcopy;
+bit postcopy_active;
+bit source_done;
+/* rs->src_page_requests; what the return path thread has in its hands */
+bit queued[PAGES];
+byte rp_page = NONE;
+
+/* The link: whether there is one; requests on it; pages on it, and by what channel. */
+bit connected;
+bit request[PAGES];
+byte on_link[PAGES];
+#define NOTHING 0
+#define PAGE 1
+#define ZERO_PAGE 2
+#define MAIN_CHANNEL 0
+#define PREEMPT_CHANNEL 2
+
+/* The destination has something there; and it has got that from the source. */
+bit mapped[PAGES];
+bit received[PAGES];
+/* userfaultfd is registered; a vCPU waits for the page; mis->page_requested */
+bit userfault;
+bit fault[PAGES];
+bit requested[PAGES];
+/* The thread of the preempt channel is gone. */
+bit preempt_joined;
+/* The state of the devices is loaded, and the source knows it. */
+bit loaded;
+bit load_known;
+#ifdef M32
+bit was_hinted[PAGES];
+#endif
+#ifdef M33
+bit hinted_at_switch[PAGES];
 #endif
 
 /* ---- the engine, migration/free-page-hint.c ---- */
