@@ -28,7 +28,7 @@ TIMEOUT_S = 1200
 KVM = "KVM_MANUAL NO_DEVICE"
 # Postcopy alone, from any state that a switch can find.
 SWITCHED = f"{KVM} SWITCHED"
-SAFETY = "-DSAFETY -DNOFAIR"
+SAFETY = "-DSAFETY -DNOFAIR -DNOCLAIM"
 # Weak fairness for more than six processes.
 LIVENESS = "-DNFAIR=3"
 
@@ -137,6 +137,8 @@ HOLDS = {
     "tcg-postcopy-two-pages": "TCG NO_DEVICE POSTCOPY PAGES=2",
     "switched-cut-twice": f"{SWITCHED} PAGES=2 CUTS=2",
     "switched-preempt-cut-twice": f"{SWITCHED} PREEMPT CUTS=2",
+    "switched-huge-page": f"{SWITCHED} PAGES=2 HUGE CUTS=2",
+    "switched-huge-page-preempt": f"{SWITCHED} PAGES=2 HUGE PREEMPT CUTS=2",
     "switched-preempt-two-pages": f"{SWITCHED} PAGES=2 PREEMPT",
     "tcg-init-on-free": "TCG NO_DEVICE INIT_ON_FREE OTHERS",
     "tcg-stock-guest-cancel-and-again": "TCG BLOCKS CANCEL MIGRATIONS=2",
@@ -158,6 +160,8 @@ ENDS_WELL = {
 POSTCOPY_ENDS = {
     "plain-cut-twice": f"{SWITCHED} PAGES=2 CUTS=2",
     "preempt-cut-twice": f"{SWITCHED} PREEMPT CUTS=2",
+    "huge-page": f"{SWITCHED} PAGES=2 HUGE CUTS=2",
+    "huge-page-preempt": f"{SWITCHED} PAGES=2 HUGE PREEMPT CUTS=1",
 }
 
 LOST = "S1_no_lost_write"
@@ -206,7 +210,7 @@ MUTANTS = {
     "M29-no-answer-by-preempt": ("L6", f"{SWITCHED} PREEMPT M29"),
     "M30-answered-page-stays-hinted": ("S7_page_placed_once", f"{SWITCHED} M30"),
     "M30-answered-page-stays-hinted-preempt": ("S7_page_placed_once", f"{SWITCHED} PREEMPT M30"),
-    "M31-forgotten-after-the-send": ("S7_page_placed_once", f"{SWITCHED} PREEMPT M31"),
+    "M31-answered-while-it-is-sent": ("S7_page_placed_once", f"{SWITCHED} PREEMPT M31"),
     "M32-recovery-skips-what-was-dirtied": (LOST, f"{KVM} POSTCOPY CUTS=1 M32"),
     "M33-recovery-skips-what-was-answered": ("L6", f"{SWITCHED} PREEMPT CUTS=1 M33"),
     "M34-recovery-sends-what-is-hinted": ("S7_page_placed_once", f"{SWITCHED} CUTS=1 M34"),
@@ -226,6 +230,15 @@ MUTANTS = {
     "M39-asked-though-not-all-is-armed-seen-at-once": (
         "S3_armed_when_asked",
         f"{KVM} STOP_ONCE M39 CHECK_ARMED",
+    ),
+    "M40-recovery-takes-parts-of-a-host-page": (
+        "S9_host_page_whole",
+        f"{SWITCHED} PAGES=2 HUGE CUTS=1 M40",
+    ),
+    "M41-answer-of-a-target-page": ("S9_host_page_whole", f"{SWITCHED} PAGES=2 HUGE M41"),
+    "M41-answer-of-a-target-page-preempt": (
+        "S9_host_page_whole",
+        f"{SWITCHED} PAGES=2 HUGE PREEMPT M41",
     ),
 }
 

@@ -40,6 +40,7 @@ hidden byte S5_stopped_vm_unchanged;
 hidden byte S6_free_page_reads_zero;
 hidden byte S7_page_placed_once;
 hidden byte S8_nobodys_data;
+hidden byte S9_host_page_whole;
 
 /*
  * What must be possible, lest the properties hold for want of anything that

@@ -8,7 +8,7 @@
  * and what must hold; by hand, in an empty directory:
  *
  *   spin -DKVM_MANUAL -DM2 -a .../free_page_hint.pml
- *   gcc -O1 -DSAFETY -DNOREDUCE -o pan pan.c && ./pan -E -n -m2000000
+ *   gcc -O1 -DSAFETY -DNOREDUCE -DNOCLAIM -o pan pan.c && ./pan -E -n -m2000000
  *   spin -DKVM_MANUAL -DM2 -t -k free_page_hint.pml.trail -p .../free_page_hint.pml
  *
  * The last line shows how it came to that.
@@ -44,6 +44,7 @@
  *   PREEMPT      the return path thread sends what is asked for
  *   CUTS=n       the link is cut, and postcopy recovers, up to n times
  *   SWITCHED     postcopy alone, from any state that a switch can find
+ *   HUGE         SWITCHED PAGES=2: both are in one page of the host
  *   INIT_ON_FREE the guest clears pages when it frees them, and counts on it
  *   LEFTOVERS    the destination's memory is not fresh: it holds somebody's data
  *   BLOCKS       stock guest: blocks without an id, between start and stop
@@ -53,7 +54,7 @@
  *   HOSTILE      a guest that never stops sending
  *   CHECK_ARMED  S3 too; mutants leave it out, so that they have to break S1
  *
- * Mutants: M1 to M39, each a rule left out; test_model.py has the list.
+ * Mutants: M1 to M41, each a rule left out; test_model.py has the list.
  *
  * Properties
  *
@@ -64,6 +65,7 @@
  *   S6  INIT_ON_FREE: what nobody has written since it was freed reads zero
  *   S7  postcopy places no page where there is one
  *   S8  when the destination runs, nothing can be read that is somebody else's
+ *   S9  a page of the host arrives whole, in one piece
  *   L1  the guest that was asked is told that no more hints are wanted
  *   L2  cancel, stop and reset return, whatever the link and the guest do
  *   L3  the driver's buffers come back
@@ -107,9 +109,9 @@
  *   as the destination gives up if it comes before, and before the source's
  *   migration thread has ended: later ones fail the migration, hints or not.
  *
- * Not in the model: huge pages and their trimming, several RAMBlocks, RAMBlocks
- * that are ignored, grow or are plugged; virtio-mem; xbzrle, zero page detection,
- * mapped-ram (they decide how a page is sent, not whether); savevm; other
+ * Not in the model: huge pages before the switch, and trimming; several RAMBlocks,
+ * RAMBlocks that are ignored, grow or are plugged; virtio-mem; xbzrle, zero page
+ * detection, mapped-ram (they decide how a page is sent, not whether); savevm; other
  * accelerators; vhost and VFIO, which have logs of their own; what makes a message
  * valid; memory ordering weaker than the locks.
  */

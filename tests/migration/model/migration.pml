@@ -397,7 +397,14 @@ init
 			run multifd_send_thread(i);
 #endif
 #ifdef POSTCOPY
+#ifdef HUGE
+			if
+			:: !i -> run destination_page(i)
+			:: else
+			fi;
+#else
 			run destination_page(i);
+#endif
 #endif
 		}
 #ifdef POSTCOPY

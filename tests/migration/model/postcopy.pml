@@ -11,49 +11,76 @@
 #define QUEUED(p) request[p]
 #endif
 
+/* HUGE: both pages are one page of the host, placed when the second has come. */
+#ifdef HUGE
+#define HOST_PAGE(p) 0 .. PAGES - 1
+#define ALL_HINTED(p) (hint_bmap[0] && hint_bmap[1])
+#define HAS_COME(p) (on_link[0] && on_link[1])
+#define MAY_START_AT_1 (!bmap[0])
+#define PSS_OVERLAP(p) (host_page_sending != NONE)
+#else
+#define HOST_PAGE(p) p .. p
+#define ALL_HINTED(p) hint_bmap[p]
+#define HAS_COME(p) on_link[p]
+#define MAY_START_AT_1 1
+#define PSS_OVERLAP(p) (host_page_sending == p)
+#endif
+
 /* ---- the source: under bitmap_mutex ---- */
 
-/* In a d_step. The destination has asked for the page. */
+/* In a d_step. The destination has asked for the host page. */
 inline free_page_hint_request(p)
 {
-	if
-	:: hint_bmap[p] && !bmap[p] ->
-		MARK(hinted_page_asked_for);
-		bmap[p] = 1;
-		dirty_pages++
-	:: !hint_bmap[p] && !bmap[p] -> MARK(asked_for_twice)
-	:: else
-	fi
+#ifdef M41
+	for (i : p .. p) {
+#else
+	for (i : HOST_PAGE(p)) {
+#endif
+		if
+		:: hint_bmap[i] && !bmap[i] ->
+			MARK(hinted_page_asked_for);
+			bmap[i] = 1;
+			dirty_pages++
+		:: !hint_bmap[i] && !bmap[i] -> MARK(asked_for_twice)
+		:: else
+		fi
+	}
 }
 
-/* In a d_step. A hinted page is not looked at: it goes as a zero page. */
+/* In a d_step. */
 inline migration_bitmap_clear_dirty(p, what)
 {
-	if
-	:: bmap[p] ->
-		bmap[p] = 0;
-		dirty_pages--;
-		what = (hint_bmap[p] -> ZERO_PAGE : PAGE);
-#if !defined(M30) && !defined(M31)
-		hint_bmap[p] = 0
-#endif
-	:: else -> what = NOTHING
-	fi;
+	what = (bmap[p] -> PAGE : NOTHING);
+	dirty_pages = dirty_pages - bmap[p];
+	bmap[p] = 0;
 	free_page_hint_check()
 }
 
-/* In a d_step. UFFDIO_COPY fails where there is a page: two are one too many. */
+/*
+ * In a d_step. A hinted page is not looked at: it goes as a zero page. UFFDIO_COPY
+ * fails where there is a page: two are one too many.
+ */
 inline ram_save_target_page(p, what, channel)
 {
+	/* free_page_hint_is_zero(), which asks no more once it was sent */
+	if
+	:: what && hint_bmap[p] ->
+		what = ZERO_PAGE;
+#ifndef M30
+		hint_bmap[p] = 0
+#endif
+	:: else
+	fi;
 	if
 	:: what && connected ->
 		CHECK(S7_page_placed_once, !on_link[p]);
+#ifdef HUGE
+		/* "Non-same host page" */
+		CHECK(S9_host_page_whole, !p || (on_link[0] && (on_link[0] > ZERO_PAGE) == channel / 2));
+#endif
 		on_link[p] = what + channel
 	:: else
 	fi;
-#ifdef M31
-	hint_bmap[p] = hint_bmap[p] && !what;
-#endif
 	what = NOTHING
 }
 
@@ -67,8 +94,10 @@ inline ram_dirty_bitmap_reload()
 		bmap[i] = bmap[i] && !was_hinted[i];
 #elif defined(M33)
 		bmap[i] = bmap[i] && !hinted_at_switch[i];
-#elif !defined(M34)
+#elif defined(M40)
 		bmap[i] = bmap[i] && !hint_bmap[i];
+#elif !defined(M34)
+		bmap[i] = bmap[i] && !ALL_HINTED(i);
 #endif
 	}
 }
@@ -119,9 +148,18 @@ inline ram_postcopy_send_discard_bitmap(p)
 
 inline ram_save_host_page_postcopy(p, what)
 {
-	/* With preempt the mutex is given back in between. */
-	d_step { !bitmap_mutex -> migration_bitmap_clear_dirty(p, what) };
-	d_step { ram_save_target_page(p, what, MAIN_CHANNEL); skip }
+	d_step { !bitmap_mutex -> host_page_sending = p; migration_bitmap_clear_dirty(p, what) };
+	/* With preempt the mutex is given back before it is sent. */
+	d_step { ram_save_target_page(p, what, MAIN_CHANNEL); skip };
+#ifdef HUGE
+	d_step { !bitmap_mutex -> migration_bitmap_clear_dirty(1, what) };
+	d_step {
+		ram_save_target_page(1, what, MAIN_CHANNEL);
+		CHECK(S9_host_page_whole, !on_link[0] || on_link[1])
+	};
+#endif
+	/* pss_host_page_finish() */
+	host_page_sending = NONE
 }
 
 /* postcopy_pause(), as soon as it is noticed: migrate_recover, postcopy_do_resume() */
@@ -177,19 +215,22 @@ inline postcopy_run(p, what)
 	:: d_step {
 		connected && QUEUED(0) -> QUEUED(0) = 0; p = 0;
 #ifndef M14
-		free_page_hint_request(0)
+		free_page_hint_request(0);
 #endif
+		skip
 	   }
 		ram_save_host_page_postcopy(p, what)
 #if PAGES > 1
 	:: d_step {
 		connected && QUEUED(1) -> QUEUED(1) = 0; p = 1;
 #ifndef M14
-		free_page_hint_request(1)
+		free_page_hint_request(1);
 #endif
+		skip
 	   }
 		ram_save_host_page_postcopy(p, what)
-	:: connected && bmap[1] -> ram_save_host_page_postcopy(1, what)
+	/* HUGE: it looks from the start of the host page. */
+	:: connected && bmap[1] && MAY_START_AT_1 -> ram_save_host_page_postcopy(1, what)
 #endif
 	:: connected && bmap[0] -> ram_save_host_page_postcopy(0, what)
 	/* migration_completion_postcopy() */
@@ -215,7 +256,27 @@ inline postcopy_start(p)
 /* Any state that a switch can find */
 inline any_switch(p)
 {
+#ifdef HUGE
+	/* postcopy_chunk_hostpages_pass(): what is dirty, is wholly dirty. */
+	if
+	:: d_step { live[0] = 1; live[1] = 1; mapped[0] = 1; received[0] = 1; received[1] = 1 }
+	:: d_step { live[0] = 1; differs[0] = 1; bmap[0] = 1; bmap[1] = 1; dirty_pages = 2 }
+		if
+		:: d_step { live[1] = 1; differs[1] = 1 }
+		:: d_step { zero[1] = 1; hint_bmap[1] = 1 }
+		fi
+	:: d_step { live[1] = 1; differs[1] = 1; zero[0] = 1; hint_bmap[0] = 1;
+		bmap[0] = 1; bmap[1] = 1; dirty_pages = 2 }
+	:: d_step { zero[0] = 1; zero[1] = 1; hint_bmap[0] = 1; hint_bmap[1] = 1 }
+		if
+		:: mapped[0] = 1
+		:: skip
+		fi
+	fi;
+	p = PAGES;
+#else
 	p = 0;
+#endif
 	do
 	:: p < PAGES ->
 		if
@@ -244,15 +305,24 @@ inline ram_save_host_page_urgent(p, what)
 {
 	d_step {
 		!bitmap_mutex ->
-#ifndef M29
+#ifdef M31
 		free_page_hint_request(p);
 #endif
-		migration_bitmap_clear_dirty(p, what);
 		if
-		:: preempt_joined -> what = NOTHING
+		:: !PSS_OVERLAP(p) ->
+#if !defined(M29) && !defined(M31)
+			free_page_hint_request(p);
+#endif
+			for (target : HOST_PAGE(p)) {
+				migration_bitmap_clear_dirty(target, what);
+				what = (preempt_joined -> NOTHING : what);
+				ram_save_target_page(target, what, PREEMPT_CHANNEL)
+			}
+#ifdef HUGE
+			CHECK(S9_host_page_whole, !on_link[0] || on_link[1])
+#endif
 		:: else
-		fi;
-		ram_save_target_page(p, what, PREEMPT_CHANNEL)
+		fi
 	}
 }
 
@@ -345,14 +415,16 @@ proctype destination_page(byte p)
 		request[p] = request[p] || connected
 	   }
 	/* postcopy_place_page(), which wakes them */
-	:: d_step { on_link[p] && userfault ->
+	:: d_step { HAS_COME(p) && userfault ->
 		CHECK(S7_page_placed_once, !mapped[p]);
-		if
-		:: on_link[p] == ZERO_PAGE || on_link[p] == ZERO_PAGE + PREEMPT_CHANNEL ->
-			transfer_zero(p)
-		:: else -> transfer(p)
-		fi;
-		on_link[p] = NOTHING;
+		for (i : HOST_PAGE(p)) {
+			if
+			:: on_link[i] == ZERO_PAGE || on_link[i] == ZERO_PAGE + PREEMPT_CHANNEL ->
+				transfer_zero(i)
+			:: else -> transfer(i)
+			fi;
+			on_link[i] = NOTHING
+		}
 		requested[p] = 0
 	   }
 	:: d_step { READABLE(p) ->
@@ -360,7 +432,9 @@ proctype destination_page(byte p)
 		:: fault[p] && !mapped[p] -> MARK(woken_by_the_end)
 		:: else
 		fi;
-		check_page(p);
+		for (i : HOST_PAGE(p)) {
+			check_page(i)
+		}
 		fault[p] = 0
 	   }
 	od

@@ -3,6 +3,7 @@
 
 /* Loop variables and results of d_steps, of no use outside. */
 hidden byte i;
+hidden byte target;
 hidden byte c;
 
 #define for_each_page(p) for (p : 0 .. PAGES - 1)
@@ -121,6 +122,9 @@ bit source_done;
 /* rs->src_page_requests; what the return path thread has in its hands */
 bit queued[PAGES];
 byte rp_page = NONE;
+
+/* The host page that the migration thread is in the middle of */
+byte host_page_sending = NONE;
 
 /* The link: whether there is one; requests on it; pages on it, and by what channel. */
 bit connected;
