@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Dict, Mapping, Tuple
 
-from livemig.spec import GuestSpec
+from livemig.spec import ARRAYS, BLOCKS, GuestSpec
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ _MODES = (
         "upstream's hints, block by block, unpatched",
         "stock",
         "stock",
-        "free-page-hint=on,iothread=hints",
+        f"{BLOCKS},iothread=hints",
     ),
     Mode(
         "stock-reporting",
@@ -52,22 +52,22 @@ _MODES = (
         "free-page-hint=off,free-page-reporting=on",
         settle=True,
     ),
-    Mode("none", "no hints, our build", "ours", "ours", "free-page-hint=on", _OFF),
+    Mode("none", "no hints, our build", "ours", "ours", ARRAYS, _OFF),
     Mode(
         "stock-driver",
         "our QEMU, unpatched guest kernel",
         "ours",
         "stock",
-        "free-page-hint=on",
+        ARRAYS,
         _ON,
     ),
-    Mode("array", "our QEMU and guest kernel", "ours", "ours", "free-page-hint=on", _ON),
+    Mode("array", "our QEMU and guest kernel", "ours", "ours", ARRAYS, _ON),
     Mode(
         "floor",
         "every free page was excluded beforehand",
         "floor",
         "ours",
-        "free-page-hint=on",
+        ARRAYS,
         _ON,
         floor=True,
     ),

@@ -145,7 +145,7 @@ class Guest:
         """QEMU's arguments without those of the monitor."""
         spec = self.spec
         args = ["-nodefaults", "-no-user-config", "-no-reboot"]
-        args += ["-machine", "q35", "-accel", spec.accel, "-cpu", spec.cpu]
+        args += ["-machine", spec.machine, "-accel", spec.accel, "-cpu", spec.cpu]
         args += ["-smp", str(spec.vcpus), "-m", f"{spec.mem_mib}M", *self._memory()]
         args += self._software()
         for name, port, log in (

@@ -39,6 +39,11 @@ class MigrationSpec:
         return replace(self, capabilities=dashed)
 
 
+# What virtio-balloon-pci is told, for hints block by block and for hints in arrays.
+BLOCKS = "free-page-hint=on"
+ARRAYS = f"{BLOCKS},free-page-hint-arrays=on"
+
+
 @dataclass(frozen=True)
 class Mode:
     """One way to treat free memory during a migration."""
@@ -52,28 +57,21 @@ class Mode:
 
 
 _MODES = (
-    Mode("none", "ours", "free-page-hint=on", {"free-page-hint": False}, "none", "no hints"),
+    Mode("none", "ours", ARRAYS, {"free-page-hint": False}, "none", "no hints"),
     Mode(
         "block",
         "ours",
-        "free-page-hint=on,free-page-hint-arrays=off",
+        BLOCKS,
         {"free-page-hint": True},
         "none",
         "upstream's protocol, one block per message, through our engine",
     ),
-    Mode(
-        "array",
-        "ours",
-        "free-page-hint=on",
-        {"free-page-hint": True},
-        "none",
-        "arrays of blocks",
-    ),
+    Mode("array", "ours", ARRAYS, {"free-page-hint": True}, "none", "arrays of blocks"),
     Mode("stock-none", "stock", "free-page-hint=off", {}, "stock-none", "no hints, unpatched"),
     Mode(
         "stock-block",
         "stock",
-        "free-page-hint=on,iothread=hints",
+        f"{BLOCKS},iothread=hints",
         {},
         "stock-none",
         "upstream's hints, unpatched QEMU and kernel",
@@ -92,13 +90,14 @@ class GuestSpec:
     mem_mib: int = 1024
     vcpus: int = 2
     qemu: str = "ours"
+    machine: str = "q35"
     accel: str = ACCEL
     cpu: str = CPU
     kernel: str = "ours"
     # A program to run in place of the BIOS, and of a kernel and all that follows.
     firmware: Optional[Path] = None
     # Properties of virtio-balloon-pci; None leaves the device out.
-    balloon: Optional[str] = "free-page-hint=on"
+    balloon: Optional[str] = ARRAYS
     # NUMA nodes that share the memory and the vCPUs out.
     nodes: int = 1
     # Words for the guest kernel's command line.

@@ -28,6 +28,7 @@ from livemig import memory, workload
 from livemig.guest import Guest
 from livemig.migration import finish, migrate, query, restore, save, set_capabilities
 from livemig.migration import start, status_is
+from livemig.spec import ARRAYS
 
 MIB = 1 << 20
 MULTIFD = {"multifd": True}
@@ -412,7 +413,7 @@ def wait_dirty_rate(source: Guest, status: str) -> None:
 
 def test_modern_virtio(lab: Lab, measured: Dict[str, Any]) -> None:
     """A balloon without legacy registers gives hints like the others."""
-    balloon = "free-page-hint=on,disable-legacy=on,disable-modern=off"
+    balloon = f"{ARRAYS},disable-legacy=on,disable-modern=off"
     oracle = Oracle(lab, SMALL.but(balloon=balloon))
     source = oracle.boot()
     fill_and_free(source)

@@ -25,7 +25,7 @@ from livemig import paths, workload
 from livemig.errors import GuestError
 from livemig.guest import Guest
 from livemig.migration import Hints, cancel, migrate, query, set_capabilities, status_is
-from livemig.spec import GuestSpec
+from livemig.spec import ARRAYS, GuestSpec
 
 REPEAT = int(os.environ.get("FPH_REPEAT", "1"))
 MIB = 1 << 20
@@ -243,6 +243,7 @@ BALLOON = {
     "id": "balloon",
     "bus": "hot",
     "free-page-hint": True,
+    "free-page-hint-arrays": True,
 }
 
 
@@ -254,7 +255,7 @@ def device_deleted(event: Dict[str, Any]) -> bool:
 def test_unplug(lab: Lab) -> None:
     """A balloon that is unplugged, plugged, and ejected with arrays in flight harms nobody."""
     empty = SANITIZED.but(balloon=None, args=PORT)
-    balloon = ("-device", "virtio-balloon-pci,id=balloon,bus=hot,free-page-hint=on")
+    balloon = ("-device", f"virtio-balloon-pci,id=balloon,bus=hot,{ARRAYS}")
     source = boot(lab, empty.but(args=(*empty.args, *balloon)))
     source.qmp("device_del", id="balloon")
     source.wait_event(device_deleted, "end of the balloon", 60)
@@ -481,7 +482,7 @@ NOT_OURS = re.compile(r" (?:alloc_tagging_slab_alloc_hook|remove_proc_entry)\+")
 def test_probe_fails(lab: Lab, measured: Dict[str, Any]) -> None:
     """Whichever allocation fails in the driver's probe, that unwinds, and the next one succeeds."""
     lab.trouble_expected = True
-    features = "free-page-hint=on,free-page-reporting=on,deflate-on-oom=on"
+    features = f"{ARRAYS},free-page-reporting=on,deflate-on-oom=on"
     source = boot(lab, DEBUG.but(balloon=features, cmdline=("log_buf_len=2M",)))
     where = addresses(source, "virtio_balloon", "virtballoon_probe")
     for what in "failslab", "fail_page_alloc":

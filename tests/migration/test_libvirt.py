@@ -365,20 +365,19 @@ def test_refused_migration(hosts: Hosts, tmp_path: Path) -> None:
 
     What was set on its QEMU's monitor stays as well, parameters like capabilities.
     """
-    enabled = "<qemu:property name='free-page-hint' type='bool' value='true'/>"
-    others = (
-        enabled.replace("true", "false"),
-        enabled + "<qemu:property name='free-page-hint-arrays' type='bool' value='false'/>",
-    )
+    properties = [
+        f"<qemu:property name='{name}' type='bool' value='true'/>"
+        for name in ("free-page-hint", "free-page-hint-arrays")
+    ]
     with Guest(hosts, "refused") as guest:
         workload.stamp(guest, STAMPED_MIB)
         guest.hmp("migrate_set_capability free-page-hint off")
         guest.hmp("migrate_set_parameter free-page-hint-wait 0")
         xml = hosts.virsh("a", "dumpxml", "--migratable", guest.name)
-        assert enabled in xml
-        for number, other in enumerate(others):
+        for number, enabled in enumerate(properties):
+            assert enabled in xml
             path = tmp_path / f"{number}.xml"
-            path.write_text(xml.replace(enabled, other), encoding="utf-8")
+            path.write_text(xml.replace(enabled, enabled.replace("true", "false")), "utf-8")
             so_far = len(guest.qemu_log("b"))
             done = guest.virsh_migrate("--xml", path)
             assert done.returncode != 0 and done.stderr

@@ -15,7 +15,7 @@ import pytest
 
 from livemig import control, demo, interactive, paths
 from livemig.errors import MigrationError
-from livemig.spec import GuestSpec
+from livemig.spec import BLOCKS, GuestSpec
 
 SCRIPTS = paths.REPO / "scripts"
 QUIT = b"\x1d"
@@ -112,7 +112,7 @@ def test_failed_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         session.guest.wait_ready()
         # Such a device cannot take over from one that has agreed on arrays.
-        session.spec = spec.but(balloon="free-page-hint=on,free-page-hint-arrays=off")
+        session.spec = spec.but(balloon=BLOCKS)
         with pytest.raises(MigrationError):
             session.move(interactive.unlimited())
         assert session.guest.qmp("query-status")["status"] == "running"

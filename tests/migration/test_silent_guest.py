@@ -7,16 +7,17 @@ from checks import fill_and_free, hints_of, migration, wait_asked, wait_hints_en
 from conftest import Lab
 
 from livemig.migration import cancel, finish, migrate, start
+from livemig.spec import MODES
 
 # More than fits into 32 bits as nanoseconds.
 WAIT_MS = 4500
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("arrays", ["on", "off"])
-def test_crashed_guest_migrates(lab: Lab, arrays: str) -> None:
+@pytest.mark.parametrize("mode", ["array", "block"])
+def test_crashed_guest_migrates(lab: Lab, mode: str) -> None:
     """A guest that has crashed and never answers is migrated whole after the deadline."""
-    spec = SMALL.but(balloon=f"free-page-hint=on,free-page-hint-arrays={arrays}")
+    spec = SMALL.for_mode(MODES[mode])
     source = lab.boot_crashed(spec, FREED_MIB)
     destination = lab.incoming(spec)
     result = migrate(source, destination, migration(free_page_hint_wait=WAIT_MS))

@@ -937,7 +937,7 @@ static GString *hint_cmdline(FuzzTarget *t)
         " -device pc-dimm,memdev=mem0,addr=%" PRIu64
         " -device pc-dimm,memdev=mem1,addr=%" PRIu64
         " -device virtio-balloon-pci,addr=%d,disable-legacy=on,"
-        "free-page-hint=on,free-page-reporting=on"
+        "free-page-hint=on,free-page-hint-arrays=on,free-page-reporting=on"
         " -global migration.free-page-hint-wait=60000"
         " -global migration.x-max-bandwidth=0", firmware,
         (int)(RAM_SIZE / MiB), (int)DIMM_SIZE, (int)DIMM_SIZE,
