@@ -14,6 +14,7 @@
  */
 
 #include "qemu/osdep.h"
+#include "qemu/error-report.h"
 #include "qemu/iov.h"
 #include "qemu/main-loop.h"
 #include "exec/address-spaces.h"
@@ -457,6 +458,10 @@ void virtio_balloon_hint_realize(VirtIOBalloon *s)
 {
     VirtIODevice *vdev = VIRTIO_DEVICE(s);
 
+    if (s->iothread) {
+        warn_report_once("virtio-balloon: 'iothread' is deprecated: free page "
+                         "hints are served in the main loop");
+    }
     s->hint.vq = virtio_add_queue(vdev, VIRTQUEUE_MAX_SIZE,
                                   virtio_balloon_hint_handle_vq);
     s->hint.bh = virtio_bh_new_guarded(DEVICE(s), virtio_balloon_hint_bh, s);
