@@ -10,6 +10,7 @@ from checks import assert_intact, assert_not_asked, fill_and_free, migration
 from conftest import Lab
 
 from livemig.migration import migrate
+from livemig.spec import ARRAYS
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ def test_no_hints(lab: Lab, case: Case) -> None:
     assert_intact(destination)
     assert_not_asked(result, case.reason)
     assert result.normal_pages > 0.95 * FREED_PAGES
+
+
+@pytest.mark.parametrize("kernel", ["stock", "ours"])
+def test_iommu_platform(lab: Lab, kernel: str) -> None:
+    """Behind an IOMMU there are no hints: Linux does not take such a balloon, and QEMU says why."""
+    balloon = f"{ARRAYS},iommu_platform=on,disable-legacy=on"
+    source = lab.boot(SMALL.but(kernel=kernel, balloon=balloon))
+    fill_and_free(source)
+    # The premise: it is there, and has no driver.
+    assert "0x0005" in source.agent.run("cat /sys/bus/virtio/devices/*/device")
+    assert not source.agent.run("ls /sys/bus/virtio/drivers/virtio_balloon/ | grep ^virtio || true")
+    destination = lab.incoming(source.spec)
+    result = migrate(source, destination, WITH_HINTS)
+    assert_intact(destination)
+    assert_not_asked(result, "unsupported")
 
 
 def test_off_for_good(lab: Lab) -> None:

@@ -328,6 +328,14 @@ static FreePageHintReason virtio_balloon_hint_unavailable(void *opaque)
     VirtIOBalloon *s = opaque;
     VirtIODevice *vdev = VIRTIO_DEVICE(s);
 
+    /*
+     * Hints are guest-physical addresses, also behind an IOMMU.  Linux's driver
+     * does not take a balloon that wants the IOMMU used: no driver is the
+     * consequence, not the reason.
+     */
+    if (virtio_host_has_feature(vdev, VIRTIO_F_IOMMU_PLATFORM)) {
+        return FREE_PAGE_HINT_REASON_UNSUPPORTED;
+    }
     if (!(vdev->status & VIRTIO_CONFIG_S_DRIVER_OK) ||
         !virtio_vdev_has_feature(vdev, VIRTIO_BALLOON_F_FREE_PAGE_HINT)) {
         return FREE_PAGE_HINT_REASON_NO_DRIVER;
@@ -338,10 +346,6 @@ static FreePageHintReason virtio_balloon_hint_unavailable(void *opaque)
     if (virtio_vdev_has_feature(vdev, VIRTIO_BALLOON_F_PAGE_POISON) &&
         s->poison_val) {
         return FREE_PAGE_HINT_REASON_POISON;
-    }
-    /* Hints are guest-physical addresses, also behind an IOMMU */
-    if (virtio_vdev_has_feature(vdev, VIRTIO_F_IOMMU_PLATFORM)) {
-        return FREE_PAGE_HINT_REASON_UNSUPPORTED;
     }
     return FREE_PAGE_HINT_REASON__MAX;
 }
