@@ -15,7 +15,7 @@ from conftest import Lab
 from livemig import memory
 from livemig.baremetal import MIB, PAGE, Balloon, Machine, spec, stamped, trouble_with_kvm
 from livemig.guest import Event, Guest
-from livemig.migration import Hints, MigrationResult, finish, query
+from livemig.migration import Hints, MigrationResult, finish, query, set_capabilities
 from livemig.spec import MigrationSpec
 
 # Round 0 lasts until the guest ends it.
@@ -159,6 +159,18 @@ def held(**capabilities: bool) -> MigrationSpec:
     )
 
 
+# A migration that nobody receives.
+TO_NOWHERE = "exec:cat > /dev/null"
+# What a new QEMU asks with first.
+FIRST_ID = 0x80000001
+
+
+def set_up(source: Guest, **parameters: Any) -> None:
+    """Set for all migrations what start() sets for one."""
+    set_capabilities(source, {"events": True})
+    source.qmp_dict("migrate-set-parameters", dict(held().with_parameters(**parameters).parameters))
+
+
 # Stock QEMU does not wait.
 STOCK_HELD = MigrationSpec(parameters={"max-bandwidth": HELD, "downtime-limit": DOWNTIME_MS})
 
@@ -181,6 +193,17 @@ def wait_pass(source: Guest, number: int) -> None:
 def hints_now(source: Guest) -> Hints:
     """The statistics of hints, so far."""
     return hints_of(query(source))
+
+
+def ask_meanwhile(guest: Guest, seconds: float) -> float:
+    """Let some time pass, and QEMU answer all the while; returns its longest answer, in ms."""
+    longest = 0.0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        asked = time.monotonic()
+        assert guest.qmp("query-status")["running"]
+        longest = max(longest, time.monotonic() - asked)
+    return longest * 1000
 
 
 def wait_ended(source: Guest) -> Hints:

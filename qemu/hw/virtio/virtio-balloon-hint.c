@@ -292,6 +292,10 @@ static bool hint_handle_elements(VirtIOBalloon *s, bool *full)
     if (pushed) {
         virtio_notify(vdev, h->vq);
     }
+    if (vdev->broken) {
+        /* The guest cannot answer before it has reset the device */
+        free_page_hint_abort(FREE_PAGE_HINT_REASON_BROKEN);
+    }
     return more;
 }
 
@@ -339,6 +343,9 @@ static FreePageHintReason virtio_balloon_hint_unavailable(void *opaque)
     if (!(vdev->status & VIRTIO_CONFIG_S_DRIVER_OK) ||
         !virtio_vdev_has_feature(vdev, VIRTIO_BALLOON_F_FREE_PAGE_HINT)) {
         return FREE_PAGE_HINT_REASON_NO_DRIVER;
+    }
+    if (vdev->broken) {
+        return FREE_PAGE_HINT_REASON_BROKEN;
     }
     if (!vdev->vm_running) {
         return FREE_PAGE_HINT_REASON_VM_STOPPED;
