@@ -118,6 +118,7 @@ class Descriptor:
     flags: int = 0
     next: int = 0
 
+    READ = 0
     NEXT = 1
     WRITE = 2
     INDIRECT = 4

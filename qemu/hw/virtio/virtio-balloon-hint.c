@@ -17,6 +17,7 @@
 #include "qemu/error-report.h"
 #include "qemu/iov.h"
 #include "qemu/main-loop.h"
+#include "qemu/rcu.h"
 #include "exec/address-spaces.h"
 #include "exec/target_page.h"
 #include "hw/virtio/virtio.h"
@@ -30,10 +31,11 @@
 #define CMD_ID_MIN 0x80000000
 
 /*
- * Elements handled in one go, so that a guest that floods the queue cannot
- * keep the event loop from others.  An array counts for all of them.
+ * Descriptors and addresses handled in one turn, so that a guest that floods
+ * the queue cannot keep the event loop from others.  The last element of a turn
+ * may go beyond, by the descriptors and addresses that one element can have.
  */
-#define BUDGET_ELEMENTS 256
+#define TURN_BUDGET 256
 
 /* Runs that one element can make at most */
 #define MAX_RUNS VIRTIO_BALLOON_HINT_MAX_ADDRS
@@ -46,12 +48,6 @@ typedef struct HintRuns {
     FreePageHintRun *runs;
     unsigned n;
     unsigned max;
-    /*
-     * Memory that was found last, with a reference; .mr may be NULL.  There is
-     * nothing between @from and it.
-     */
-    MemoryRegionSection section;
-    hwaddr from;
 } HintRuns;
 
 static bool hint_arrays(VirtIOBalloon *s)
@@ -62,26 +58,13 @@ static bool hint_arrays(VirtIOBalloon *s)
 
 /* ---- guest-physical ranges to runs ---- */
 
-static void hint_runs_find(HintRuns *r, hwaddr addr)
-{
-    if (r->section.mr) {
-        hwaddr base = r->section.offset_within_address_space;
-
-        if (addr >= r->from &&
-            (addr < base || addr - base < int128_get64(r->section.size))) {
-            return;
-        }
-        memory_region_unref(r->section.mr);
-    }
-    /* All that follows @addr, so that most lookups end above */
-    r->section = memory_region_find(get_system_memory(), addr,
-                                    UINT64_MAX - addr);
-    r->from = addr;
-}
-
 /*
  * Append the runs for @range, which consists of blocks of @block bytes.
  * Returns the number of bytes that are not RAM, or for which there is no room.
+ * There are no more lookups than blocks and runs, and each takes a fixed number
+ * of steps and no reference.
+ *
+ * Called in an RCU critical section.
  */
 static uint64_t hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range,
                               uint64_t block)
@@ -91,53 +74,42 @@ static uint64_t hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range,
     while (range.len) {
         /* Up to the end of the block */
         hwaddr len = (range.len - 1) % block + 1;
+        hwaddr here = range.len, offset;
         MemoryRegion *mr;
-        hwaddr base, offset;
 
-        hint_runs_find(r, range.addr);
-        mr = r->section.mr;
-        base = r->section.offset_within_address_space;
-        if (!mr || range.addr < base || r->n == r->max ||
+        mr = address_space_translate(&address_space_memory, range.addr,
+                                     &offset, &here, true,
+                                     MEMTXATTRS_UNSPECIFIED);
+        if (r->n == r->max ||
             !memory_region_is_ram(mr) || memory_region_is_rom(mr) ||
             memory_region_is_romd(mr) || memory_region_is_ram_device(mr)) {
             invalid += len;
-            range.addr += len;
-            range.len -= len;
-            continue;
+        } else {
+            len = here;
+            r->runs[r->n++] = (FreePageHintRun) {
+                .block = mr->ram_block,
+                .first = DIV_ROUND_UP(offset, qemu_target_page_size()),
+                .npages = (offset + len) / qemu_target_page_size() -
+                          DIV_ROUND_UP(offset, qemu_target_page_size()),
+            };
         }
-
-        offset = range.addr - base;
-        len = MIN(range.len, int128_get64(r->section.size) - offset);
-        offset += r->section.offset_within_region;
-        r->runs[r->n++] = (FreePageHintRun) {
-            .block = mr->ram_block,
-            .first = DIV_ROUND_UP(offset, qemu_target_page_size()),
-            .npages = (offset + len) / qemu_target_page_size() -
-                      DIV_ROUND_UP(offset, qemu_target_page_size()),
-        };
         range.addr += len;
         range.len -= len;
     }
     return invalid;
 }
 
-static void hint_runs_done(HintRuns *r)
-{
-    if (r->section.mr) {
-        memory_region_unref(r->section.mr);
-    }
-    g_free(r->runs);
-}
-
 /* ---- one element of the queue ---- */
 
-static void hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
+/* Returns the number of addresses that were looked at. */
+static unsigned hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
 {
     VirtIOBalloonHintHeader header = {};
     size_t len = iov_size(elem->out_sg, elem->out_num);
     g_autofree VirtIOBalloonHintRange *ranges = NULL;
     g_autofree uint64_t *addrs = NULL;
-    HintRuns r = {};
+    g_autofree FreePageHintRun *runs = NULL;
+    HintRuns r;
     uint32_t id = 0;
     uint64_t block = 0;
     unsigned n = 0, n_ranges, misaligned, i;
@@ -148,36 +120,34 @@ static void hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
     /* The device reads arrays: one that it could write is no array */
     if (elem->in_num) {
         free_page_hint_invalid_message();
-        return;
+        return 0;
     }
 
     switch (virtio_balloon_hint_parse_header(&header, len, &id, &block, &n)) {
     case VIRTIO_BALLOON_HINT_MSG_END:
         trace_virtio_balloon_hint_end(id);
         free_page_hint_end(id);
-        return;
+        return 0;
     case VIRTIO_BALLOON_HINT_MSG_ARRAY:
         trace_virtio_balloon_hint_array(id, block, n);
         break;
     default:
         trace_virtio_balloon_hint_bad_message(len);
         free_page_hint_invalid_message();
-        return;
+        return 0;
     }
 
     if (!free_page_hint_wanted(id)) {
         free_page_hint_stale(n * block);
-        return;
+        return 0;
     }
 
     addrs = g_try_new(uint64_t, n);
     ranges = g_try_new(VirtIOBalloonHintRange, n);
-    r.runs = g_try_new(FreePageHintRun, n);
-    r.max = n;
-    if (n && (!addrs || !ranges || !r.runs)) {
-        g_free(r.runs);
+    runs = g_try_new(FreePageHintRun, n);
+    if (n && (!addrs || !ranges || !runs)) {
         free_page_hint_abort(FREE_PAGE_HINT_REASON_NO_MEMORY);
-        return;
+        return 0;
     }
 
     iov_to_buf(elem->out_sg, elem->out_num, sizeof(header), addrs,
@@ -185,11 +155,14 @@ static void hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
     n_ranges = virtio_balloon_hint_parse_addrs(addrs, n, block, ranges,
                                                &misaligned);
     invalid = misaligned * block;
-    for (i = 0; i < n_ranges; i++) {
-        invalid += hint_runs_add(&r, ranges[i], block);
+    r = (HintRuns) { .runs = runs, .max = n };
+    WITH_RCU_READ_LOCK_GUARD() {
+        for (i = 0; i < n_ranges; i++) {
+            invalid += hint_runs_add(&r, ranges[i], block);
+        }
     }
-    free_page_hint_submit(id, r.runs, r.n, n, invalid);
-    hint_runs_done(&r);
+    free_page_hint_submit(id, runs, r.n, n, invalid);
+    return n;
 }
 
 static void hint_handle_command(VirtIOBalloon *s, VirtQueueElement *elem)
@@ -219,7 +192,8 @@ static void hint_handle_command(VirtIOBalloon *s, VirtQueueElement *elem)
 
 static void hint_handle_blocks(VirtIOBalloon *s, VirtQueueElement *elem)
 {
-    HintRuns r = {};
+    g_autofree FreePageHintRun *runs = NULL;
+    HintRuns r;
     uint64_t invalid = 0;
     unsigned i;
 
@@ -228,20 +202,21 @@ static void hint_handle_blocks(VirtIOBalloon *s, VirtQueueElement *elem)
         return;
     }
 
-    r.max = VIRTQUEUE_MAX_SIZE;
-    r.runs = g_new(FreePageHintRun, r.max);
-    for (i = 0; i < elem->in_num; i++) {
-        VirtIOBalloonHintRange range = {
-            .addr = elem->in_addr[i],
-            .len = elem->in_sg[i].iov_len,
-        };
+    runs = g_new(FreePageHintRun, VIRTQUEUE_MAX_SIZE);
+    r = (HintRuns) { .runs = runs, .max = VIRTQUEUE_MAX_SIZE };
+    WITH_RCU_READ_LOCK_GUARD() {
+        for (i = 0; i < elem->in_num; i++) {
+            VirtIOBalloonHintRange range = {
+                .addr = elem->in_addr[i],
+                .len = elem->in_sg[i].iov_len,
+            };
 
-        if (range.len) {
-            invalid += hint_runs_add(&r, range, range.len);
+            if (range.len) {
+                invalid += hint_runs_add(&r, range, range.len);
+            }
         }
     }
-    free_page_hint_submit(s->hint.block_id, r.runs, r.n, elem->in_num, invalid);
-    hint_runs_done(&r);
+    free_page_hint_submit(s->hint.block_id, runs, r.n, elem->in_num, invalid);
 }
 
 /* ---- the queue ---- */
@@ -254,12 +229,11 @@ static bool hint_handle_elements(VirtIOBalloon *s, bool *full)
 {
     VirtIODevice *vdev = VIRTIO_DEVICE(s);
     VirtIOBalloonHint *h = &s->hint;
-    int budget = BUDGET_ELEMENTS;
-    bool pushed = false;
+    unsigned work = 0;
     bool more = true;
 
     *full = false;
-    while (budget > 0) {
+    while (work < TURN_BUDGET) {
         VirtQueueElement *elem;
 
         if (!free_page_hint_has_room(MAX_RUNS)) {
@@ -272,9 +246,9 @@ static bool hint_handle_elements(VirtIOBalloon *s, bool *full)
             break;
         }
 
+        work += elem->out_num + elem->in_num;
         if (hint_arrays(s)) {
-            hint_handle_array(s, elem);
-            budget = 0;
+            work += hint_handle_array(s, elem);
         } else {
             if (elem->out_num) {
                 hint_handle_command(s, elem);
@@ -282,14 +256,13 @@ static bool hint_handle_elements(VirtIOBalloon *s, bool *full)
             if (elem->in_num) {
                 hint_handle_blocks(s, elem);
             }
-            budget--;
         }
 
         virtqueue_push(h->vq, elem, 0);
         g_free(elem);
-        pushed = true;
     }
-    if (pushed) {
+    if (work) {
+        trace_virtio_balloon_hint_turn(work);
         virtio_notify(vdev, h->vq);
     }
     if (vdev->broken) {
