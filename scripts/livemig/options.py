@@ -37,7 +37,8 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--balloon",
         metavar="PROPERTIES",
-        help=f"of the balloon device (default {MODES['array'].balloon}; stock: {MODES['stock-block'].balloon})",
+        help=f"of the balloon device (default {MODES['array'].balloon}; "
+        f"stock QEMU: {MODES['stock-block'].balloon})",
     )
     parser.add_argument(
         "--append", default="", metavar="WORDS", help="more for the guest kernel's command line"

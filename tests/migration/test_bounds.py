@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import Lab
-from metal import FIRST_ID, TO_NOWHERE, ask_meanwhile, hints_now, held, set_up, tcg_at_least
+from metal import FIRST_ID, TO_NOWHERE, ask_meanwhile, hints_now, set_up, tcg_at_least
 from metal import usable, wait_ended
 
 from livemig.baremetal import MIB, PAGE, Balloon, Descriptor, Machine, chain, spec

@@ -387,7 +387,7 @@ DEPRECATION = "warning: virtio-balloon: 'iothread' is deprecated"
 
 
 def test_iothread_is_deprecated(lab: Lab, tmp_path: Path) -> None:
-    """The iothread that stock QEMU demands is accepted; a warning is all that it makes different."""
+    """The iothread that stock QEMU demands is accepted with a warning, and changes nothing else."""
     seen, sections = [], []
     for name, balloon in ("without", BLOCKS), ("with", STOCK_BALLOON):
         seen.append(seen_by_guest(lab, name, balloon=balloon))
