@@ -312,7 +312,9 @@ def metrics(record: Dict[str, Any]) -> Dict[str, float]:
         )
     after = [facts["hint"] for facts in record.get("guest_after", []) if facts["hint"]]
     if after and any(hint["reports"] for hint in after):
-        values["max_hold_us"] = max(hint["max_hold_ns"] for hint in after) / 1000
+        # Earlier kernels of ours timed each hold, traced or not.
+        holds = [hint["max_hold_ns"] for hint in after if "max_hold_ns" in hint]
+        values["max_hold_us"] = max(holds) / 1000 if holds else None
         values["walk_ms"] = max(hint["last_ns"] for hint in after) / 1e6
     for result in record.get("workload", [])[:1]:
         values["compile_s"] = result.get("compile_s")

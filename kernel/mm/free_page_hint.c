@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Free page hints: tell which memory is free right now
+ * Free page hints: report which memory is free right now
  *
  * Reads the allocator's free lists without taking anything out of them. What
- * it finds can be allocated again before the caller hears of it, so that this
- * is for callers that can bear that: live migration logs all writes since
- * before it asked, and sends what was written again.
+ * it finds can be allocated again before the caller hears of it. This is for
+ * callers that tolerate that: live migration logs all writes since before it
+ * asked, and sends what was written again.
  *
  * All that the walk uses is exported, so that this file can also be built as a
  * module against a kernel that does not have it.
@@ -110,20 +110,23 @@ static int walk_list(struct free_page_hint_walk *walk, struct zone *zone,
 	pos.left = READ_ONCE(area->nr_free);
 
 	while (!pos.done && pos.left) {
-		u64 hold_ns;
+		/* Reading the clock can take longer than reading the list. */
+		bool timed = trace_free_page_hint_batch_enabled();
+		u64 hold_ns = 0;
 		unsigned int nr;
 		int ret;
 
 		spin_lock_irq(&zone->lock);
-		hold_ns = ktime_get_ns();
+		if (timed)
+			hold_ns = ktime_get_ns();
 		nr = read_batch(walk, &pos, min(pos.left, max));
-		hold_ns = ktime_get_ns() - hold_ns;
+		if (timed)
+			hold_ns = ktime_get_ns() - hold_ns;
 		spin_unlock_irq(&zone->lock);
 
 		trace_free_page_hint_batch(zone_to_nid(zone), zone_idx(zone),
 					   walk->order, mt, nr, hold_ns);
 		walk->holds++;
-		walk->max_hold_ns = max(walk->max_hold_ns, hold_ns);
 		pos.left -= nr;
 
 		if (nr) {
@@ -162,8 +165,8 @@ static int walk_zone(struct free_page_hint_walk *walk, struct zone *zone)
  * Free pages in per-CPU lists keep the blocks around them split: 84 MiB in a
  * guest of 8 GiB that had just freed 6 GiB. Frees them as the allocator does
  * itself, with a zone's lock held for a CPU's batch of pages, 2016 with the
- * defaults. For once before the walks of a report. Does nothing in a module,
- * for which drain_all_pages() is not exported.
+ * defaults. Call once, before a report's walks. Does nothing in a module, for
+ * which drain_all_pages() is not exported.
  *
  * Context: process context, may sleep.
  */
@@ -175,18 +178,18 @@ void free_page_hint_drain(void)
 EXPORT_SYMBOL_GPL(free_page_hint_drain);
 
 /**
- * free_page_hint_walk - tell all free blocks of one order
- * @walk: what to look for and whom to tell
+ * free_page_hint_walk - report all free blocks of one order
+ * @walk: the order, the function that takes the blocks, and the results
  *
  * Calls @walk->fn with the physical addresses of the blocks in all free lists
  * of @walk->order, in batches: all nodes, all zones, all migrate types but
  * MIGRATE_ISOLATE. A larger free block is in the lists of its own order only:
- * who wants all blocks from some order up walks each order, largest first.
+ * to get all blocks from some order up, walk each order, largest first.
  *
- * Each block was free, and of this order, at a time after the call. Blocks that
- * are freed, merged or split meanwhile may be missed or told twice. A zone's
- * lock is held for one batch at a time and not during @walk->fn. Nothing is
- * allocated, nothing is taken out of the allocator.
+ * Each block was free, and of this order, at some time after the call began.
+ * Blocks that are freed, merged or split meanwhile may be missed or reported
+ * twice. A zone's lock is held for one batch at a time and not during
+ * @walk->fn. Nothing is allocated, nothing is taken out of the allocator.
  *
  * Context: process context, may sleep.
  * Return: 0, what @walk->fn returned if that was not 0, or -EINVAL.
@@ -197,7 +200,6 @@ int free_page_hint_walk(struct free_page_hint_walk *walk)
 
 	walk->blocks = 0;
 	walk->holds = 0;
-	walk->max_hold_ns = 0;
 
 	if (walk->order > MAX_PAGE_ORDER || !walk->batch_len)
 		return -EINVAL;

@@ -82,7 +82,6 @@ struct hint_stats {
 	u64 last_blocks;
 	u64 last_bytes;
 	u64 last_ns;
-	u64 max_hold_ns;
 };
 
 struct virtio_balloon_hint {
@@ -383,8 +382,6 @@ static int hint_send_blocks(struct virtio_balloon_hint *hint)
 		hint->order = order;
 		walk.order = order;
 		ret = free_page_hint_walk(&walk);
-		hint->stats.max_hold_ns = max(hint->stats.max_hold_ns,
-					      walk.max_hold_ns);
 		if (!ret)
 			ret = hint_send_array(hint);
 	}
@@ -580,7 +577,6 @@ static void hint_create_debugfs(struct virtio_balloon_hint *hint)
 		{ "last_blocks", &stats->last_blocks },
 		{ "last_bytes", &stats->last_bytes },
 		{ "last_ns", &stats->last_ns },
-		{ "max_hold_ns", &stats->max_hold_ns },
 	};
 	unsigned int i;
 

@@ -30,7 +30,6 @@ typedef int (*free_page_hint_fn)(const phys_addr_t *addrs, unsigned int nr,
  * @private: for @fn
  * @blocks: result: blocks that were given to @fn
  * @holds: result: how often a zone's lock was taken
- * @max_hold_ns: result: the longest time that a zone's lock was held
  */
 struct free_page_hint_walk {
 	unsigned int order;
@@ -41,7 +40,6 @@ struct free_page_hint_walk {
 
 	unsigned long blocks;
 	unsigned long holds;
-	u64 max_hold_ns;
 };
 
 void free_page_hint_drain(void);
