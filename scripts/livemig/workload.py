@@ -9,7 +9,7 @@ from livemig.guest import Guest
 
 # The last column of /proc/buddyinfo counts blocks of this many pages on x86-64.
 MAX_ORDER_PAGES = 1024
-# The orders that the driver tells by default (hint_order): the largest, and the one before it.
+# The orders that the driver reports by default (hint_order): blocks of 4 and of 2 MiB.
 TOLD_ORDERS = 2
 PAGE_BYTES = 4096
 

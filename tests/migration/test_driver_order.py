@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guest's driver looks for free pages after it has read which request it answers."""
+"""The guest's driver: which blocks it reports, and that it looks for them after it was asked."""
 
 import re
 from dataclasses import dataclass, field
@@ -14,6 +14,9 @@ from livemig.migration import cancel, migrate, start
 
 TRACE = "/sys/kernel/tracing"
 EVENTS = ("virtio_balloon_hint", "free_page_hint")
+HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
+ARRAY = re.compile(r"virtio_balloon_hint_array: id=\d+ size=(\d+)")
+MIB = 1 << 20
 EVENT = re.compile(
     r"^.*: (virtio_balloon_hint_\w+|free_page_hint_batch): (?:id=(\d+))?.*?(?:err=(-?\d+))?$",
     re.MULTILINE,
@@ -64,7 +67,7 @@ def test_the_id_is_older_than_the_walk(lab: Lab, measured: Dict[str, Any]) -> No
     """
     source = lab.boot(SMALL)
     # Every free page on its own: long walks, and many arrays.
-    source.agent.run("echo 0 > /sys/module/virtio_balloon_hint/parameters/hint_order")
+    source.agent.run(f"echo 0 > {HINT_ORDER}")
     workload.dirty_and_free(source, FREED_MIB)
     trace_on(source)
     for attempt in range(CHANGES):
@@ -73,7 +76,7 @@ def test_the_id_is_older_than_the_walk(lab: Lab, measured: Dict[str, Any]) -> No
         cancel(source)
         abandoned.close()
     destination = lab.incoming(SMALL)
-    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB << 20)
+    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
 
     seen = reports(destination)
     measured.update(
@@ -82,3 +85,18 @@ def test_the_id_is_older_than_the_walk(lab: Lab, measured: Dict[str, Any]) -> No
     assert not [report for report in seen if {*report.arrays, report.end} != {report.request}]
     # The premise: the id changed during a walk.
     assert any(report.batches and report.error for report in seen)
+
+
+def test_the_smallest_block_is_2_mib(lab: Lab) -> None:
+    """Unless told otherwise, the driver reports blocks of 2 MiB and more."""
+    source = lab.boot(SMALL)
+    workload.dirty_and_free(source, FREED_MIB)
+    order = int(source.agent.run(f"cat {HINT_ORDER}"))
+    assert workload.PAGE_BYTES << order == 2 * MIB
+    # The premise: there are smaller ones.
+    assert int(source.agent.run("awk '{sum += $13} END {print sum}' /proc/buddyinfo")) > 0
+    trace_on(source)
+    destination = lab.incoming(SMALL)
+    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+    sizes = {int(size) for size in ARRAY.findall(destination.agent.run(f"cat {TRACE}/trace"))}
+    assert sizes == {2 * MIB, 4 * MIB}
