@@ -18,7 +18,7 @@ SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug images debian-image run migrate demo \
-	bench bench-quick bench-build bench-report test unit model test-long hostile fuzz lint patches check-patches clean distclean
+	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [JOBS=n] [FPH_CACHE=dir]"
@@ -80,16 +80,17 @@ bench-report: ## the report of what was measured so far: out/bench/report.html
 unit: qemu ## run the C unit tests
 	@$(FPH_CACHE)/qemu-ours/build/tests/unit/test-free-page-hint
 
-test: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images debian-image ## run all tests
-	@/usr/bin/python3 -m pytest tests
+# No debug kernel, no Debian image: what builds and boots slowly.
+check: qemu qemu-debug qemu-stock kernel images ## ten minutes of tests: the quick ones that catch most
+	@FPH_RESULTS=check.json /usr/bin/python3 -m pytest -m check tests
 
-# The tests that lose data if a rule is broken.
-INTEGRITY_TESTS = $(patsubst %,tests/migration/test_%.py,cancel churn faults features hints_used interop \
-	memory_equal not_asked postcopy silent_guest)
+test: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images debian-image ## run all tests
+	@/usr/bin/python3 -m pytest -m 'not long' tests
 
 test-long: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images debian-image ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
 	@FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/campaigns.py
-	@FPH_RESULTS=sweep.json FPH_QEMU=debug FPH_KERNEL=debug /usr/bin/python3 -m pytest $(INTEGRITY_TESTS)
+	@FPH_RESULTS=sweep.json FPH_QEMU=debug FPH_KERNEL=debug /usr/bin/python3 -m pytest -m 'integrity and not long' tests
+	@FPH_RESULTS=long.json /usr/bin/python3 -m pytest -m long tests
 
 model: fetch ## let spin try every order of the protocol's steps, and find each mutant
 	@/usr/bin/python3 -m pytest -v -s tests/migration/test_model.py

@@ -6,13 +6,13 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Any, Iterable, Iterator, List, Optional
 
 import pytest
 
 from livemig import workload
 from livemig.guest import Guest
-from livemig.migration import Hints, MigrationResult, query
+from livemig.migration import Hints, MigrationResult, cancel, query, set_capabilities, status_is
 from livemig.spec import MODES, GuestSpec, MigrationSpec, Mode, migration_for_mode
 
 # A small guest boots fast, and most of it is free.
@@ -20,6 +20,7 @@ SMALL = GuestSpec(mem_mib=1024, vcpus=2)
 STAMP_MIB = 16
 # A guest that clears memory when it is freed, and not again when it is used: but for huge pages.
 INIT_ON_FREE = ("init_on_free=1", "transparent_hugepage=never")
+MIB = 1 << 20
 # What tests write and free so that there is something for hints to skip.
 FREED_MIB = 512
 FREED_PAGES = FREED_MIB * 256
@@ -39,6 +40,16 @@ FOR_STOCK = replace(OUT_OF_THE_BOX, capabilities={})
 def patient(mode: Mode) -> MigrationSpec:
     """The migration of one of our modes, that waits for the guest's answer however late it is."""
     return migration_for_mode(mode).with_parameters(free_page_hint_wait=PATIENT_MS)
+
+
+def in_check(cases: Iterable[Any], *names: str) -> List[Any]:
+    """The cases of a test, of which those with these names belong to "make check"."""
+    known = {case if isinstance(case, str) else case.name: case for case in cases}
+    assert set(names) <= set(known), f"no such case: {set(names) - set(known)}"
+    return [
+        pytest.param(case, id=name, marks=[pytest.mark.check] if name in names else [])
+        for name, case in known.items()
+    ]
 
 
 def fill_and_free(guest: Guest) -> None:
@@ -137,6 +148,31 @@ def wait_rounds(source: Guest, rounds: int) -> None:
         f"round {rounds}",
         120,
     )
+
+
+def begin(source: Guest, wait_ms: int = PATIENT_MS) -> None:
+    """Start a migration that is so slow that it cannot complete."""
+    set_capabilities(source, {"events": True})
+    source.qmp("migrate-set-parameters", free_page_hint_wait=wait_ms, max_bandwidth=MIB)
+    source.qmp("migrate", uri="exec:cat > /dev/null")
+    source.wait_event(status_is("active"), "start of the migration", 60)
+
+
+def wait_answered(source: Guest) -> Hints:
+    """Wait until the guest is not asked any more, or could not be asked."""
+    deadline = time.monotonic() + PATIENT_MS / 1000 + 10
+    while (hints := hints_of(query(source))).state != "ended" and not hints.reason:
+        assert time.monotonic() < deadline, f"the hints are still {hints.state}"
+        time.sleep(0.01)
+    return hints
+
+
+def ask(source: Guest, wait_ms: int = PATIENT_MS) -> Hints:
+    """Ask once, without migrating."""
+    begin(source, wait_ms)
+    hints = wait_answered(source)
+    cancel(source)
+    return hints
 
 
 def assert_watched(guest: Guest) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Dict
 
 import pytest
-from checks import hints_of
+from checks import hints_of, in_check
 from conftest import Lab
 from metal import CHURN, CHURN_PAGES, HELD, HINTED_PAGES, HINTED_STRIPS, PARTS, SLOW, STOCK_HELD
 from metal import STRIP_BYTES, STRIP_PAGES, Metal, addrs_of, assert_counters_match
@@ -161,7 +161,9 @@ def later_rounds(guest: Metal) -> None:
     assert query(guest.source).status == "active"
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize(
+    "case", in_check(CASES, "tcg-shift-18", "tcg-blocks", "kvm-shift-6", "kvm-ring")
+)
 def test_writes_survive_whenever_they_come(lab: Lab, measured: Dict[str, Any], case: Case) -> None:
     """Hinted pages that are written, at any moment after the ask, arrive as they were written.
 
@@ -207,6 +209,7 @@ def test_writes_survive_whenever_they_come(lab: Lab, measured: Dict[str, Any], c
 # Which request is answered
 
 
+@pytest.mark.check
 @each_accelerator
 def test_answers_to_other_requests_are_dropped(lab: Lab, accel: str) -> None:
     """Arrays with an id that is not the current one take nothing out, and are counted as stale."""
@@ -313,6 +316,7 @@ def test_blocks_count_between_start_and_stop(lab: Lab, accel: str) -> None:
         assert_counters_match(guest.source)
 
 
+@pytest.mark.check
 @each_accelerator
 def test_hints_after_a_sync_are_stale(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
     """A page that was written, merged and not yet sent is sent, though a hint for it comes then.
@@ -389,7 +393,7 @@ def reuse_before_processed(lab: Lab, build: str, accel: str, name: str) -> bool:
     return lost > 0
 
 
-@pytest.mark.parametrize("build", ["ours", "stock"])
+@pytest.mark.parametrize("build", in_check(["ours", "stock"], "ours"))
 @each_accelerator
 def test_reuse_before_a_hint_is_processed(
     lab: Lab, measured: Dict[str, Any], accel: str, build: str

@@ -16,8 +16,8 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Tuple
 
 import pytest
 from checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_used, assert_intact
-from checks import fill_and_free, hints_of, migration, start_churn, wait_hints, wait_hints_ended
-from checks import wait_rounds
+from checks import fill_and_free, hints_of, in_check, migration, start_churn, wait_hints
+from checks import wait_hints_ended, wait_rounds
 from conftest import Lab
 from metal import HINTED_PAGES, PARTS, WAIT_MS, Metal, held, let_go, metal, wait_ended
 from metal import wait_hinted
@@ -27,6 +27,8 @@ from livemig import memory
 from livemig.baremetal import PAGE
 from livemig.guest import Guest
 from livemig.migration import migrate, query, set_capabilities, start, status_is
+
+pytestmark = pytest.mark.integrity
 
 MIB = 1 << 20
 ENDED = {"cancel": "cancelled", "destination-dies": "failed"}
@@ -124,7 +126,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("name", in_check(STATES, "round-1"))
 def test_ended_early(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """After migrations that ended in this state the guest is whole, and hints are used anew."""
     state = STATES[name]
@@ -198,7 +200,7 @@ def in_reporting(guest: Metal, doomed: Guest) -> int:
     return cmd_id
 
 
-@pytest.mark.parametrize("how", ENDED)
+@pytest.mark.parametrize("how", in_check(ENDED, "cancel"))
 @pytest.mark.parametrize("state", ["asked", "reporting"])
 def test_ended_while(lab: Lab, state: str, how: str) -> None:
     """A migration that ends while its guest answers takes no page out of the next one."""

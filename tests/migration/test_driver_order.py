@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
+import pytest
 from checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_used
 from conftest import Lab
 
@@ -59,6 +60,7 @@ def reports(guest: Guest) -> List[Report]:
     return found
 
 
+@pytest.mark.check
 def test_the_id_is_older_than_the_walk(lab: Lab, measured: Dict[str, Any]) -> None:
     """No array carries an id that was read after the walk that filled it, even if ids change then.
 

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict
 
 import pytest
 from checks import SMALL, WITH_HINTS, assert_goes_on, assert_intact, fill_and_free, hints_of
-from checks import migration, start_churn, wait_hints_ended
+from checks import in_check, migration, start_churn, wait_hints_ended
 from conftest import Lab
 from metal import HINTED_PAGES, WAIT_MS, metal, wait_hinted
 from oracle import Oracle
@@ -20,12 +20,15 @@ from livemig.baremetal import PAGE
 from livemig.guest import Guest
 from livemig.migration import migrate, query, set_capabilities, start, status_is
 
+pytestmark = pytest.mark.integrity
+
 MIB = 1 << 20
 # A command that has to wait for a stalled link waits for ever; one that does not is done in
 # milliseconds. A machine that is busy with other things is not counted as a stall.
 ANSWER_SECONDS = 10
 
 
+@pytest.mark.check
 def test_source_dies(lab: Lab) -> None:
     """A destination whose source is killed says so and ends; it does not run half a guest."""
     source = lab.boot(SMALL)
@@ -78,7 +81,7 @@ def test_stalled_link(lab: Lab, measured: Dict[str, Any], command: str) -> None:
     os.kill(destination.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", in_check(COMMANDS, "reset"))
 def test_stalled_link_while_reporting(
     lab: Lab, measured: Dict[str, Any], tmp_path: Path, command: str
 ) -> None:
@@ -107,6 +110,7 @@ def test_stalled_link_while_reporting(
         assert hints.reason == ENDED_BY[command]
 
 
+@pytest.mark.check
 def test_no_memory_left(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest whose memory is nearly all in use answers, if only that nothing is free."""
     oracle = Oracle(lab, SMALL)

@@ -10,17 +10,9 @@ from pathlib import Path
 from typing import Any, Dict, Mapping, Tuple
 
 import pytest
-from checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_used, assert_intact
-from checks import (
-    assert_hints_if,
-    assert_not_asked,
-    fill_and_free,
-    hints_of,
-    huge_pages_set_aside,
-    migration,
-    start_churn,
-)
-from checks import wait_hints_ended, wait_rounds
+from checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_if, assert_hints_used
+from checks import assert_intact, assert_not_asked, fill_and_free, hints_of, huge_pages_set_aside
+from checks import in_check, migration, start_churn, wait_hints_ended, wait_rounds
 from conftest import Lab
 from oracle import Oracle
 
@@ -29,6 +21,8 @@ from livemig.guest import Guest
 from livemig.migration import finish, migrate, query, restore, save, set_capabilities
 from livemig.migration import start, status_is
 from livemig.spec import ARRAYS
+
+pytestmark = pytest.mark.integrity
 
 MIB = 1 << 20
 MULTIFD = {"multifd": True}
@@ -53,20 +47,17 @@ FEATURES = {
 
 
 # With the control runs for the ways to send that differ.
-WITH_AND_WITHOUT = [
-    *((name, True) for name in FEATURES),
-    *((name, False) for name in ("multifd", "no-zero-pages", "xbzrle")),
-]
+WITH_AND_WITHOUT = {
+    **{name: (name, True) for name in FEATURES},
+    **{f"{name}-control": (name, False) for name in ("multifd", "no-zero-pages", "xbzrle")},
+}
 control = pytest.mark.parametrize("hints_on", [True, False], ids=["hints", "control"])
 
 
-@pytest.mark.parametrize(
-    ("name", "hints_on"),
-    WITH_AND_WITHOUT,
-    ids=[name + ("" if hints else "-control") for name, hints in WITH_AND_WITHOUT],
-)
-def test_hints_with(lab: Lab, measured: Dict[str, Any], name: str, hints_on: bool) -> None:
+@pytest.mark.parametrize("case", in_check(WITH_AND_WITHOUT, "multifd"))
+def test_hints_with(lab: Lab, measured: Dict[str, Any], case: str) -> None:
     """Hints are used, several rounds are sent, and every page arrives that had to."""
+    name, hints_on = WITH_AND_WITHOUT[case]
     feature = FEATURES[name]
     oracle = Oracle(lab, SMALL)
     source = oracle.boot()
@@ -189,7 +180,7 @@ def total_mib(guest: Guest) -> int:
     return int(guest.agent.run("awk '/^MemTotal/ {print $2}' /proc/meminfo")) // 1024
 
 
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("name", in_check(MEMORIES, "numa"))
 def test_memory_of_kind(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """Free memory of each kind is hinted, and every page arrives that had to."""
     kind = MEMORIES[name]
@@ -353,6 +344,7 @@ def test_shared_memory_that_stays(lab: Lab) -> None:
         assert_goes_on(destination)
 
 
+@pytest.mark.check
 def test_screendump(lab: Lab, measured: Dict[str, Any], tmp_path: Path) -> None:
     """Pictures of a VGA screen, which read and clear the dirty log too, take nothing away."""
     oracle = Oracle(lab, SMALL.but(args=("-device", "VGA")))

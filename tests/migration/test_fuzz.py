@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from livemig import paths
 
 PARSER_EXECUTIONS = 200000
@@ -34,6 +36,7 @@ def fuzz(what: str, executions: int, *inputs: Any) -> str:
     return done.stdout
 
 
+@pytest.mark.check
 def test_messages_are_taken_as_they_are_meant() -> None:
     """Parsing, trimming and clearing agree with slow, simple versions of them on any message."""
     fuzz("parser", PARSER_EXECUTIONS)

@@ -6,13 +6,15 @@ from typing import Any, Dict
 
 import pytest
 from checks import FREED_MIB, FREED_PAGES, NO_HINTS, SMALL, WITH_HINTS, assert_hints_used
-from checks import assert_intact, fill_and_free, hints_of, patient, start_churn
+from checks import assert_intact, fill_and_free, hints_of, in_check, patient, start_churn
 from conftest import Lab
 from oracle import Oracle
 
 from livemig import workload
 from livemig.migration import MigrationResult, migrate
 from livemig.spec import MODES
+
+pytestmark = pytest.mark.integrity
 
 MIB = 1 << 20
 HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
@@ -31,7 +33,7 @@ def without_hints(module_lab: Lab) -> MigrationResult:
     return result
 
 
-@pytest.mark.parametrize("mode_name", ["array", "block"])
+@pytest.mark.parametrize("mode_name", in_check(["array", "block"], "block"))
 def test_freed_memory_is_not_sent(
     lab: Lab, without_hints: MigrationResult, measured: Dict[str, Any], mode_name: str
 ) -> None:
@@ -76,6 +78,7 @@ def test_many_blocks_share_a_message(lab: Lab, measured: Dict[str, Any]) -> None
     assert hints.messages <= workload.TOLD_ORDERS + hints.blocks // 8192
 
 
+@pytest.mark.check
 def test_counter_matches_bitmap(lab: Lab, measured: Dict[str, Any]) -> None:
     """After round 0 and each sync, the counter of dirty pages is the number of bits set."""
     oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import pytest
-from checks import assert_not_asked, hints_of
+from checks import assert_not_asked, hints_of, in_check
 from conftest import Lab
 from metal import CHECK_EVENT, FIRST_ID, REGION, STRIP_BYTES, TO_NOWHERE, Metal, addrs_of
 from metal import ask_meanwhile, assert_counters_match, each_accelerator, held, hints_now, let_go
@@ -110,6 +110,7 @@ LIES = [
 ]
 
 
+@pytest.mark.check
 @each_accelerator
 def test_lies_are_counted(lab: Lab, accel: str) -> None:
     """Addresses that are no RAM and sizes that are none are dropped and counted, one by one.
@@ -328,6 +329,7 @@ BREAKS: Dict[str, Callable[[Metal], None]] = {
 }
 
 
+@pytest.mark.check
 @tcg_at_least
 def test_broken_chains(lab: Lab, accel: str, measured: Dict[str, Any]) -> None:
     """Chains that break the rules of virtio stop the device at most; after a reset it works again.
@@ -497,7 +499,7 @@ FLOODS += ["address-changes"]
 
 
 @each_accelerator
-@pytest.mark.parametrize("kind", FLOODS)
+@pytest.mark.parametrize("kind", in_check(FLOODS, "id-changes"))
 def test_flood_in_migration(lab: Lab, accel: str, measured: Dict[str, Any], kind: str) -> None:
     """A report without an end, as fast as the guest can and changing while it is read, is cut off.
 
@@ -572,6 +574,7 @@ def test_reset_with_a_full_queue(lab: Lab, accel: str) -> None:
         assert_hints_work(guest)
 
 
+@pytest.mark.check
 @tcg_at_least
 def test_a_stopped_guest_is_left_alone(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
     """Nothing of a full queue is handled while its guest is stopped, and all of it afterwards.
@@ -673,7 +676,7 @@ def random_blocks(rng: random.Random) -> List[Descriptor]:
 
 
 @each_accelerator
-@pytest.mark.parametrize("features", ["arrays", "blocks"])
+@pytest.mark.parametrize("features", in_check(["arrays", "blocks"], "arrays"))
 def test_random_messages(lab: Lab, accel: str, measured: Dict[str, Any], features: str) -> None:
     """Whatever a guest sends, pages that no hint took out arrive, and each later write does.
 

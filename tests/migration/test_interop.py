@@ -21,7 +21,7 @@ from typing import Any, Dict, List
 import numpy as np
 import pytest
 from checks import FOR_STOCK, FREED_MIB, FREED_PAGES, SMALL, WITH_HINTS, assert_goes_on
-from checks import assert_hints_used, assert_intact, fill_and_free, start_churn
+from checks import assert_hints_used, assert_intact, fill_and_free, in_check, start_churn
 from conftest import Lab
 from oracle import Oracle
 
@@ -31,6 +31,8 @@ from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.migration import MigrationResult, migrate, save
 from livemig.spec import ARRAYS, BLOCKS, MODES, MigrationSpec
+
+pytestmark = pytest.mark.integrity
 
 MIB = 1 << 20
 BUILDS = ("stock", "ours")
@@ -144,7 +146,7 @@ def test_matrix(
     assert_intact(destination, "churn")
 
 
-@pytest.mark.parametrize("kernel", BUILDS)
+@pytest.mark.parametrize("kernel", in_check(BUILDS, "ours"))
 def test_on_from_stock(lab: Lab, measured: Dict[str, Any], kernel: str) -> None:
     """A guest that came from stock QEMU moves on from ours with hints, and back to stock."""
     oracle = Oracle(lab, SMALL.but(kernel=kernel))
@@ -241,6 +243,7 @@ def seen_by_guest(lab: Lab, name: str, **changes: Any) -> Dict[str, Any]:
     return seen
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", SAME)
 @each_machine
 def test_guest_sees_the_same_device(lab: Lab, machine: str, name: str) -> None:
@@ -272,6 +275,7 @@ def test_machine_types_differ(lab: Lab) -> None:
     assert old["features"] == new["features"]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", SAME)
 @each_machine
 def test_stream_is_the_same(lab: Lab, tmp_path: Path, machine: str, name: str) -> None:
@@ -330,6 +334,7 @@ def balloon_section(lab: Lab, file: Path, **changes: Any) -> Dict[str, Any]:
     }
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", SAME)
 @each_machine
 def test_state_of_a_used_balloon_is_the_same(

@@ -5,13 +5,13 @@ import re
 from typing import Any, Dict
 
 import pytest
-from checks import SMALL, assert_watched
+from checks import SMALL, assert_watched, in_check
 from conftest import Lab
 
 SUITE = "free_page_hint"
 
 
-@pytest.mark.parametrize("kernel", ["ours", "debug"])
+@pytest.mark.parametrize("kernel", in_check(["ours", "debug"], "ours"))
 def test_kunit_passes(lab: Lab, measured: Dict[str, Any], kernel: str) -> None:
     """Every KUnit case of the walker runs and passes, in a guest with memory of all kinds."""
     # Two nodes, movable memory, and memory above 4 GiB.

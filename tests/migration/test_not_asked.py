@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Dict, Mapping
 
 import pytest
-from checks import FREED_PAGES, OUT_OF_THE_BOX, SMALL, WITH_HINTS, assert_hints_used
-from checks import assert_intact, assert_not_asked, fill_and_free, migration
+from checks import FREED_PAGES, OUT_OF_THE_BOX, SMALL, WITH_HINTS, assert_hints_used, assert_intact
+from checks import assert_not_asked, fill_and_free, in_check, migration
 from conftest import Lab
 
 from livemig.migration import migrate
 from livemig.spec import ARRAYS
+
+pytestmark = pytest.mark.integrity
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize("case", in_check(CASES, "capability-off", "no-driver", "poison"))
 def test_no_hints(lab: Lab, case: Case) -> None:
     """The migration says why there are no hints, asks nothing, sends everything, loses nothing."""
     source = lab.boot(SMALL.but(**case.guest))
@@ -73,6 +75,7 @@ def test_off_for_good(lab: Lab) -> None:
     assert_not_asked(result, "disabled")
 
 
+@pytest.mark.check
 def test_on_by_default(lab: Lab, measured: Dict[str, Any]) -> None:
     """A balloon with free-page-hint=on is all that hints need; the default deadline is enough."""
     source = lab.boot(SMALL)
@@ -85,6 +88,7 @@ def test_on_by_default(lab: Lab, measured: Dict[str, Any]) -> None:
     assert result.normal_pages < 0.5 * FREED_PAGES
 
 
+@pytest.mark.check
 def test_stopped_guest(lab: Lab) -> None:
     """A guest that is stopped is not asked, arrives stopped and whole, and has hints next time."""
     source = lab.boot(SMALL)

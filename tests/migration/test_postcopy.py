@@ -8,14 +8,16 @@ from typing import Any, Dict, Mapping
 
 import pytest
 from checks import FREED_MIB, SMALL, assert_goes_on, assert_hints_if, assert_hints_used
-from checks import assert_intact, fill_and_free, huge_pages_set_aside, migration, start_churn
-from checks import wait_hints_ended
+from checks import assert_intact, fill_and_free, huge_pages_set_aside, in_check, migration
+from checks import start_churn, wait_hints_ended
 from conftest import Lab
 from oracle import Oracle
 
 from livemig import workload
 from livemig.guest import Guest
 from livemig.migration import MigrationResult, finish, query, start, status_is
+
+pytestmark = pytest.mark.integrity
 
 MIB = 1 << 20
 RESIDENT = re.compile(r"^RssAnon:\s+(\d+) kB$", re.MULTILINE)
@@ -83,7 +85,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_check(CASES, "compared"))
 def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """A switch to postcopy before hinted pages could be sent: each can be used, none is lost."""
     case = CASES[name]

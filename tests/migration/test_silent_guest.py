@@ -9,6 +9,8 @@ from conftest import Lab
 from livemig.migration import cancel, finish, migrate, start
 from livemig.spec import MODES
 
+pytestmark = pytest.mark.integrity
+
 # More than fits into 32 bits as nanoseconds.
 WAIT_MS = 4500
 MIB = 1 << 20
@@ -30,6 +32,7 @@ def test_crashed_guest_migrates(lab: Lab, mode: str) -> None:
     assert destination.qmp("query-status")["status"] == "running"
 
 
+@pytest.mark.check
 def test_stop_ends_the_wait(lab: Lab) -> None:
     """Stopping a guest that was asked ends the wait for its answer, and it is migrated whole."""
     source = lab.boot_crashed(SMALL, FREED_MIB)
@@ -44,6 +47,7 @@ def test_stop_ends_the_wait(lab: Lab) -> None:
     assert destination.qmp("query-status")["status"] == "paused"
 
 
+@pytest.mark.check
 def test_reset_ends_the_wait(lab: Lab) -> None:
     """Resetting a guest that was asked ends the wait; it boots, and migrates with hints later."""
     source = lab.boot_crashed(SMALL, FREED_MIB)

@@ -4,9 +4,12 @@
 import subprocess
 from typing import Any, Dict
 
+import pytest
+
 from livemig import paths
 
 
+@pytest.mark.check
 def test_c_unit_tests_pass(measured: Dict[str, Any]) -> None:
     """Every case of test-free-page-hint passes."""
     binary = paths.require(
