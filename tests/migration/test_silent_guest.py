@@ -6,6 +6,7 @@ from checks import FREED_MIB, FREED_PAGES, SMALL, WITH_HINTS, assert_hints_used,
 from checks import fill_and_free, hints_of, migration, wait_asked, wait_hints_ended
 from conftest import Lab
 
+from livemig.errors import GuestError
 from livemig.migration import cancel, finish, migrate, start
 from livemig.spec import MODES
 
@@ -69,3 +70,17 @@ def test_reset_ends_the_wait(lab: Lab) -> None:
     destination = lab.incoming(SMALL)
     assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
     assert_intact(destination)
+
+
+@pytest.mark.check
+def test_deadline_has_a_maximum(lab: Lab) -> None:
+    """A wait of more than a minute is refused, on the command line too, with the range named."""
+    named = "expects a value between 0 and 60000 milliseconds"
+    guest = lab.launch(SMALL, "guest", running=False)
+    guest.qmp("migrate-set-parameters", free_page_hint_wait=60000)
+    with pytest.raises(GuestError, match=named):
+        guest.qmp("migrate-set-parameters", free_page_hint_wait=60001)
+    assert guest.qmp("query-migrate-parameters")["free-page-hint-wait"] == 60000
+    too_long = SMALL.but(args=("-global", "migration.free-page-hint-wait=60001"))
+    with pytest.raises(GuestError, match=named):
+        lab.launch(too_long, "too-long")
