@@ -216,7 +216,8 @@ class Guest:
                 args += ["-object", f"memory-backend-file,{size},mem-path={spec.mem_file},share=on"]
             else:
                 # Not reserved: a guest may be larger than the host, only what it uses counts.
-                args += ["-object", f"{spec.mem_backend},{size},reserve=off"]
+                reserve = "" if ",reserve=" in spec.mem_backend else ",reserve=off"
+                args += ["-object", f"{spec.mem_backend},{size}{reserve}"]
             if spec.nodes > 1:
                 args += ["-numa", f"node,nodeid={node},memdev={part}"]
         return args
