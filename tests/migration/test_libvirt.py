@@ -226,11 +226,15 @@ class Guest:
         result = MigrationResult.from_qmp(json.loads(answers[-1])["return"])
         assert result.status == "completed"
         self.host = OTHER_HOST[self.host]
+        self.hang_up()
+        assert self.state() == ("paused" if "--suspend" in options else "running")
+        return result
+
+    def hang_up(self) -> None:
+        """The agent's port is another QEMU's from here on."""
         if self._port:
             self._port.close()
             self._port = None
-        assert self.state() == ("paused" if "--suspend" in options else "running")
-        return result
 
     def fill(self) -> None:
         """Leave much free memory that is full of old data, next to the stamped memory."""
@@ -390,6 +394,36 @@ def test_refused_migration(hosts: Hosts, tmp_path: Path) -> None:
         guest.fill()
         assert_unused(guest.migrate(), "no-wait")
         guest.check()
+
+
+def test_saved_and_restored(hosts: Hosts, measured: Dict[str, Any]) -> None:
+    """A guest comes back whole from a live snapshot, which uses hints, and from save and managedsave.
+
+    These two stop the guest first, so that it is not asked.
+    """
+    directory = "/var/lib/libvirt/qemu"
+    with Guest(hosts, "saved") as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.fill()
+        memory_file = f"file={directory}/live,snapshot=external"
+        options = ("--memspec", memory_file, "--live", "--atomic")
+        hosts.virsh("a", "snapshot-create-as", guest.name, "one", *options)
+        snapshot = MigrationResult.from_qmp(guest.qmp("query-migrate"))
+        assert_used(snapshot)
+        measured["snapshot_bytes"] = snapshot.sent_bytes
+        guest.check()
+        hosts.virsh("a", "snapshot-delete", guest.name, "one", "--metadata")
+
+        for save, restore in (
+            (("save", guest.name, f"{directory}/saved"), ("restore", f"{directory}/saved")),
+            (("managedsave", guest.name), ("start", guest.name)),
+            (("destroy", guest.name), ("restore", f"{directory}/live")),
+        ):
+            hosts.virsh("a", *save)
+            guest.hang_up()
+            hosts.virsh("a", *restore)
+            assert guest.state() == "running"
+            guest.check()
 
 
 def test_documented_xml_is_the_tested_one() -> None:
