@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
-from livebench import floor, hostinfo, workloads
+from livebench import floor, hostinfo, postcopy, workloads
 from livebench.console import Console
 from livebench.disks import attached
 from livebench.modes import Mode
@@ -26,6 +26,7 @@ FORMAT = 2
 # guest under TCG takes its TSC for unstable and reads the HPET from then on: ten times as slow for
 # a program that looks at the clock all the time, and another machine than the run before had.
 CMDLINE = ("no_timer_check", "tsc=nowatchdog")
+INIT_ON_ALLOC = "init_on_alloc=1"
 CLOCKSOURCE = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
 # How often a migration is looked at: more often at first, where a short one would be over.
 SAMPLE_SECONDS = 0.05
@@ -62,7 +63,7 @@ class Pair:
 
 def check_memory(scenario: Scenario) -> None:
     """Stop before the host runs out of memory."""
-    need = 2 * scenario.guests * scenario.workload.host_mib(scenario.mem_mib)
+    need = sum(scenario.host_mib)
     have = host.available_mib()
     if need > have:
         raise NotEnoughMemory(
@@ -79,6 +80,9 @@ def migration_spec(scenario: Scenario, mode: Mode) -> MigrationSpec:
     if scenario.multifd:
         parameters["multifd-channels"] = scenario.multifd
     common = {"multifd": True} if scenario.multifd else {}
+    if scenario.postcopy is not None:
+        parameters.update(postcopy.parameters(scenario.postcopy))
+        common["postcopy-ram"] = True
     return MigrationSpec(mode.capabilities, parameters, common)
 
 
@@ -97,7 +101,14 @@ def _command_line(guest: Guest) -> List[str]:
 @contextlib.contextmanager
 def _booted(scenario: Scenario, mode: Mode, logs: Path) -> Iterator[List[Pair]]:
     """The guests of a scenario, each in the state to be migrated but for what runs."""
-    spec = mode.spec(GuestSpec(mem_mib=scenario.mem_mib, vcpus=scenario.vcpus, cmdline=CMDLINE))
+    spec = mode.spec(
+        GuestSpec(
+            mem_mib=scenario.mem_mib,
+            vcpus=scenario.vcpus,
+            cmdline=CMDLINE + ((INIT_ON_ALLOC,) if scenario.init_on_alloc else ()),
+            mem_backend=f"memory-backend-{scenario.backend}",
+        )
+    )
     kind = floor.FloorGuest if mode.floor else Guest
     with contextlib.ExitStack() as stack:
         pairs = []
@@ -169,8 +180,11 @@ def _sample(result: MigrationResult, since: float) -> Dict[str, Any]:
     }
 
 
-def _move(pairs: List[Pair], spec: MigrationSpec) -> Dict[str, Any]:
-    """Migrate all guests at once; returns when they run at their destinations."""
+def _move(pairs: List[Pair], spec: MigrationSpec, after_round: Optional[int]) -> Dict[str, Any]:
+    """Migrate all guests at once; returns when they run at their destinations.
+
+    And, if they are switched to postcopy after a round, when they have all of their memory.
+    """
     for pair in pairs:
         if spec.common.get("multifd"):
             channels = spec.parameters["multifd-channels"]
@@ -180,11 +194,18 @@ def _move(pairs: List[Pair], spec: MigrationSpec) -> Dict[str, Any]:
         migration.start(pair.source, pair.there, spec)
     samples: List[List[Dict[str, Any]]] = [[] for _ in pairs]
     running = list(range(len(pairs)))
+    switch: Optional[float] = None
+    switched: Dict[int, MigrationResult] = {}
     ended = begin
     while running:
         for number in list(running):
             result = migration.query(pairs[number].source)
             samples[number].append(_sample(result, begin))
+            if after_round is not None and number not in switched:
+                if postcopy.due(after_round, result):
+                    switch = time.monotonic()
+                    pairs[number].source.qmp("migrate-start-postcopy")
+                    switched[number] = result
             if result.status in migration.ENDED:
                 running.remove(number)
                 ended = time.monotonic()
@@ -192,13 +213,18 @@ def _move(pairs: List[Pair], spec: MigrationSpec) -> Dict[str, Any]:
             seconds = time.monotonic() - begin
             if seconds > TIMEOUT_SECONDS:
                 raise LivemigError(f"the migration does not end within {TIMEOUT_SECONDS} s")
-            time.sleep(FIRST_SAMPLE_SECONDS if seconds < FIRST_SECONDS else SAMPLE_SECONDS)
+            early = seconds < FIRST_SECONDS or (after_round is not None and not switched)
+            time.sleep(FIRST_SAMPLE_SECONDS if early else SAMPLE_SECONDS)
     results = [migration.finish(pair.source, pair.there) for pair in pairs]
     return {
-        "span": Span(begin, ended),
+        "span": Span(begin, ended, switch),
         "results": results,
         "samples": samples,
         "all_ms": round((ended - begin) * 1000),
+        "postcopy": [
+            postcopy.outcome(pairs[number].source, pairs[number].there, before)
+            for number, before in switched.items()
+        ],
     }
 
 
@@ -243,7 +269,7 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any
         for pair in pairs:
             scenario.workload.start(pair.source, pair.console)
         # Until the destinations want it: what is free grows cold.
-        with host.warmed(scenario.guests * scenario.workload.host_mib(scenario.mem_mib)):
+        with host.warmed(max(scenario.host_mib)):
             time.sleep(scenario.workload.lead)
             rss_before = _rss(pairs)
             if mode.floor:
@@ -252,8 +278,10 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any
                     for pair in pairs
                     if isinstance(pair.source, floor.FloorGuest)
                 ]
-        moved = _move(pairs, migration_spec(scenario, mode))
+        moved = _move(pairs, migration_spec(scenario, mode), scenario.postcopy)
         record["rss_mib"] = {"before": rss_before, "after": _rss(pairs)}
+        if scenario.backend == "memfd":
+            record["memfd_mib"] = sum(hostinfo.memfd_mib(pair.there.pid) for pair in pairs)
         wrong: List[str] = []
         if not mode.floor:
             record["workload"] = [
@@ -268,6 +296,7 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any
     record["migration"] = [result.raw for result in moved["results"]]
     record["samples"] = moved["samples"]
     record["all_ms"] = moved["all_ms"]
+    record["postcopy"] = moved["postcopy"]
     # Nothing runs at the floor's destination.
     record["verified"] = None if mode.floor else not wrong
     record["wrong"] = wrong
@@ -294,18 +323,22 @@ def metrics(record: Dict[str, Any]) -> Dict[str, float]:
         "rounds": max(result.rounds for result in results),
         "free_mib": sum(facts["meminfo_mib"]["MemFree"] for facts in record["guest_before"]),
         "free_max_order_mib": sum(facts["free_max_order_mib"] for facts in record["guest_before"]),
+        "memfd_destination_after_mib": record.get("memfd_mib"),
     }
+    for outcome in record.get("postcopy", [])[:1]:
+        values.update(outcome)
     for when in "before", "after":
         for side, mib in record["rss_mib"][when].items():
             values[f"rss_{side}_{when}_mib"] = mib
     hints = [result.hints for result in results if result.hints]
-    if hints and not record["mode"]["floor"] and all(hint.messages for hint in hints):
+    if hints and not record["mode"]["floor"] and all(hint.blocks for hint in hints):
         values.update(
             arm_ms=max(hint.arm_time for hint in hints) / 1000,
             ask_to_first_ms=max(hint.ask_to_first for hint in hints) / 1000,
             ask_to_end_ms=max(hint.ask_to_end for hint in hints) / 1000,
             hinted_mib=sum(hint.hinted_bytes for hint in hints) / 2**20,
             redirtied_mib=sum(hint.redirtied_bytes for hint in hints) / 2**20,
+            requested_mib=sum(hint.requested_bytes for hint in hints) / 2**20,
             hint_blocks=sum(hint.blocks for hint in hints),
             # One bit for each page, while the migration runs.
             qemu_hint_mib=record["scenario"]["guests"] * record["scenario"]["mem_mib"] / 4096 / 8,
@@ -317,7 +350,8 @@ def metrics(record: Dict[str, Any]) -> Dict[str, float]:
         values["max_hold_us"] = max(holds) / 1000 if holds else None
         values["walk_ms"] = max(hint["last_ns"] for hint in after) / 1e6
     for result in record.get("workload", [])[:1]:
-        values["compile_s"] = result.get("compile_s")
+        for name in "compile_s", "stall_before_ms", "stall_ms", "slowest_touch_ms":
+            values[name] = result.get(name)
         for phase in "before", "during", "after", "window":
             for name, value in result.get(phase, {}).items():
                 values[f"{phase}_{name}"] = value

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Dict, List, Tuple
 
-from livemig import paths
 from livemig.errors import LivemigError
 from livemig.guest import Guest
 from livemig.migration import Hints, query, set_capabilities, status_is
@@ -129,10 +128,3 @@ def compute(guest: FloorGuest) -> Dict[str, int]:
         "runs": len(lines),
         "bytes": 4096 * sum(pages for block in runs.values() for _, pages in block),
     }
-
-
-def available() -> None:
-    """Raises an error if the QEMU of the floor has not been built."""
-    paths.require(
-        paths.cache_dir() / "qemu-floor" / "bin" / "qemu-system-x86_64", "bench/build-floor"
-    )

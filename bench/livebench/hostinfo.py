@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a result has to say about the machine and the software that it was made with."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -36,6 +37,17 @@ def rss_mib(pid: Optional[int]) -> float:
     """The memory that a process occupies."""
     text = _field(f"/proc/{pid}/status", "VmRSS") or "0"
     return int(text.split()[0]) / 1024
+
+
+def memfd_mib(pid: Optional[int]) -> float:
+    """What a QEMU's memory-backend-memfd has allocated, mapped by anybody or not."""
+    total = 0
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        # Files come and go meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(file).startswith("/memfd:memory-backend"):
+                total += file.stat().st_blocks * 512
+    return total / 2**20
 
 
 def stamp(build: str) -> str:

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-from livebench import floor, micro, plan, report, statistics, store, summary
-from livebench.modes import MODES
+from livebench import micro, plan, report, statistics, store, summary
+from livebench.modes import MAKERS, MODES
 from livebench.scenarios import SCENARIOS, Scenario, matching
 from livebench.store import Store
 from livemig import paths
@@ -54,8 +54,9 @@ def check_built(todo: Sequence[plan.Work]) -> None:
     """Stop before the first run if something has not been built."""
     paths.initramfs()
     for name in {name for item in todo for name in item.modes}:
-        if MODES[name].floor:
-            floor.available()
+        if MODES[name].qemu in MAKERS:
+            qemu = paths.cache_dir() / f"qemu-{MODES[name].qemu}" / "bin" / "qemu-system-x86_64"
+            paths.require(qemu, MAKERS[MODES[name].qemu])
         paths.qemu_binary(MODES[name].qemu)
         paths.kernel_image(MODES[name].kernel)
     for scenario in (item.scenario for item in todo):

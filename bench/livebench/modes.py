@@ -61,6 +61,14 @@ _MODES = (
         ARRAYS,
         _ON,
     ),
+    Mode(
+        "array-before",
+        "an earlier QEMU of ours, our guest kernel",
+        "before",
+        "ours",
+        ARRAYS,
+        _ON,
+    ),
     Mode("array", "our QEMU and guest kernel", "ours", "ours", ARRAYS, _ON),
     Mode(
         "floor",
@@ -72,5 +80,8 @@ _MODES = (
         floor=True,
     ),
 )
+
+# What builds a QEMU that only benchmarks need.
+MAKERS = {"floor": "bench/build-floor", "before": "bench/build-before COMMIT"}
 
 MODES: Dict[str, Mode] = {mode.name: mode for mode in _MODES}

@@ -20,7 +20,10 @@ Run = Dict[str, Any]
 BIN_SECONDS = 0.5
 
 # Tells the modes apart in all figures, also for the colour-blind (Okabe and Ito).
-_PALETTE = ("#000000", "#e69f00", "#56b4e9", "#999999", "#cc79a7", "#d55e00", "#009e73")
+_PALETTE = (
+    *("#000000", "#e69f00", "#56b4e9", "#999999"),
+    *("#cc79a7", "#f0e442", "#d55e00", "#009e73"),
+)
 COLOURS = dict(zip(MODES, _PALETTE))
 
 
@@ -115,7 +118,7 @@ def sizes(runs: Sequence[Run]) -> Dict[float, str]:
     found = {
         run["scenario"]["mem_mib"] / 1024: run["scenario"]["name"]
         for run in runs
-        if run["scenario"]["workload"]["name"] == "idle" and run["scenario"]["guests"] == 1
+        if summary.plain(run["scenario"]) and run["scenario"]["workload"]["name"] == "idle"
     }
     return dict(sorted(found.items()))
 

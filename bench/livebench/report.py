@@ -36,8 +36,7 @@ class Chapter:
 
 def _workload(*names: str) -> Callable[[Dict[str, Any]], bool]:
     def wanted(scenario: Dict[str, Any]) -> bool:
-        plain = scenario["guests"] == 1 and not scenario["gbit"] and not scenario["multifd"]
-        return plain and scenario["workload"]["name"].startswith(names)
+        return summary.plain(scenario) and scenario["workload"]["name"].startswith(names)
 
     return wanted
 
@@ -52,6 +51,10 @@ CHAPTERS = (
     Chapter("link", "Bandwidth", lambda s: s["gbit"] > 0, log=True),
     Chapter("multifd", "Multifd", lambda s: s["multifd"] > 0),
     Chapter("evacuation", "Several guests at once", lambda s: s["guests"] > 1),
+    Chapter("postcopy", "Postcopy", lambda s: s.get("postcopy") is not None, log=True),
+    Chapter(
+        "zeroing", "Guests that zero what they allocate", lambda s: s.get("init_on_alloc"), log=True
+    ),
 )
 
 # Shown for each mode of a scenario: title, metric, digits.
@@ -61,6 +64,7 @@ COLUMNS: Tuple[Tuple[str, str, int], ...] = (
     ("normal pages", "normal_pages", 0),
     ("zero pages", "zero_pages", 0),
     ("hinted MiB", "hinted_mib", 0),
+    ("of that dirtied again", "redirtied_mib", 0),
     ("free MiB", "free_mib", 0),
     ("of that max. order", "free_max_order_mib", 0),
     ("ask to end ms", "ask_to_end_ms", 1),
@@ -72,6 +76,15 @@ COLUMNS: Tuple[Tuple[str, str, int], ...] = (
     ("before", "rss_destination_before_mib", 0),
 )
 WORK_COLUMNS: Tuple[Tuple[str, str, int], ...] = (
+    ("after the switch: ms", "postcopy_ms", 0),
+    ("MiB", "postcopy_mib", 1),
+    ("zero pages", "postcopy_zero_pages", 0),
+    ("requests", "page_requests", 0),
+    ("hinted, requested MiB", "requested_mib", 1),
+    ("memfd dest. MiB", "memfd_destination_after_mib", 0),
+    ("longest stall ms", "stall_ms", 0),
+    ("before", "stall_before_ms", 0),
+    ("longest touch ms", "slowest_touch_ms", 1),
     ("rate before", "before_rate", 0),
     ("during", "during_kept", 2),
     ("after", "after_kept", 2),

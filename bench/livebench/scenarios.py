@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Dict, Iterator, Optional, Sequence, Tuple
 
 from livebench.workloads import (
+    QEMU_MIB,
     SYSBENCH,
     AllocLoop,
     Compile,
@@ -17,6 +18,7 @@ from livebench.workloads import (
     Idle,
     PageCache,
     Sysbench,
+    Touching,
     Workload,
 )
 
@@ -28,6 +30,10 @@ MAIN = ("legacy", "stock-hints", "array", "floor")
 # The floor's destination is stopped: nothing can be watched there.
 WATCHED = ("legacy", "none", "stock-hints", "stock-reporting", "stock-driver", "array")
 QUICK = ("legacy", "stock-hints", "array", "floor")
+# Stock QEMU asks for no hints if postcopy may follow.
+POSTCOPY = ("legacy", "none", "array")
+# The guest's kernel zeroes what it allocates: whose driver allocates what it hints?
+ZEROING = ("legacy", "stock-hints", "stock-driver", "array")
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,12 @@ class Scenario:
     multifd: int = 0
     # How many of these guests leave at once.
     guests: int = 1
+    # The round after which it is switched to postcopy, if at all; hints are round 0.
+    postcopy: Optional[int] = None
+    # Of the memory-backend-* that the guest's memory is.
+    backend: str = "ram"
+    # The guest zeroes memory that it allocates, as most distributions' kernels do.
+    init_on_alloc: bool = False
     targets: Tuple[Target, ...] = ()
     # The modes that bench-quick runs, if any.
     quick: Tuple[str, ...] = ()
@@ -80,11 +92,15 @@ class Scenario:
     def name(self) -> str:
         """Made from the values."""
         whole = self.mem_mib % GIB == 0
-        parts = [self.workload.name, f"{self.mem_mib // GIB}g" if whole else f"{self.mem_mib}m"]
+        parts = ["postcopy"] if self.postcopy is not None else []
+        parts += [self.workload.name, f"{self.mem_mib // GIB}g" if whole else f"{self.mem_mib}m"]
         parts += [f"{self.vcpus}cpu"] if self.vcpus != 4 else []
         parts += [f"{self.gbit}gbit"] if self.gbit else []
         parts += [f"multifd{self.multifd}"] if self.multifd else []
         parts += [f"{self.guests}guests"] if self.guests != 1 else []
+        parts += ["round0"] if self.postcopy == 0 else []
+        parts += [self.backend] if self.backend != "ram" else []
+        parts += ["init_on_alloc"] if self.init_on_alloc else []
         return "-".join(parts)
 
     @property
@@ -95,7 +111,22 @@ class Scenario:
             text += f"; {self.gbit} Gbit/s"
         if self.multifd:
             text += f"; multifd, {self.multifd} channel{'s' if self.multifd > 1 else ''}"
+        if self.postcopy is not None:
+            text += f"; switched to postcopy right after round {self.postcopy}"
+        if self.backend != "ram":
+            text += f"; memory-backend-{self.backend}"
+        if self.init_on_alloc:
+            text += "; init_on_alloc=1"
         return text + (f"; {self.guests} guests at once" if self.guests > 1 else "")
+
+    @property
+    def host_mib(self) -> Tuple[int, int]:
+        """The host's memory that the sources, and destinations without hints, need at most."""
+        # A look at a page of a memfd makes one, and QEMU looks at all.
+        whole = self.mem_mib + QEMU_MIB
+        there = whole if self.backend == "memfd" else self.workload.host_mib(self.mem_mib)
+        here = whole if self.init_on_alloc else there
+        return self.guests * here, self.guests * there
 
     def but(self, mem_mib: Optional[int], vcpus: Optional[int]) -> "Scenario":
         """The same with guests of another size, for trying: then there are no targets."""
@@ -186,6 +217,22 @@ def _declared() -> Iterator[Scenario]:
     # A host that is evacuated: small guests leave all at once.
     for guests in (2, 4, 8):
         yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=GIB // 2, vcpus=1, guests=guests)
+
+    # Postcopy: while the guest runs at the destination already, hints should cost nothing.
+    targets = (
+        Target(1.05, "none", metric="postcopy_ms"),
+        Target(1.05, "none", metric="rss_destination_after_mib"),
+    )
+    for percent in (0, 75):
+        for after in (1, 0):
+            yield Scenario(Touching(percent), POSTCOPY, postcopy=after, targets=targets)
+    yield Scenario(
+        Touching(), POSTCOPY, mem_mib=4 * GIB, postcopy=1, backend="memfd", targets=targets
+    )
+
+    # A stock driver allocates what it hints, and such a guest writes to what it allocates.
+    for workload, gib in ((Idle(), 2), (Idle(), 8), (Freed(75), 8)):
+        yield Scenario(workload, ZEROING, mem_mib=gib * GIB, init_on_alloc=True)
 
 
 SCENARIOS: Dict[str, Scenario] = {scenario.name: scenario for scenario in _declared()}

@@ -13,6 +13,13 @@ Run = Dict[str, Any]
 BASES = {"legacy": "legacy", "stock": "stock-hints", "floor": "floor"}
 
 
+def plain(scenario: Dict[str, Any]) -> bool:
+    """Whether one guest is moved in the usual way, of a scenario as a run has it."""
+    # Runs that are older than some of these do not have them.
+    special = (scenario.get(name) for name in ("gbit", "multifd", "init_on_alloc"))
+    return scenario["guests"] == 1 and scenario.get("postcopy") is None and not any(special)
+
+
 def values(runs: Sequence[Run], scenario: str, mode: str, metric: str) -> List[float]:
     """A metric of all runs of a mode."""
     return [

@@ -23,10 +23,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Span:
-    """When a migration began and ended."""
+    """When a migration began and ended, and when it was told to switch to postcopy, if it was."""
 
     start: float
     end: float
+    switch: Optional[float] = None
 
 
 def rate(points: Sequence[Point], start: float, end: float) -> Optional[float]:
@@ -46,6 +47,13 @@ def latencies(points: Sequence[Point], start: float, end: float) -> Dict[str, Op
         "p99_us": median(told) if told else None,
         "worst_p99_us": max(told) if told else None,
     }
+
+
+def longest_gap(times: Sequence[float], start: float, end: float) -> Optional[float]:
+    """The longest time between two neighbours, of those that touch a time; they are in order."""
+    gaps = [after - before for before, after in zip(times, times[1:])]
+    touching = [gap for gap, at in zip(gaps, times) if at <= end and at + gap >= start]
+    return max(touching, default=None)
 
 
 def _first_after(points: Sequence[Point], when: float) -> float:

@@ -23,6 +23,8 @@ DEBIAN_MIB = 1000
 RESERVE_MIB = 64
 # Linux notices memory that is to be reported after two seconds: let a boot end.
 IDLE_SECONDS = 1
+# What allocloop writes.
+ALLOC_LINE = r"alloc ms=\d+ ops=(\d+) p50=\d+ p99=(\d+) max=(\d+)$"
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,14 @@ class Working(Workload):
         return throughput.judge(self.points(console), span)
 
 
+def alloc_points(console: Console) -> List[Point]:
+    """What allocloop wrote."""
+    return [
+        Point(when, float(match[1]), float(match[2]) / 1000)
+        for when, match in console.matches(ALLOC_LINE)
+    ]
+
+
 @dataclass(frozen=True)
 class AllocLoop(Working):
     """Takes memory and gives it back."""
@@ -283,7 +293,6 @@ class AllocLoop(Working):
     # Of the guest's memory. QEMU can only finish if a link carries what the loop writes anew in
     # the downtime limit.
     share: float = 0.25
-    LINE: ClassVar[str] = r"alloc ms=\d+ ops=(\d+) p50=\d+ p99=(\d+) max=\d+$"
 
     @property
     def name(self) -> str:
@@ -304,10 +313,68 @@ class AllocLoop(Working):
         return f"allocloop {self.SECONDS} $(cat /run/hold)"
 
     def points(self, console: Console) -> List[Point]:
-        return [
-            Point(when, float(match[1]), float(match[2]) / 1000)
-            for when, match in console.matches(self.LINE)
-        ]
+        return alloc_points(console)
+
+
+@dataclass(frozen=True)
+class Touching(Working):
+    """A program touches memory all the time; how long it stood still at most is what is asked.
+
+    It writes a line every 10 ms. By the host's clock, the longest time without one, from the switch
+    to postcopy on, is a stall whatever the reason: the guest was stopped, or waited for a page. The
+    longest of its operations by the guest's own clock tells of the pages alone, as that clock
+    stands still with the guest.
+    """
+
+    # Of the memory, written and freed before.
+    percent: int = 0
+
+    HOLD_MIB: ClassVar[int] = 64
+    BEAT_MS: ClassVar[int] = 10
+    WATCHED_SECONDS: ClassVar[float] = 1
+    lead: ClassVar[float] = 3
+    guess: ClassVar[int] = 14
+
+    @property
+    def name(self) -> str:
+        return {0: "idle", 75: "freed"}.get(self.percent, f"freed-{self.percent}")
+
+    @property
+    def about(self) -> str:
+        text = f"a program touches {self.HOLD_MIB} MiB all the time"
+        return text + (f", {self.percent} % were written and freed" if self.percent else "")
+
+    def used_mib(self, mem_mib: int) -> int:
+        return self.HOLD_MIB + mem_mib * self.percent // 100
+
+    def prepare(self, guest: Guest) -> None:
+        if self.percent:
+            workload.dirty_and_free(guest, guest.spec.mem_mib * self.percent // 100)
+        super().prepare(guest)
+
+    def command(self) -> str:
+        return f"allocloop {self.SECONDS} {self.HOLD_MIB} {self.BEAT_MS}"
+
+    def points(self, console: Console) -> List[Point]:
+        return alloc_points(console)
+
+    def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
+        enough = span.end + self.WATCHED_SECONDS
+        deadline = time.monotonic() + 60
+        while (beats := console.matches(ALLOC_LINE))[-1][0] < enough:
+            if time.monotonic() > deadline:
+                raise GuestError(f"{guest.name}: it stands still: {console.lines[-1][1]}")
+            time.sleep(0.05)
+        times = [when for when, _ in beats]
+        before = throughput.longest_gap(times, span.start - self.WATCHED_SECONDS, span.start)
+        begin = span.switch or span.start
+        stall = throughput.longest_gap(times, begin, enough)
+        slowest = max(int(match[3]) for when, match in beats if begin <= when <= enough)
+        return {
+            "stall_before_ms": before and before * 1000,
+            "stall_ms": stall and stall * 1000,
+            "slowest_touch_ms": slowest / 1e6,
+        }
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ class Guest:
         self._running = running
         self._machine: Optional[QEMUMachine] = None
         self._relaunched = False
+        # All that wait_event() has seen.
+        self.events: List[Event] = []
         self._connect_ports()
 
     def _connect_ports(self) -> None:
@@ -317,10 +319,12 @@ class Guest:
         )
 
     def wait_event(self, match: Callable[[Event], bool], what: str, timeout: float) -> Event:
-        """Wait for the first event that matches; those before it are dropped."""
+        """Wait for the next event that matches. It, and those before it, are in `events` then."""
         deadline = time.monotonic() + timeout
         while True:
             event = self._next_event(min(LIVENESS_SECONDS, deadline - time.monotonic()))
+            if event:
+                self.events.append(event)
             if event and match(event):
                 return event
             if not event and not self.machine.is_running():

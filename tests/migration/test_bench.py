@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -14,13 +15,14 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "bench"))
 # pylint: disable=wrong-import-position
-from livebench import engine, floor, hostinfo, plan, report, statistics  # noqa: E402
+from livebench import engine, floor, hostinfo, plan, postcopy, report, statistics  # noqa: E402
 from livebench import summary, throughput  # noqa: E402
 from livebench.modes import MODES, Mode  # noqa: E402
 from livebench.scenarios import SCENARIOS, Scenario, Target, matching  # noqa: E402
-from livebench.store import Store  # noqa: E402
-from livemig import host  # noqa: E402
+from livebench.store import Store, exported  # noqa: E402
+from livemig import host, paths  # noqa: E402
 from livemig.errors import LivemigError  # noqa: E402
+from livemig.migration import MigrationResult  # noqa: E402
 
 IDLE = SCENARIOS["idle-8g"]
 ISSUE_FIELDS = "scenario mode runs median_ms ratio_legacy ratio_stock ratio_floor".split()
@@ -272,6 +274,45 @@ def test_throughput() -> None:
     assert throughput.rate(points, 50, 60) is None
 
 
+def test_longest_gap() -> None:
+    """A silence counts if any part of it lies in the time that is asked for, in its whole length."""
+    times = [0.0, 1.0, 1.1, 3.1, 3.2, 9.2]
+    assert throughput.longest_gap(times, 1.05, 3.15) == pytest.approx(2)
+    assert throughput.longest_gap(times, 0.5, 1.05) == pytest.approx(1)
+    assert throughput.longest_gap(times, 3.15, 8) == pytest.approx(6)
+    assert throughput.longest_gap([1.0], 0, 2) is None
+
+
+def test_switch_is_due_after_its_round() -> None:
+    """A guest is switched to postcopy when the hints are there, or when a whole round was sent."""
+
+    def due(after_round: int, rounds: int, hints: Optional[Dict[str, str]]) -> bool:
+        info: Dict[str, Any] = {"status": "active", "ram": {"dirty-sync-count": rounds}}
+        if hints:
+            info["free-page-hint"] = hints
+        return postcopy.due(after_round, MigrationResult.from_qmp(info))
+
+    ended = {"state": "ended"}
+    off = {"state": "idle", "reason": "disabled"}
+    assert due(0, 1, None) and due(0, 1, ended) and due(0, 1, off)
+    assert not due(0, 0, None) and not due(0, 1, {"state": "asked"})
+    assert due(1, 2, None) and due(1, 2, ended) and due(1, 2, off)
+    assert not due(1, 1, None) and not due(1, 1, ended) and not due(1, 1, off)
+
+
+def test_special_rows_stay_out_of_the_others() -> None:
+    """Guests that are switched to postcopy, or zero memory, are no points of the plain curves."""
+    plain = [name for name, one in SCENARIOS.items() if summary.plain(asdict(one))]
+    assert "idle-8g" in plain and "freed-75-8g" in plain
+    for name in plain:
+        assert not name.startswith("postcopy-") and not name.endswith("-init_on_alloc")
+    # A run that was recorded before there were any.
+    assert summary.plain({"guests": 1, "gbit": 0, "multifd": 0})
+    # The files that the first stage exported are still read.
+    for file in (REPO / "bench" / "results").glob("*.json.xz"):
+        assert exported(file)
+
+
 def test_floor_joins_runs() -> None:
     """Runs of free pages are joined to as few as there can be, whatever their order."""
     runs = {"pc.ram": [(8, 4), (0, 4), (4, 4), (20, 4), (22, 1)]}
@@ -339,6 +380,50 @@ def test_one_run(tmp_path: Path) -> None:
     assert clocks in ({"tsc"}, {"kvm-clock"})
     assert str(Path.home()) not in json.dumps(run)
     assert "1 of 1 runs are there already" in bench(*arguments).stdout
+
+
+def one_run(tmp_path: Path, scenario: str, *arguments: str) -> Dict[str, Any]:
+    """Make one run of a scenario with arrays and a small guest; returns it."""
+    options = ["--mode", "array", "--mem", "512M", "--runs", "1", "--out", str(tmp_path)]
+    done = bench("run", "--scenario", scenario, *options, *arguments)
+    assert done.returncode == 0, done.stderr
+    (run,) = Store(tmp_path).runs()
+    assert run["verified"]
+    return run
+
+
+@pytest.mark.parametrize("scenario", ["postcopy-freed-8g-round0", "postcopy-idle-4g-memfd"])
+def test_one_postcopy_run(tmp_path: Path, scenario: str, measured: Dict[str, Any]) -> None:
+    """A guest is switched to postcopy after its round; what came then, and its stall, are told."""
+    run = one_run(tmp_path, scenario)
+    values = run["metrics"]
+    measured.update(values)
+    # The premises: it was switched, after that round, with hints, while its program ran.
+    raw = run["migration"][0]
+    early = scenario.endswith("round0")
+    assert raw["ram"]["postcopy-bytes"] == pytest.approx(values["postcopy_mib"] * 2**20, abs=1000)
+    assert values["postcopy_mib"] > 0 and values["hinted_mib"] > 0
+    # Nearly nothing was sent before the switch after round 0, and most after round 1.
+    share = values["postcopy_mib"] / values["sent_mib"]
+    assert share > 0.9 if early else share < 0.7
+    for metric in "stopped_ms", "postcopy_ms", "stall_ms", "stall_before_ms", "slowest_touch_ms":
+        assert values[metric] > 0
+    assert values["postcopy_ms"] < values["total_ms"]
+    assert 0 <= values["postcopy_zero_pages"] <= values["zero_pages"]
+    memfd = values.get("memfd_destination_after_mib")
+    assert memfd is None if early else 64 < memfd <= 512
+
+
+def test_one_run_that_zeroes(tmp_path: Path, measured: Dict[str, Any]) -> None:
+    """The guest's kernel zeroes what it allocates; how much is dirtied again is told."""
+    run = one_run(tmp_path, "idle-2g-init_on_alloc")
+    values = run["metrics"]
+    measured.update(values)
+    log = paths.OUT / "logs" / "bench" / "idle-512m-init_on_alloc" / "array-1"
+    console = (log / "source-0-console.log").read_text(errors="replace")
+    assert re.search(r"auto-init: .*heap alloc:on", console)
+    # Arrays have the guest allocate nothing.
+    assert values["redirtied_mib"] < 0.1 * values["hinted_mib"]
 
 
 def test_memory_is_warm_until_it_is_wanted() -> None:

@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * allocloop: takes memory from the allocator and gives it back, and tells how long that takes.
+ * allocloop: takes memory from the allocator and gives it back, and reports how long that takes.
  *
- *   allocloop SECONDS HOLD_MIB
+ *   allocloop SECONDS HOLD_MIB [INTERVAL_MS]
  *
  * Maps and touches small areas until it holds HOLD_MIB, unmaps them all and begins again. So it
  * needs pages that it did not have a moment ago, as a program that starts or grows does. An
  * operation is one area mapped and touched: a system call and 16 page faults; giving memory back is
  * not counted.
  *
- * Each 100 ms it writes
+ * Each INTERVAL_MS (100 if not given) it writes
  *   alloc ms=MS ops=N p50=NS p99=NS max=NS
  * with the milliseconds since the start by the guest's own clock, and how long operations took. At
  * the end it writes "alloc done ops=N".
  */
 #define _GNU_SOURCE
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,7 +25,7 @@
 #define PAGE_BYTES 4096u
 #define AREA_PAGES 16u
 #define AREA_BYTES (AREA_PAGES * PAGE_BYTES)
-#define INTERVAL_NS UINT64_C(100000000)
+#define INTERVAL_MS 100u
 /* Later operations of an interval are counted but not looked at. */
 #define MAX_SAMPLES 100000u
 
@@ -76,16 +77,19 @@ static char *take_area(void)
 
 int main(int argc, char **argv)
 {
-	unsigned long seconds = argc == 3 ? strtoul(argv[1], NULL, 10) : 0;
-	size_t max_held = argc == 3 ? strtoul(argv[2], NULL, 10) * 16 : 0;
+	bool counted = argc == 3 || argc == 4;
+	unsigned long seconds = counted ? strtoul(argv[1], NULL, 10) : 0;
+	size_t max_held = counted ? strtoul(argv[2], NULL, 10) * 16 : 0;
+	uint64_t interval_ns = argc == 4 ? strtoul(argv[3], NULL, 10) : INTERVAL_MS;
 	size_t held = 0, ops = 0, all_ops = 0;
 	uint64_t start, interval;
 	char **areas;
 
-	if (!seconds || !max_held) {
-		fputs("usage: allocloop SECONDS HOLD_MIB\n", stderr);
+	if (!seconds || !max_held || !interval_ns) {
+		fputs("usage: allocloop SECONDS HOLD_MIB [INTERVAL_MS]\n", stderr);
 		return 2;
 	}
+	interval_ns *= 1000000;
 	areas = calloc(max_held, sizeof(*areas));
 	if (!areas) {
 		perror("allocloop: calloc");
@@ -104,7 +108,7 @@ int main(int argc, char **argv)
 		if (held == max_held)
 			while (held)
 				munmap(areas[--held], AREA_BYTES);
-		if (after - interval >= INTERVAL_NS) {
+		if (after - interval >= interval_ns) {
 			report(after - start, ops);
 			all_ops += ops;
 			ops = 0;
