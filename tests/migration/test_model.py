@@ -241,6 +241,10 @@ MUTANTS = {
         "S9_host_page_whole",
         f"{SWITCHED} PAGES=2 HUGE PREEMPT M41",
     ),
+    "M42-recovery-sends-the-rest-of-a-host-page": (
+        "S9_host_page_whole",
+        f"{SWITCHED} PAGES=2 HUGE CUTS=1 M42",
+    ),
 }
 
 # For "make check": a rule of each hazard in docs/correctness.md, and those that are found at once.

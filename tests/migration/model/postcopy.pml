@@ -15,12 +15,18 @@
 #ifdef HUGE
 #define HOST_PAGE(p) 0 .. PAGES - 1
 #define ALL_HINTED(p) (hint_bmap[0] && hint_bmap[1])
+#ifdef M42
+#define ANY_RECEIVED(p) 0
+#else
+#define ANY_RECEIVED(p) (received[0] || received[1])
+#endif
 #define HAS_COME(p) (on_link[0] && on_link[1])
 #define MAY_START_AT_1 (!bmap[0])
 #define PSS_OVERLAP(p) (host_page_sending != NONE)
 #else
 #define HOST_PAGE(p) p .. p
 #define ALL_HINTED(p) hint_bmap[p]
+#define ANY_RECEIVED(p) received[p]
 #define HAS_COME(p) on_link[p]
 #define MAY_START_AT_1 1
 #define PSS_OVERLAP(p) (host_page_sending == p)
@@ -97,7 +103,8 @@ inline ram_dirty_bitmap_reload()
 #elif defined(M40)
 		bmap[i] = bmap[i] && !hint_bmap[i];
 #elif !defined(M34)
-		bmap[i] = bmap[i] && !ALL_HINTED(i);
+		/* What of the host page was not received although some was, is hinted. */
+		bmap[i] = bmap[i] && !ALL_HINTED(i) && !ANY_RECEIVED(i);
 #endif
 	}
 }
@@ -267,6 +274,9 @@ inline any_switch(p)
 		fi
 	:: d_step { live[1] = 1; differs[1] = 1; zero[0] = 1; hint_bmap[0] = 1;
 		bmap[0] = 1; bmap[1] = 1; dirty_pages = 2 }
+	/* A part of it was dirtied, and sent before the switch. */
+	:: d_step { live[0] = 1; received[0] = 1; zero[1] = 1; hint_bmap[1] = 1; mapped[0] = 1 }
+	:: d_step { live[1] = 1; received[1] = 1; zero[0] = 1; hint_bmap[0] = 1; mapped[0] = 1 }
 	:: d_step { zero[0] = 1; zero[1] = 1; hint_bmap[0] = 1; hint_bmap[1] = 1 }
 		if
 		:: mapped[0] = 1
