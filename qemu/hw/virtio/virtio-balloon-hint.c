@@ -343,8 +343,8 @@ static uint32_t virtio_balloon_hint_new_id(void *opaque)
     return s->hint.cmd_id;
 }
 
-/* The only writer of hint.status but for the migration stream. */
-static void hint_set_status(VirtIOBalloon *s, VirtIOBalloonHintStatus status)
+/* What the config space shows.  The only writer but for the migration stream. */
+static void hint_publish(VirtIOBalloon *s, VirtIOBalloonHintStatus status)
 {
     trace_virtio_balloon_hint_status(s->hint.status, status, s->hint.cmd_id);
     s->hint.status = status;
@@ -352,7 +352,7 @@ static void hint_set_status(VirtIOBalloon *s, VirtIOBalloonHintStatus status)
 
 static void virtio_balloon_hint_ask(void *opaque)
 {
-    hint_set_status(opaque, VIRTIO_BALLOON_HINT_ASKED);
+    hint_publish(opaque, VIRTIO_BALLOON_HINT_ASKED);
     virtio_notify_config(VIRTIO_DEVICE(opaque));
 }
 
@@ -360,7 +360,7 @@ static void virtio_balloon_hint_done(void *opaque)
 {
     VirtIOBalloon *s = opaque;
 
-    hint_set_status(s, VIRTIO_BALLOON_HINT_DONE);
+    hint_publish(s, VIRTIO_BALLOON_HINT_DONE);
     virtio_notify_config(VIRTIO_DEVICE(s));
     /* Give back what waited for room in the engine's queue */
     qemu_bh_schedule(s->hint.bh);
@@ -429,7 +429,7 @@ void virtio_balloon_hint_reset(VirtIOBalloon *s)
     }
     s->hint.running = false;
     s->hint.block_id = 0;
-    hint_set_status(s, VIRTIO_BALLOON_HINT_STOP);
+    hint_publish(s, VIRTIO_BALLOON_HINT_STOP);
     free_page_hint_abort(FREE_PAGE_HINT_REASON_RESET);
 }
 
