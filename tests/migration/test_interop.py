@@ -442,16 +442,3 @@ def test_iothread_is_deprecated(lab: Lab, tmp_path: Path) -> None:
         sections.append(balloon_section(lab, tmp_path / name, balloon=balloon))
     assert seen[0] == seen[1]
     assert sections[0] == sections[1]
-
-
-@pytest.mark.parametrize("build", BUILDS)
-def test_polling_interval_stays_behind(lab: Lab, build: str) -> None:
-    """How often the balloon's statistics are polled is not migrated, by stock QEMU and by ours."""
-    interval = {"path": "/machine/peripheral/balloon", "property": "guest-stats-polling-interval"}
-    balloon = STOCK_BALLOON if build == "stock" else ARRAYS
-    spec = bare_metal(qemu=build, balloon=balloon)
-    source, destination = lab.launch(spec, "source"), lab.incoming(spec)
-    source.qmp("qom-set", value=2, **interval)
-    migrate(source, destination, FOR_STOCK)
-    found = [guest.qmp("qom-get", **interval) for guest in (source, destination)]
-    assert found == [2, 0]
