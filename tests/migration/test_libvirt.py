@@ -426,6 +426,34 @@ def test_saved_and_restored(hosts: Hosts, measured: Dict[str, Any]) -> None:
             guest.check()
 
 
+def test_to_stock_and_back(hosts: Hosts, tmp_path: Path) -> None:
+    """A guest without arrays moves to a host with stock QEMU and back, as docs/libvirt.md says."""
+    binaries = [str(paths.qemu_binary(build)) for build in ("ours", "stock")]
+    guest = Guest(hosts, "to-stock")
+    iothread = ":property name='iothread' type='string' value='iothread1'/>"
+    assert f"<qemu{iothread}" in DOCUMENTATION.read_text("utf-8")
+    xml = guest.xml.read_text("utf-8")
+    xml = re.sub(r':property name="free-page-hint-arrays"[^>]*>', iothread, xml)
+    # Stock QEMU does not know the trace event.
+    xml = re.sub(r"(?s)<(\w+:commandline)>.*</\1>", "", xml)
+    guest.xml.write_text(xml.replace("<vcpu>", "<iothreads>1</iothreads><vcpu>"), "utf-8")
+    with guest:
+        assert "'iothread' is deprecated" in guest.qemu_log("a")
+        workload.stamp(guest, STAMPED_MIB)
+        for here, there in (binaries, binaries[::-1]):
+            guest.fill()
+            path = tmp_path / "there.xml"
+            xml = hosts.virsh(guest.host, "dumpxml", "--migratable", guest.name)
+            path.write_text(xml.replace(here, there), "utf-8")
+            result = guest.migrate("--xml", path)
+            if here == binaries[0]:
+                hints = result.hints
+                assert hints and hints.complete and hints.messages == hints.blocks
+                assert hints.skipped_bytes > 0.9 * FREED_MIB * MIB
+            guest.check()
+            assert there in hosts.virsh(guest.host, "dumpxml", guest.name)
+
+
 def test_documented_xml_is_the_tested_one() -> None:
     """docs/libvirt.md shows the XML of these tests."""
     documented, tested = (
