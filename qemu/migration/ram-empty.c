@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * RAM is empty before the first page of an incoming migration is loaded
+ *
+ * Pages that the source does not send, because nobody wants their contents or
+ * because they are zero, show what the destination's RAM held before. That must
+ * be nothing: least of all what another guest left in a shared file.
+ * See docs/devel/migration/ram-empty.rst.
+ */
+#include "qemu/osdep.h"
+#include "qemu/coroutine.h"
+#include "qemu/cutils.h"
+#include "qemu/madvise.h"
+#include "qemu/units.h"
+#include "qapi/error.h"
+#include "block/aio.h"
+#include "exec/memory.h"
+#include "exec/ramblock.h"
+#include "system/hostmem.h"
+#include "system/runstate.h"
+#include "system/system.h"
+#include "migration.h"
+#include "options.h"
+#include "ram.h"
+#include "ram-empty.h"
+#include "trace.h"
+
+/*
+ * The monitor is served after each step. Where all is data, one takes 35 ms of
+ * CPU time to punch, 80 ms in a private mapping (4 GiB of 4 KiB pages: 2.2 and
+ * 5 s).
+ */
+#define STEP_BYTES (64 * MiB)
+
+/* How the data that is found in a block is removed. */
+typedef enum {
+    /* The file gets a hole, and its memory is free again. */
+    RAM_EMPTY_PUNCH,
+    /* Zeroes are written over what is not zero, nothing is unmapped. */
+    RAM_EMPTY_ZERO,
+    /* It cannot be: it has to be zero. */
+    RAM_EMPTY_CHECK,
+} RAMEmptyHow;
+
+static const char *const how_names[] = { "punched", "zeroed", "checked" };
+
+/*
+ * Memory that somebody wants to remain populated: he has reserved it, locked
+ * it, or told a device where it is.
+ */
+static bool must_stay_populated(RAMBlock *rb)
+{
+    Object *owner = memory_region_owner(rb->mr);
+    bool is_backend = owner && object_dynamic_cast(owner, TYPE_MEMORY_BACKEND);
+
+    return ram_block_discard_is_disabled() || should_mlock(mlock_state) ||
+           (is_backend && MEMORY_BACKEND(owner)->prealloc) ||
+           /* A hole punched into hugetlbfs loses its reservation. */
+           (rb->page_size != qemu_real_host_page_size() &&
+            !(rb->flags & RAM_NORESERVE));
+}
+
+static bool stays_as_it_is(RAMBlock *rb)
+{
+    /* What another one manages, or what has no contents that we could see. */
+    if (!rb->host || rb->guest_memfd >= 0 || (rb->flags & RAM_PREALLOC)) {
+        return true;
+    }
+    /*
+     * The source ignores its blocks that are shared. Here they may be private
+     * mappings of the same file (docs/system/vm-templating.rst), which are not
+     * ignored, but not loaded either.
+     */
+    return migrate_ignore_shared() && qemu_ram_is_named_file(rb);
+}
+
+/*
+ * Find the first data of a block's file at or after @start, in whole host
+ * pages. Offsets are in the block, which has @length bytes.
+ */
+static bool find_data(RAMBlock *rb, uint64_t length,
+                      uint64_t *start, uint64_t *end)
+{
+#if defined(SEEK_DATA) && defined(SEEK_HOLE)
+    uint64_t page_size = qemu_real_host_page_size();
+    off_t data, hole;
+
+    if (*start < length) {
+        data = lseek(rb->fd, rb->fd_offset + *start, SEEK_DATA);
+        if (data < 0 && errno == ENXIO) {
+            return false;
+        }
+        hole = data < 0 ? -1 : lseek(rb->fd, data, SEEK_HOLE);
+        if (hole >= 0) {
+            *start = MAX(*start, QEMU_ALIGN_DOWN(data - rb->fd_offset,
+                                                 page_size));
+            *end = MIN(length, QEMU_ALIGN_UP(hole - rb->fd_offset, page_size));
+            return *start < length;
+        }
+    }
+#endif
+    /* Devices, and file systems that do not tell. */
+    *end = length;
+    return *start < length;
+}
+
+/* Returns: the bytes that are not zero, in whole pages. */
+static uint64_t count_data(uint8_t *host, uint64_t length, bool make_zero)
+{
+    uint64_t page_size = qemu_real_host_page_size();
+    uint64_t count = 0;
+
+    for (uint8_t *page = host; page < host + length; page += page_size) {
+        if (buffer_is_zero(page, page_size)) {
+            continue;
+        }
+        if (make_zero) {
+            memset(page, 0, page_size);
+        }
+        count += page_size;
+    }
+    return count;
+}
+
+static bool punch(RAMBlock *rb, uint64_t start, uint64_t length)
+{
+#ifdef CONFIG_FALLOCATE_PUNCH_HOLE
+    return !fallocate(rb->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                      rb->fd_offset + start, length);
+#else
+    return false;
+#endif
+}
+
+static void serve_others(void)
+{
+    if (qemu_in_coroutine()) {
+        aio_co_schedule(qemu_get_current_aio_context(), qemu_coroutine_self());
+        qemu_coroutine_yield();
+    }
+}
+
+static RAMEmptyHow choose(RAMBlock *rb)
+{
+    if (rb->flags & RAM_READONLY) {
+        return RAM_EMPTY_CHECK;
+    }
+    /* A private mapping is a promise not to change the file. */
+    if (!qemu_ram_is_shared(rb) || must_stay_populated(rb)) {
+        return RAM_EMPTY_ZERO;
+    }
+    return RAM_EMPTY_PUNCH;
+}
+
+/* Remove the data of the file that is a block's memory. */
+static int empty_file(RAMBlock *rb, uint64_t length, Error **errp)
+{
+    RAMEmptyHow how = choose(rb);
+    uint64_t bytes = 0, start = 0, end;
+    struct stat st;
+
+    /* hugetlbfs says that all of a file is data, but knows if nothing is. */
+    if (fstat(rb->fd, &st) == 0 && S_ISREG(st.st_mode) && !st.st_blocks) {
+        return 0;
+    }
+    while (find_data(rb, length, &start, &end)) {
+        uint64_t step = MIN(end - start, MAX(STEP_BYTES, rb->page_size));
+
+        if (how == RAM_EMPTY_PUNCH) {
+            if (!punch(rb, start, step)) {
+                how = RAM_EMPTY_ZERO;
+                continue;
+            }
+            bytes += step;
+        } else {
+            bytes += count_data(rb->host + start, step, how == RAM_EMPTY_ZERO);
+        }
+        if (bytes && how == RAM_EMPTY_CHECK) {
+            error_setg(errp, "RAM block '%s' has contents and is read-only, so"
+                       " that it cannot be emptied: give it an empty file, or"
+                       " keep the contents with x-ignore-shared", rb->idstr);
+            return -1;
+        }
+        start += step;
+        serve_others();
+    }
+    trace_ram_make_empty(rb->idstr, how_names[how], bytes);
+    return 0;
+}
+
+static int empty_block(RAMBlock *rb, void *opaque)
+{
+    Error **errp = opaque;
+    uint64_t length = qemu_ram_get_used_length(rb);
+    bool is_new = !qemu_ram_is_named_file(rb) || rb->new_file;
+
+    if (stays_as_it_is(rb)) {
+        return 0;
+    }
+    if (is_new && must_stay_populated(rb)) {
+        /*
+         * Only this QEMU can have written to it, and machines leave RAM alone
+         * while they wait for a migration: see rom_reset().
+         */
+        return 0;
+    }
+    if (!qemu_ram_is_shared(rb) && !must_stay_populated(rb)) {
+        /* What this QEMU wrote: ROMs, and tables that it made. */
+        qemu_madvise(rb->host, length, QEMU_MADV_DONTNEED);
+    }
+    if (rb->fd < 0 || (is_new && !qemu_ram_is_shared(rb))) {
+        return 0;
+    }
+    return empty_file(rb, length, errp);
+}
+
+bool ram_make_empty(Error **errp)
+{
+    return !runstate_check(RUN_STATE_INMIGRATE) ||
+           !foreach_not_ignored_block(empty_block, errp);
+}
