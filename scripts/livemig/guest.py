@@ -213,13 +213,16 @@ class Guest:
             args = []
             parts = [f"pc.ram{node}" for node in range(spec.nodes)]
         for node, part in enumerate(parts):
-            size = f"id={part},size={spec.mem_mib // spec.nodes}M"
+            mib = spec.mem_mib // spec.nodes
+            size = f"id={part},size={mib}M"
             if spec.mem_file:
-                args += ["-object", f"memory-backend-file,{size},mem-path={spec.mem_file},share=on"]
+                where = f"mem-path={spec.mem_file},offset={node * mib}M"
+                args += ["-object", f"memory-backend-file,{size},{where},share=on"]
             else:
                 # Not reserved: a guest may be larger than the host, only what it uses counts.
-                reserve = "" if ",reserve=" in spec.mem_backend else ",reserve=off"
-                args += ["-object", f"{spec.mem_backend},{size}{reserve}"]
+                backend = spec.mem_backend
+                said = ",reserve=" in backend or ",prealloc=on" in backend
+                args += ["-object", f"{backend},{size}{'' if said else ',reserve=off'}"]
             if spec.nodes > 1:
                 args += ["-numa", f"node,nodeid={node},memdev={part}"]
         return args
