@@ -16,15 +16,16 @@ import time
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from checks import FREED_MIB, PATIENT_MS, SMALL, WITH_HINTS, assert_goes_on, assert_hints_used
-from checks import assert_intact, assert_watched, fill_and_free, hints_of, start_churn
+from checks import FREED_MIB, PATIENT_MS, SMALL, WITH_HINTS, ask, assert_goes_on
+from checks import assert_hints_used, assert_intact, assert_watched, begin, fill_and_free, hints_of
+from checks import start_churn, wait_answered
 from conftest import Lab
 from oracle import Oracle
 
 from livemig import paths, workload
 from livemig.errors import GuestError
 from livemig.guest import Guest
-from livemig.migration import Hints, cancel, migrate, query, set_capabilities, status_is
+from livemig.migration import cancel, migrate, query
 from livemig.spec import ARRAYS, GuestSpec
 
 REPEAT = int(os.environ.get("FPH_REPEAT", "1"))
@@ -93,31 +94,6 @@ def wait_held(guest: Guest, expected: int) -> None:
 
 
 # Migrations that go nowhere
-
-
-def begin(source: Guest, wait_ms: int = PATIENT_MS) -> None:
-    """Start a migration that is so slow that it cannot complete."""
-    set_capabilities(source, {"events": True})
-    source.qmp("migrate-set-parameters", free_page_hint_wait=wait_ms, max_bandwidth=MIB)
-    source.qmp("migrate", uri="exec:cat > /dev/null")
-    source.wait_event(status_is("active"), "start of the migration", 60)
-
-
-def wait_answered(source: Guest) -> Hints:
-    """Wait until the guest is not asked any more, or could not be asked."""
-    deadline = time.monotonic() + PATIENT_MS / 1000 + 10
-    while (hints := hints_of(query(source))).state != "ended" and not hints.reason:
-        assert time.monotonic() < deadline, f"the hints are still {hints.state}"
-        time.sleep(0.01)
-    return hints
-
-
-def ask(source: Guest, wait_ms: int = PATIENT_MS) -> Hints:
-    """Ask once, without migrating."""
-    begin(source, wait_ms)
-    hints = wait_answered(source)
-    cancel(source)
-    return hints
 
 
 @contextlib.contextmanager
@@ -305,31 +281,53 @@ def test_kexec(lab: Lab) -> None:
     assert_arrives(oracle, source)
 
 
+# The console stays awake: what it says last tells where a guest is stuck.
+SLEEPY = DEBUG.but(cmdline=("no_console_suspend",))
+WAKEUP_SECONDS = 300
+
+
 def fall_asleep(guest: Guest) -> None:
     """Suspend to RAM. What the agent is sent next is done after the wakeup."""
     guest.agent.send("echo mem > /sys/power/state")
-    guest.wait_event(lambda event: event["event"] == "SUSPEND", "sleep", 60)
+    try:
+        guest.wait_event(lambda event: event["event"] == "SUSPEND", "sleep", 60)
+    except GuestError as err:
+        raise GuestError(f"{err}{where_it_is(guest)}") from err
     assert guest.qmp("query-status")["status"] == "suspended"
 
 
 def wake_up(guest: Guest) -> None:
-    """The opposite. The serial ports lose what they are sent before they are awake."""
+    """The opposite. It happens once in a guest's life: QEMU's chipset forgets where its registers
+    for sleep are, and firmware does not remind it.
+
+    The agent is sent nothing before the kernel says that it is awake. Its serial port loses what
+    comes earlier, and a shell that reads half a line, with one quotation mark, ends.
+    """
+    so_far = len(guest.console.text())
     guest.qmp("system_wakeup")
-    guest.wait_event(lambda event: event["event"] == "WAKEUP", "wakeup", 60)
-    for _ in range(30):
-        # Ends the line that lost its beginning.
-        guest.agent.send("")
-        with contextlib.suppress(GuestError):
-            if guest.agent.exec("dmesg | grep 'PM: suspend exit'", timeout=10)[0] == 0:
-                return
-        time.sleep(0.5)
-    raise GuestError(f"{guest.name}: the guest does not wake up")
+    try:
+        guest.wait_event(lambda event: event["event"] == "WAKEUP", "wakeup", 60)
+        guest.console.wait_for("PM: suspend exit", WAKEUP_SECONDS, so_far)
+    except GuestError as err:
+        raise GuestError(f"{err}{where_it_is(guest)}") from err
+
+
+def where_it_is(guest: Guest) -> str:
+    """What is known of a guest that does not do what it should."""
+    known = {
+        "the machine's load": " ".join(map(str, os.getloadavg())),
+        "status": guest.qmp("query-status"),
+        "vCPUs": guest.hmp("info cpus"),
+        "registers": guest.hmp("info registers -a"),
+        "the end of its console": guest.console.tail(),
+    }
+    return "".join(f"\n--- {what}:\n{text}" for what, text in known.items())
 
 
 @pytest.mark.parametrize("flight", ["muted", "heard"])
 def test_sleep_while_asked(lab: Lab, measured: Dict[str, Any], flight: str) -> None:
     """A guest that is suspended to RAM with arrays in flight sleeps at once, and wakes up well."""
-    source = boot(lab)
+    source = boot(lab, SLEEPY)
     began = time.monotonic()
     if flight == "muted":
         with in_flight(source):
@@ -353,9 +351,9 @@ def test_sleep_while_asked(lab: Lab, measured: Dict[str, Any], flight: str) -> N
 
 def test_migrate_asleep(lab: Lab) -> None:
     """A guest that sleeps is migrated whole, wakes up at the destination, and has hints again."""
-    source = boot(lab)
+    source = boot(lab, SLEEPY)
     fall_asleep(source)
-    destination = lab.incoming(DEBUG)
+    destination = lab.incoming(SLEEPY)
     result = migrate(source, destination, WITH_HINTS)
     assert hints_of(result).reason in ("vm-stopped", "no-driver")
     assert result.normal_pages > 0.95 * FREED_MIB * 256
