@@ -179,16 +179,17 @@ uint64_t free_page_hint_clear_hinted(const FreePageHintMap *map)
     uint64_t first = find_first_bit(map->hinted, map->npages);
 
     while (first < map->npages) {
-        first = ROUND_DOWN(first, map->host_ratio);
-        if (host_page_hinted(map, first)) {
-            uint64_t page;
+        uint64_t end, page;
 
-            for (page = first; page < first + map->host_ratio; page++) {
+        first = ROUND_DOWN(first, map->host_ratio);
+        end = MIN(first + map->host_ratio, map->npages);
+        if (host_page_hinted(map, first) ||
+            find_next_zero_bit(map->bmap, end, first) < end) {
+            for (page = first; page < end; page++) {
                 cleared += test_and_clear_bit(page, map->bmap);
             }
         }
-        first = find_next_bit(map->hinted, map->npages,
-                              first + map->host_ratio);
+        first = find_next_bit(map->hinted, map->npages, end);
     }
     return cleared;
 }

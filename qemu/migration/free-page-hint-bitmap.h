@@ -101,8 +101,12 @@ uint64_t free_page_hint_mark_host_page(const FreePageHintMap *map,
                                        uint64_t page);
 
 /**
- * free_page_hint_clear_hinted: take the host pages that are hinted as a whole
- * out of the dirty bitmap again
+ * free_page_hint_clear_hinted: take hinted host pages out of the dirty bitmap
+ * again
+ *
+ * To be called when the dirty bitmap has what was not received.  Host pages that
+ * are hinted as a whole were not sent, and those of which a part was received are
+ * there as a whole: sending the rest would fail.
  *
  * Returns the number of pages cleared.
  */
