@@ -104,9 +104,9 @@ uint64_t free_page_hint_mark_host_page(const FreePageHintMap *map,
  * free_page_hint_clear_hinted: take hinted host pages out of the dirty bitmap
  * again
  *
- * To be called when the dirty bitmap has what was not received.  Host pages that
- * are hinted as a whole were not sent, and those of which a part was received are
- * there as a whole: sending the rest would fail.
+ * To be called when the dirty bitmap has what was not received.  Host pages
+ * that are hinted as a whole were not sent, and those of which a part was
+ * received are there as a whole: sending the rest would fail.
  *
  * Returns the number of pages cleared.
  */

@@ -1,12 +1,12 @@
 /*
  * Free page hints: what builds with FREE_PAGE_HINT_DEBUG check
  *
- * The argument of free-page-hint-ram.c ends in this: a page that is still hinted
- * when the guest has stopped was not written since the dirty log was armed.
- * Here that is looked up.  A checksum of each page is taken right after arming
- * and compared after the merge that follows the stop of the guest.  A page that
- * is zero now may have been discarded, by the balloon say; zeroes are what the
- * destination has.
+ * The argument of free-page-hint-ram.c ends in this: a page that is still
+ * hinted when the guest has stopped was not written since the dirty log was
+ * armed.  Here that is looked up.  A checksum of each page is taken right after
+ * arming and compared after the merge that follows the stop of the guest.  A
+ * page that is zero now may have been discarded, by the balloon say; zeroes are
+ * what the destination has.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */

@@ -252,13 +252,13 @@ unsigned free_page_hint_ram_apply(FreePageHintRun *runs, unsigned n_runs,
                                   FreePageHintTally *tally)
 {
     uint64_t budget = HOLD_PAGES;
+    bool traced = trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_APPLY);
     RAMBlock *listed = NULL;
     unsigned done = 0;
 
     RCU_READ_LOCK_GUARD();
     ram_bitmap_lock();
     while (done < n_runs && budget) {
-        bool traced = trace_event_get_state_backends(TRACE_FREE_PAGE_HINT_APPLY);
         FreePageHintRun *run = &runs[done];
         RAMBlock *rb = run->block;
         uint64_t hinted = tally->hinted;
@@ -382,8 +382,8 @@ void free_page_hint_pong(uint32_t value)
 
 /*
  * A destination that waits for a page while it loads its devices ends postcopy
- * only when it has loaded them.  With preempt, the return path thread answers it
- * to the last.
+ * only when it has loaded them.  With preempt, the return path thread answers
+ * it to the last.
  */
 bool free_page_hint_in_demand(void)
 {

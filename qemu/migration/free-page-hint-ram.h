@@ -27,8 +27,8 @@ void free_page_hint_ram_arm(void);
 
 /*
  * Apply some of @runs: as many as a hold of bitmap_mutex allows, see
- * free_page_hint_clear_runs().  They are stale if the dirty log was merged since
- * free_page_hint_ram_arm().  Called without locks, with an empty @tally.
+ * free_page_hint_clear_runs().  They are stale if the dirty log was merged
+ * since free_page_hint_ram_arm().  Called without locks, with an empty @tally.
  *
  * Returns the number of runs that are done.
  */

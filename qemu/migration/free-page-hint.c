@@ -250,8 +250,9 @@ static void free_page_hint_account(const FreePageHintTally *tally)
 }
 
 /*
- * Find out how to go on after a hold of bitmap_mutex, or a wait.  Fills @runs if
- * @n_runs is 0, as far as there are any.  Returns false if the round is to end.
+ * Find out how to go on after a hold of bitmap_mutex, or a wait.  Fills @runs
+ * if @n_runs is 0, as far as there are any.  Returns false if the round is to
+ * end.
  */
 static bool free_page_hint_next(FreePageHintRun *runs, unsigned *n_runs,
                                 int64_t deadline)

@@ -343,7 +343,7 @@ static uint32_t virtio_balloon_hint_new_id(void *opaque)
     return s->hint.cmd_id;
 }
 
-/* What the config space shows.  The only writer but for the migration stream. */
+/* What the config space shows.  Only the migration stream writes it too. */
 static void hint_publish(VirtIOBalloon *s, VirtIOBalloonHintStatus status)
 {
     trace_virtio_balloon_hint_status(s->hint.status, status, s->hint.cmd_id);
