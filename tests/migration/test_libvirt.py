@@ -33,6 +33,7 @@ DOMAIN_XML = Path(__file__).with_name("libvirt") / "domain.xml"
 DOCUMENTATION = paths.REPO / "docs" / "libvirt.md"
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 OTHER_HOST = {"a": "b", "b": "a"}
+MEMORY_DIRECTORY = "/var/lib/libvirt/qemu/ram"
 LIBVIRTD_LOG = "/var/log/libvirt/libvirtd.log"
 # Exit status of two-hosts where the machine cannot run the hosts
 UNSUPPORTED = 77
@@ -85,14 +86,20 @@ class AgentPort(Port):
 class Guest:
     """A guest that libvirt runs on one of the hosts; on host a first."""
 
-    def __init__(self, hosts: Hosts, name: str, qemu_args: Sequence[str] = (), memfd: bool = False):
+    def __init__(
+        self,
+        hosts: Hosts,
+        name: str,
+        qemu_args: Sequence[str] = (),
+        source: Optional[str] = None,
+    ):
         """Describe the guest; entering the context starts it."""
         self.hosts = hosts
         self.name = name
         self.spec = SPEC
         self.host = "a"
         self.xml = hosts.state / f"{name}.xml"
-        self.xml.write_text(domain_xml(name, qemu_args, memfd), encoding="utf-8")
+        self.xml.write_text(domain_xml(name, qemu_args, source), encoding="utf-8")
         self._port: Optional[AgentPort] = None
         # Memory of QEMUs that is kept open to be looked at.
         self._memories = contextlib.ExitStack()
@@ -247,8 +254,8 @@ class Guest:
         assert verdict.pages >= STAMPED_MIB * MIB // 4096
 
 
-def domain_xml(name: str, qemu_args: Sequence[str], memfd: bool) -> str:
-    """Return a guest's domain XML, with more arguments for QEMU, and memory that is a file."""
+def domain_xml(name: str, qemu_args: Sequence[str], source: Optional[str]) -> str:
+    """Return a guest's domain XML, with more arguments for QEMU, and a type of shared memory."""
     text = string.Template(DOMAIN_XML.read_text(encoding="utf-8")).substitute(
         name=name,
         memory=SPEC.mem_mib,
@@ -262,9 +269,9 @@ def domain_xml(name: str, qemu_args: Sequence[str], memfd: bool) -> str:
     assert arguments is not None
     for value in qemu_args:
         ElementTree.SubElement(arguments, f"{{{QEMU_NAMESPACE}}}arg", value=value)
-    if memfd:
+    if source:
         backing = ElementTree.SubElement(domain, "memoryBacking")
-        ElementTree.SubElement(backing, "source", type="memfd")
+        ElementTree.SubElement(backing, "source", type=source)
         ElementTree.SubElement(backing, "access", mode="shared")
     return ElementTree.tostring(domain, encoding="unicode")
 
@@ -325,7 +332,7 @@ def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
     """
     # The test is not about how soon the guest answers: the longest wait that there is.
     more_args = ["-global", "migration.free-page-hint-wait=60000", "-trace", memory.KEPT_EVENTS]
-    with Guest(hosts, "there-and-back", more_args, memfd=True) as guest:
+    with Guest(hosts, "there-and-back", more_args, source="memfd") as guest:
         workload.stamp(guest, STAMPED_MIB)
         guest.fill()
         hinted, seen = guest.migrate_and_compare()
@@ -570,3 +577,31 @@ def test_two_hosts_says_what_is_missing(
     assert done.returncode == UNSUPPORTED
     assert message in done.stderr and done.stderr.count("\n") == 1
     assert not done.stdout
+
+
+def test_memory_in_a_used_file(hosts: Hosts) -> None:
+    """<source type='file'/>: what another guest left in the file does not reach the guest."""
+    name = "used-file"
+    left = b"another guest's " * (memory.PAGE_BYTES // 16)
+    with Guest(hosts, name, source="file") as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.fill()
+        directory = hosts.path("b", MEMORY_DIRECTORY)
+        # Nobody knows which id the domain will have there.
+        files = [directory / f"{number}-{name}" / "pc.ram" for number in range(1, 100)]
+        for file in files:
+            file.parent.mkdir(parents=True)
+            if file != files[0]:
+                os.link(files[0], file)
+                continue
+            with open(file, "wb") as out:
+                for _ in range(SPEC.mem_mib):
+                    out.write(left * (MIB // memory.PAGE_BYTES))
+        with open(files[0], "rb") as used:
+            assert_used(guest.migrate())
+            guest.check()
+            # The premise: it is the guest's memory now.
+            pids = list(processes_naming(f"guest={name},"))
+            maps = Path(f"/proc/{pids[0]}/maps").read_text(encoding="utf-8")
+            assert f" {os.fstat(used.fileno()).st_ino} " in maps
+            assert all(page != left for page in iter(lambda: used.read(len(left)), b""))
