@@ -14,7 +14,7 @@ import pytest
 from checks import hints_of, in_check
 from conftest import Lab
 from metal import CHURN, CHURN_PAGES, HELD, HINTED_PAGES, HINTED_STRIPS, PARTS, SLOW, STOCK_HELD
-from metal import STRIP_BYTES, STRIP_PAGES, Metal, addrs_of, assert_counters_match
+from metal import STRIP_BYTES, Metal, addrs_of, assert_counters_match
 from metal import each_accelerator, held, hints_now, let_go, lost_strips, metal, pages_of, strips
 from metal import usable, wait_ended, wait_hinted, wait_pass
 

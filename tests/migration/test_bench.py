@@ -275,7 +275,7 @@ def test_throughput() -> None:
 
 
 def test_longest_gap() -> None:
-    """A silence counts if any part of it lies in the time that is asked for, in its whole length."""
+    """A silence counts in its whole length if any part of it lies in the time that is asked for."""
     times = [0.0, 1.0, 1.1, 3.1, 3.2, 9.2]
     assert throughput.longest_gap(times, 1.05, 3.15) == pytest.approx(2)
     assert throughput.longest_gap(times, 0.5, 1.05) == pytest.approx(1)

@@ -404,7 +404,7 @@ def test_refused_migration(hosts: Hosts, tmp_path: Path) -> None:
 
 
 def test_saved_and_restored(hosts: Hosts, measured: Dict[str, Any]) -> None:
-    """A guest comes back whole from a live snapshot, which uses hints, and from save and managedsave.
+    """A guest comes back whole from a live snapshot, with hints, and from save and managedsave.
 
     These two stop the guest first, so that it is not asked.
     """
