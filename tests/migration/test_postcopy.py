@@ -2,14 +2,15 @@
 """Hints work together with postcopy."""
 
 import re
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, Mapping
 
 import pytest
 from checks import FREED_MIB, SMALL, assert_goes_on, assert_hints_if, assert_hints_used
-from checks import assert_intact, fill_and_free, huge_pages_set_aside, in_check, migration
-from checks import start_churn, wait_hints_ended
+from checks import assert_intact, fill_and_free, hints_of, huge_pages_set_aside, in_check
+from checks import migration, start_churn, wait_hints_ended
 from conftest import Lab
 from oracle import Oracle
 
@@ -146,14 +147,22 @@ def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
     assert_goes_on(destination)
 
 
+def use_hinted_memory(source: Guest, destination: Guest) -> None:
+    """Let the guest use memory that was hinted while most of it is still to come."""
+    destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
+    destination.agent.run(f"dirtyfree {FREED_MIB // 2} 2 > /dev/null 2>&1 &", timeout=300)
+    while not hints_of(query(source)).requested_bytes:
+        assert query(source).status == "postcopy-active"
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("name", ["plain", "preempt"])
 def test_taken_back_in_postcopy(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """A guest that takes back hinted memory while the rest of it comes gets zeros, and works on."""
     source = busy_guest(lab)
     destination = lab.incoming(source.spec)
-    switch_early(source, destination, CASES[name].common)
-    destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
-    workload.dirty_and_free(destination, FREED_MIB // 2)
+    switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=MIB)
+    use_hinted_memory(source, destination)
     result = finish_fast(source, destination)
     hints = assert_hints_used(result, FREED_MIB * MIB)
     measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
@@ -170,9 +179,8 @@ def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], name: str) ->
         backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
         source = busy_guest(lab, mem_backend=backend)
         destination = lab.incoming(source.spec)
-        switch_early(source, destination, CASES[name].common)
-        destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
-        workload.dirty_and_free(destination, FREED_MIB // 2)
+        switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=MIB)
+        use_hinted_memory(source, destination)
         hints = assert_hints_used(finish_fast(source, destination), FREED_MIB * MIB)
         measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
         # The premise
