@@ -464,7 +464,7 @@ static void test_bitmaps_random(void)
     bitmaps_random(64);
 }
 
-/* A page that was clean when it was hinted does not become dirty by a request. */
+/* A page that was clean when it was hinted is not made dirty by a request. */
 static void test_clean_page_stays_clean(void)
 {
     FreePageHintMap map = map_new(PAGES, 1);
