@@ -156,8 +156,8 @@ def test_balloon_of_shape(lab: Lab, measured: Dict[str, Any], name: str) -> None
     assert bool(iothread) == (name == "iothread")
     prepare(source)
     hints = assert_arrives(oracle, source)
-    measured.update(arrays=hints.arrays, blocks=hints.blocks)
-    assert hints.arrays < hints.blocks
+    measured.update(messages=hints.messages, blocks=hints.blocks)
+    assert hints.messages < hints.blocks
 
 
 def resident_mib(guest: Guest) -> int:
@@ -181,7 +181,7 @@ def test_with_reporting(lab: Lab, measured: Dict[str, Any], machine: str, kernel
     measured["resident_mib"] = (before, resident_mib(source))
     prepare(source)
     hints = assert_arrives(oracle, source)
-    assert (hints.arrays < hints.blocks) == (kernel == "ours")
+    assert (hints.messages < hints.blocks) == (kernel == "ours")
 
 
 # Memory in other layouts
@@ -383,9 +383,13 @@ def test_boots_again_while_ram_is_sent(lab: Lab, measured: Dict[str, Any], how: 
 
 @pytest.mark.check
 def test_network_card_goes_while_asked(lab: Lab) -> None:
-    """A device that the guest ejects while it is asked, with RAM of its own, ends nothing."""
+    """A device that the guest ejects while it is asked, with RAM of its own, ends nothing.
+
+    Not with the debug build: QEMU goes on counting the dirty pages of RAM that is gone, with hints
+    and without, and the check of the counter finds that.
+    """
     args = ("-machine", "pc", "-device", "virtio-net-pci,id=nic,addr=10")
-    with metal(lab, qemu="debug", balloon=ARRAYS, args=args) as guest:
+    with metal(lab, balloon=ARRAYS, args=args) as guest:
         source = guest.source
         # The premise: its ROM is a block of RAM that is sent.
         assert "/virtio-net-pci.rom" in source.hmp("info ramblock")
