@@ -16,7 +16,7 @@ from conftest import Lab
 from metal import CHURN, CHURN_PAGES, HELD, HINTED_PAGES, HINTED_STRIPS, PARTS, SLOW, STOCK_HELD
 from metal import STRIP_BYTES, Metal, addrs_of, assert_counters_match
 from metal import each_accelerator, held, hints_now, let_go, lost_strips, metal, pages_of, strips
-from metal import usable, wait_ended, wait_hinted, wait_pass
+from metal import tcg_at_least, usable, wait_ended, wait_hinted, wait_pass
 
 from livemig import memory, paths
 from livemig.baremetal import MIB, PAGE, Balloon, Machine, chain, spec
@@ -342,6 +342,30 @@ def test_hints_after_a_sync_are_stale(lab: Lab, measured: Dict[str, Any], accel:
         assert (hints.hinted_bytes, hints.stale_bytes) == (0, len(HINTED_PAGES) * PAGE)
         assert not any(guest.lost(part) for part in PARTS)
         assert_counters_match(guest.source)
+
+
+@tcg_at_least
+def test_written_last(lab: Lab, accel: str) -> None:
+    """What is written to a hinted page just before the guest is stopped arrives.
+
+    Nobody looks on: then the engine does not keep up which pages are hinted, once the guest stands.
+    """
+    with metal(lab, accel=accel, trace=None) as guest:
+        guest.write_all()
+        destination = guest.incoming()
+        start(guest.source, destination, held())
+        cmd_id = guest.balloon.wait_asked()
+        guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
+        guest.balloon.send_end(cmd_id)
+        assert wait_ended(guest.source).skipped_bytes == len(HINTED_PAGES) * PAGE
+        guest.write("after it was applied")
+        guest.source.qmp("stop")
+        hints = hints_of(let_go(guest.source, destination))
+        # The premise: no sync has counted the write.
+        assert hints.redirtied_bytes == 0
+        assert guest.lost("after it was applied") == 0
+        assert guest.lost("kept") == 0
+        assert guest.lost("free") > 0
 
 
 # What stock QEMU does
