@@ -3,6 +3,7 @@
 
 from typing import Any, Callable, Dict
 
+from livemig.errors import LivemigError
 from livemig.guest import Event, Guest
 from livemig.migration import ENDED, MigrationResult, status_is
 
@@ -43,6 +44,9 @@ def outcome(source: Guest, there: Guest, before: MigrationResult) -> Dict[str, f
     the switch count: a few, or in round 0 next to none.
     """
     source.wait_event(status_is(*ENDED), "end of postcopy", WAIT_SECONDS)
+    if not any(status_is("postcopy-active")(event) for event in source.events):
+        # The guest stood still for so long that nothing was left to send.
+        raise LivemigError(f"{source.name}: precopy was over before the switch")
     stopped = _moment(source, lambda event: event["event"] == "STOP")
     resumed = _moment(there, lambda event: event["event"] == "RESUME")
     ended = _moment(source, status_is(*ENDED))

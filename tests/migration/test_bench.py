@@ -300,6 +300,42 @@ def test_switch_is_due_after_its_round() -> None:
     assert not due(1, 1, None) and not due(1, 1, ended) and not due(1, 1, off)
 
 
+def test_a_switch_that_came_too_late_is_no_result() -> None:
+    """A migration that was over before it could be switched to postcopy is not reported as one."""
+
+    class Source:
+        """Stands in for a guest whose migration has completed."""
+
+        name = "source"
+
+        def __init__(self, *statuses: str):
+            ram = {"postcopy-bytes": 4096, "duplicate": 5, "postcopy-requests": 2}
+            self._ram = {"ram": ram}
+            self.events = [event("STOP", {}, 1)]
+            self.events += [event("MIGRATION", {"status": status}, 2) for status in statuses]
+
+        def wait_event(self, *_: Any) -> None:
+            """It has come already."""
+
+        def qmp(self, _: str) -> Dict[str, Any]:
+            """The answer of query-migrate."""
+            return self._ram
+
+    def event(name: str, data: Dict[str, Any], seconds: int) -> Dict[str, Any]:
+        return {"event": name, "data": data, "timestamp": {"seconds": seconds, "microseconds": 0}}
+
+    def outcome(source: Any) -> Dict[str, float]:
+        there: Any = Source()
+        there.events = [event("RESUME", {}, 1)]
+        before = MigrationResult.from_qmp({"ram": {"duplicate": 3}})
+        return postcopy.outcome(source, there, before)
+
+    found = outcome(Source("postcopy-active", "completed"))
+    assert (found["postcopy_ms"], found["postcopy_zero_pages"]) == (1000, 2)
+    with pytest.raises(LivemigError, match="before the switch"):
+        outcome(Source("completed"))
+
+
 def test_special_rows_stay_out_of_the_others() -> None:
     """Guests that are switched to postcopy, or zero memory, are no points of the plain curves."""
     plain = [name for name, one in SCENARIOS.items() if summary.plain(asdict(one))]
