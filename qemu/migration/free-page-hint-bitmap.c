@@ -37,6 +37,7 @@ static bool run_trim(FreePageHintRun *run, uint64_t host_ratio)
 static uint64_t map_clear(const FreePageHintMap *map, uint64_t first,
                           uint64_t npages)
 {
+    unsigned long *bmap = map->bmap, *hinted = map->hinted;
     uint64_t last = first + npages - 1;
     uint64_t cleared = 0;
     uint64_t k;
@@ -52,9 +53,9 @@ static uint64_t map_clear(const FreePageHintMap *map, uint64_t first,
             mask &= BITMAP_LAST_WORD_MASK(last + 1);
         }
 
-        bits = map->bmap[k] & mask;
-        map->bmap[k] &= ~bits;
-        map->hinted[k] |= bits;
+        bits = bmap[k] & mask;
+        bmap[k] &= ~bits;
+        hinted[k] |= bits;
         /* Before the first round nearly all are set, and counting is slow */
         cleared += bits == ~0UL ? BITS_PER_LONG : ctpopl(bits);
     }

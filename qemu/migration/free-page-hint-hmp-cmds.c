@@ -10,6 +10,12 @@
 
 void hmp_info_free_page_hint(Monitor *mon, const FreePageHintInfo *info)
 {
+    /* Most guests have nothing to do with hints */
+    if (info->has_reason &&
+        (info->reason == FREE_PAGE_HINT_REASON_NO_DEVICE ||
+         info->reason == FREE_PAGE_HINT_REASON_DISABLED)) {
+        return;
+    }
     monitor_printf(mon, "free page hints: %s%s%s%s\n",
                    FreePageHintState_str(info->state),
                    info->has_reason ? " (" : "",

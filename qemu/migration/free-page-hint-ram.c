@@ -150,9 +150,11 @@ void free_page_hint_cleanup(void)
         free_page_hint_debug_kept();
     }
 
-    RAMBLOCK_FOREACH_MIGRATABLE(rb) {
+    /* Also of a DIMM that was unplugged meanwhile and may come back */
+    INTERNAL_RAMBLOCK_FOREACH(rb) {
         rb->hint = NULL;
     }
+    ram_hint.pages = 0;
     g_clear_pointer(&ram_hint.blocks, g_ptr_array_unref);
     free_page_hint_debug_cleanup();
 }

@@ -45,8 +45,8 @@ typedef enum {
 static const char *const how_names[] = { "punched", "zeroed", "checked" };
 
 /*
- * Memory that somebody wants to remain populated: he has reserved it, locked
- * it, or told a device where it is.
+ * Memory that is to remain populated: it was reserved, locked, or pinned for a
+ * device.
  */
 static bool must_stay_populated(RAMBlock *rb)
 {
@@ -60,10 +60,35 @@ static bool must_stay_populated(RAMBlock *rb)
             !(rb->flags & RAM_NORESERVE));
 }
 
+/* Called for each object; is it a device that gives @backend to others, too? */
+static int gives_to_others(Object *obj, void *backend)
+{
+    return (object_dynamic_cast(obj, "nvdimm") ||
+            object_dynamic_cast(obj, "virtio-pmem") ||
+            object_dynamic_cast(obj, "ivshmem-plain")) &&
+           object_property_get_link(obj, "memdev", NULL) == backend;
+}
+
+/*
+ * Persistent memory and memory that guests share have contents that are not the
+ * guest's alone: somebody may use them at this moment, even the source. So may
+ * whoever has passed us the file of memory that is no backend's.
+ */
+static bool others_contents(RAMBlock *rb)
+{
+    Object *owner = memory_region_owner(rb->mr);
+
+    return rb->fd >= 0 &&
+           (!owner || !object_dynamic_cast(owner, TYPE_MEMORY_BACKEND) ||
+            object_child_foreach_recursive(object_get_root(), gives_to_others,
+                                           owner));
+}
+
 static bool stays_as_it_is(RAMBlock *rb)
 {
-    /* What another one manages, or what has no contents that we could see. */
-    if (!rb->host || rb->guest_memfd >= 0 || (rb->flags & RAM_PREALLOC)) {
+    /* What is not ours to manage, or has no contents that we could see. */
+    if (!rb->host || rb->guest_memfd >= 0 || (rb->flags & RAM_PREALLOC) ||
+        others_contents(rb)) {
         return true;
     }
     /*

@@ -423,3 +423,22 @@ def test_linux_guest(lab: Lab, measured: Dict[str, Any], name: str) -> None:
         with open(file, "rb") as pages:
             left = sum(page == LEFTOVER for page in iter(lambda: pages.read(PAGE), b""))
         assert left == 0
+
+
+def test_persistent_memory_is_not_ours(lab: Lab) -> None:
+    """A file of persistent memory that source and destination share keeps what is in it."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "nvdimm"
+        leave_data(file, 16 * MIB)
+        args = ("-machine", "nvdimm=on", "-m", "maxmem=1G,slots=1")
+        args += ("-object", f"memory-backend-file,id=nv,mem-path={file},size=16M,share=on")
+        args += ("-device", "nvdimm,id=nvdimm0,memdev=nv")
+        with metal(lab, args=args) as guest:
+            destination = arrival(guest, args=args)
+            start(guest.source, destination, hold(True))
+            hint(guest)
+            # Nothing of it was lost while it could be seen from both sides.
+            finish(guest.source, destination)
+            assert "nv" not in emptied(destination)
+            with open(file, "rb") as contents:
+                assert contents.read() == LEFTOVER * (16 * MIB // PAGE)

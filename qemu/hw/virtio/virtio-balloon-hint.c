@@ -85,13 +85,21 @@ static uint64_t hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range,
             memory_region_is_romd(mr) || memory_region_is_ram_device(mr)) {
             invalid += len;
         } else {
+            uint64_t first = DIV_ROUND_UP(offset, qemu_target_page_size());
+            uint64_t end;
+
             len = here;
-            r->runs[r->n++] = (FreePageHintRun) {
-                .block = mr->ram_block,
-                .first = DIV_ROUND_UP(offset, qemu_target_page_size()),
-                .npages = (offset + len) / qemu_target_page_size() -
-                          DIV_ROUND_UP(offset, qemu_target_page_size()),
-            };
+            end = (offset + len) / qemu_target_page_size();
+            if (first < end) {
+                r->runs[r->n++] = (FreePageHintRun) {
+                    .block = mr->ram_block,
+                    .first = first,
+                    .npages = end - first,
+                };
+            } else {
+                /* Less than a page */
+                invalid += len;
+            }
         }
         range.addr += len;
         range.len -= len;
