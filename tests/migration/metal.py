@@ -138,7 +138,7 @@ def metal(lab: Lab, features: Optional[int] = None, **changes: Any) -> Iterator[
     usable(changes.get("accel", ""))
     with memory.memory_files("source", "destination") as files:
         source = lab.launch(
-            spec(trace="free_page_hint_*").but(**{"mem_file": files[0], **changes}), "source"
+            spec(trace="free_page_hint_*").but(mem_file=files[0], **changes), "source"
         )
         machine = Machine(source)
         machine.wait_ready()

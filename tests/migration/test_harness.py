@@ -27,7 +27,7 @@ PAGE = 4096
 MAGIC = (0x46504853544D5031).to_bytes(8, "little")
 ISSUE_FIELDS = (
     "mode scenario total_ms downtime_ms sent_bytes normal_pages zero_pages hinted_bytes "
-    "ask_to_end_ms arrays verified"
+    "ask_to_end_ms messages verified"
 ).split()
 
 

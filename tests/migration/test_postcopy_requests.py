@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
 import pytest
-from checks import huge_pages_set_aside
 from conftest import Lab
 from metal import HELD, Metal, held, hints_now, metal, tcg_at_least, wait_ended
 
@@ -294,41 +293,3 @@ def test_asked_for_by_a_device(lab: Lab, measured: Dict[str, Any], accel: str) -
         assert measured["requested"] > 0
         guest.machine.moved_to(destination)
         assert guest.machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
-
-
-@tcg_at_least
-def test_asked_for_beside_another_block(lab: Lab, accel: str) -> None:
-    """With preempt, a hinted page comes while the page of that number in another block is sent."""
-    half = MEM_MIB // 2 * MIB
-    huge = 2 * MIB
-    hinted = half + KEPT // 2
-    backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
-    changes = {"mem_file": None, "mem_backend": backend, "nodes": 2}
-    with huge_pages_set_aside(2048, MEM_MIB + 16), metal(
-        lab, accel=accel, mem_mib=MEM_MIB, **changes
-    ) as guest:
-        # What is not zero takes long to send: the first of it is what is being sent.
-        guest.machine.stamp(KEPT // 2, KEPT_PAGES, 2)
-        guest.machine.stamp(hinted, huge // PAGE, 1)
-        destination = lab.incoming(guest.source.spec, "destination")
-        start(guest.source, destination, _spec(True))
-        cmd_id = guest.balloon.wait_asked()
-        guest.balloon.send_array(cmd_id, huge, [hinted])
-        guest.balloon.send_end(cmd_id)
-        assert wait_ended(guest.source).skipped_bytes == huge
-        guest.source.qmp("migrate-start-postcopy")
-        destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
-        guest.machine.moved_to(destination)
-        sent = -1
-        # Zero pages are soon sent; then it is the turn of what was stamped.
-        while sent != (now := query(guest.source).zero_pages):
-            sent = now
-            time.sleep(0.5)
-        assert guest.machine.read(hinted, 2) == [0, 0]
-        assert hints_now(guest.source).requested_bytes == huge
-        assert query(guest.source).status == "postcopy-active"
-        guest.source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
-        finish(guest.source, destination)
-        assert guest.machine.wrong_pages(KEPT // 2, KEPT_PAGES, 2) == 0
-        guest.source.close()
-        destination.close()
