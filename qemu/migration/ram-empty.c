@@ -78,7 +78,8 @@ static bool others_contents(RAMBlock *rb)
 {
     Object *owner = memory_region_owner(rb->mr);
 
-    return rb->fd >= 0 &&
+    /* What is read-only can only be refused, whosever it is */
+    return rb->fd >= 0 && !(rb->flags & RAM_READONLY) &&
            (!owner || !object_dynamic_cast(owner, TYPE_MEMORY_BACKEND) ||
             object_child_foreach_recursive(object_get_root(), gives_to_others,
                                            owner));
