@@ -161,7 +161,7 @@ def test_taken_back_in_postcopy(lab: Lab, measured: Dict[str, Any], name: str) -
     """A guest that takes back hinted memory while the rest of it comes gets zeros, and works on."""
     source = busy_guest(lab)
     destination = lab.incoming(source.spec)
-    switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=MIB)
+    switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=16 * MIB)
     use_hinted_memory(source, destination)
     result = finish_fast(source, destination)
     hints = assert_hints_used(result, FREED_MIB * MIB)
@@ -179,7 +179,7 @@ def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], name: str) ->
         backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
         source = busy_guest(lab, mem_backend=backend)
         destination = lab.incoming(source.spec)
-        switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=MIB)
+        switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=16 * MIB)
         use_hinted_memory(source, destination)
         hints = assert_hints_used(finish_fast(source, destination), FREED_MIB * MIB)
         measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
