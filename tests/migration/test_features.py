@@ -251,8 +251,8 @@ class HugePages:
 HUGE_PAGES = {
     "2m": HugePages("2M", 2048, 1024),
     "2m-postcopy-ram": HugePages("2M", 2048, 1024, postcopy_ram=True),
-    "1g": HugePages("1G", 1 << 20, 2048),
-    "1g-postcopy-ram": HugePages("1G", 1 << 20, 2048, postcopy_ram=True),
+    "1g": HugePages("1G", 1 << 20, 1024),
+    "1g-postcopy-ram": HugePages("1G", 1 << 20, 1024, postcopy_ram=True),
 }
 
 
