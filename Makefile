@@ -78,7 +78,7 @@ bench-report: ## the report of what was measured so far: out/bench/report.html
 	@bench/bench report
 
 unit: qemu ## run the C unit tests
-	@$(FPH_CACHE)/qemu-ours/build/tests/unit/test-free-page-hint
+	@for test in free-page-hint absent-pages; do $(FPH_CACHE)/qemu-ours/build/tests/unit/test-$$test || exit; done
 
 # No debug kernel, no Debian image: what builds and boots slowly.
 check: qemu qemu-debug qemu-stock kernel images ## ten minutes of tests: the quick ones that catch most

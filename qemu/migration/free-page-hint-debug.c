@@ -3,8 +3,9 @@
  *
  * The argument of free-page-hint-ram.c ends in this: a page that is still
  * hinted when the guest has stopped was not written since the dirty log was
- * armed.  Here that is looked up.  A checksum of each page is taken right after
- * arming and compared after the merge that follows the stop of the guest.  A
+ * armed.  Here that is looked up.  A checksum of each page is taken after that,
+ * before the guest is asked, and compared after the merge that follows the stop
+ * of the guest.  What the host found to be absent until then has to be zero.  A
  * page that is zero now may have been discarded, by the balloon say; zeroes are
  * what the destination has.
  *
@@ -42,6 +43,13 @@ static uint32_t page_checksum(RAMBlock *rb, uint64_t page)
     return crc32(0, page_host(rb, page), qemu_target_page_size());
 }
 
+static uint32_t zero_checksum(void)
+{
+    g_autofree uint8_t *zeroes = g_malloc0(qemu_target_page_size());
+
+    return crc32(0, zeroes, qemu_target_page_size());
+}
+
 void free_page_hint_debug_counter(void)
 {
     uint64_t counter = ram_dirty_pages_add(0);
@@ -63,8 +71,9 @@ void free_page_hint_debug_counter(void)
     assert(!FREE_PAGE_HINT_DEBUG || counter == bits);
 }
 
-void free_page_hint_debug_armed(void)
+void free_page_hint_debug_scanned(void)
 {
+    uint32_t zero = zero_checksum();
     RAMBlock *rb;
 
     RCU_READ_LOCK_GUARD();
@@ -77,7 +86,9 @@ void free_page_hint_debug_armed(void)
             uint64_t page;
 
             for (page = 0; page < block_pages(rb); page++) {
-                sums[page] = page_checksum(rb, page);
+                /* Nothing was there: a look would populate shared memory */
+                sums[page] = test_bit(page, rb->hint->hinted) ?
+                             zero : page_checksum(rb, page);
             }
             g_hash_table_insert(checksums, rb, sums);
         }

@@ -26,11 +26,11 @@
 void free_page_hint_debug_counter(void);
 
 /* The dirty log is armed, and the guest was not asked yet. */
-void free_page_hint_debug_armed(void);
+void free_page_hint_debug_scanned(void);
 
 /*
  * The guest has stopped, and the dirty log was merged: abort if a page that is
- * still hinted was written since free_page_hint_debug_armed().  Called with the
+ * still hinted was written since free_page_hint_debug_scanned().  Called with the
  * BQL and under bitmap_mutex, in an RCU critical section.
  */
 void free_page_hint_debug_stopped(void);
@@ -41,7 +41,7 @@ void free_page_hint_debug_stopped(void);
  */
 void free_page_hint_debug_kept(void);
 
-/* Free what free_page_hint_debug_armed() has made. */
+/* Free what free_page_hint_debug_scanned() has made. */
 void free_page_hint_debug_cleanup(void);
 
 #endif

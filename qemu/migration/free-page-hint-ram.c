@@ -87,8 +87,7 @@ static FreePageHintMap block_map(RAMBlock *rb)
     return map;
 }
 
-/* Called in an RCU critical section. */
-static bool block_listed(RAMBlock *block)
+bool free_page_hint_ram_listed(RAMBlock *block)
 {
     RAMBlock *rb;
 
@@ -176,7 +175,7 @@ static uint64_t arm_pages(RAMBlock *rb, uint64_t page)
 
     RCU_READ_LOCK_GUARD();
 
-    if (!block_listed(rb) || page >= block_pages(rb)) {
+    if (!free_page_hint_ram_listed(rb) || page >= block_pages(rb)) {
         return 0;
     }
     chunk = rb->clear_bmap ? 1ULL << rb->clear_bmap_shift : block_pages(rb);
@@ -210,7 +209,7 @@ static void arm_tlbs(void)
     bql_unlock();
 }
 
-void free_page_hint_ram_arm(void)
+bool free_page_hint_ram_arm(void)
 {
     g_autoptr(GPtrArray) blocks = g_ptr_array_new();
     RAMBlock *rb;
@@ -235,7 +234,7 @@ void free_page_hint_ram_arm(void)
         while ((npages = arm_pages(g_ptr_array_index(blocks, i), page))) {
             page += npages;
             if (!free_page_hint_armed(npages)) {
-                return;
+                return false;
             }
         }
     }
@@ -243,8 +242,13 @@ void free_page_hint_ram_arm(void)
     if (tcg_enabled()) {
         arm_tlbs();
     }
+    return true;
+}
+
+void free_page_hint_ram_scanned(void)
+{
     if (FREE_PAGE_HINT_DEBUG) {
-        free_page_hint_debug_armed();
+        free_page_hint_debug_scanned();
     }
 }
 
@@ -271,7 +275,7 @@ unsigned free_page_hint_ram_apply(FreePageHintRun *runs, unsigned n_runs,
             done++;
             continue;
         }
-        if (rb != listed && !block_listed(rb)) {
+        if (rb != listed && !free_page_hint_ram_listed(rb)) {
             tally->invalid += run->npages;
             done++;
             budget -= MIN(budget, FREE_PAGE_HINT_RUN_PAGES);
@@ -292,6 +296,39 @@ unsigned free_page_hint_ram_apply(FreePageHintRun *runs, unsigned n_runs,
 
     trace_free_page_hint_hold(done, HOLD_PAGES - budget, tally->cleared);
     return done;
+}
+
+/* Called in an RCU critical section. */
+static bool run_found_absent(const FreePageHintRun *run)
+{
+    RAMBlock *rb = run->block;
+    uint64_t end = run->first + run->npages;
+    bool found;
+
+    ram_bitmap_lock();
+    found = free_page_hint_ram_listed(rb) && run->npages &&
+            run->first < end && end <= block_pages(rb) &&
+            find_next_zero_bit(rb->hint->hinted, end, run->first) >= end;
+    ram_bitmap_unlock();
+    return found;
+}
+
+unsigned free_page_hint_ram_populated(const FreePageHintRun *runs,
+                                      unsigned n_runs,
+                                      FreePageHintPopulated *populated)
+{
+    unsigned n = 0;
+    unsigned i;
+
+    RCU_READ_LOCK_GUARD();
+
+    for (i = 0; i < n_runs; i++) {
+        const FreePageHintRun *run = &runs[i];
+
+        n += run_found_absent(run) &&
+             populated(run->block, run->first, run->npages);
+    }
+    return n;
 }
 
 void free_page_hint_ram_check(void)

@@ -20,10 +20,16 @@
 bool free_page_hint_ram_alloc(void);
 
 /*
- * Make sure that every write from now on is logged.  Gives up as soon as
- * free_page_hint_armed() says so.  Called without locks.
+ * Make sure that every write from now on is logged.  Gives up, and returns
+ * false, as soon as free_page_hint_armed() says so.  Called without locks.
  */
-void free_page_hint_ram_arm(void);
+bool free_page_hint_ram_arm(void);
+
+/*
+ * What is known without the guest was applied, and the guest will be asked.  In
+ * debug builds, remember what RAM holds.  Called without locks.
+ */
+void free_page_hint_ram_scanned(void);
 
 /*
  * Apply some of @runs: as many as a hold of bitmap_mutex allows, see
@@ -34,6 +40,20 @@ void free_page_hint_ram_arm(void);
  */
 unsigned free_page_hint_ram_apply(FreePageHintRun *runs, unsigned n_runs,
                                   FreePageHintTally *tally);
+
+/*
+ * Of @runs, which are to be applied, count those in which nothing was populated
+ * when that was looked up, and something is now.  Called without locks; to be
+ * called with a few runs only, since @populated takes a microsecond or more.
+ */
+typedef bool FreePageHintPopulated(RAMBlock *rb, uint64_t first,
+                                   uint64_t npages);
+unsigned free_page_hint_ram_populated(const FreePageHintRun *runs,
+                                      unsigned n_runs,
+                                      FreePageHintPopulated *populated);
+
+/* Does this round know @rb, and is it there?  In an RCU critical section. */
+bool free_page_hint_ram_listed(RAMBlock *rb);
 
 /*
  * Trace the counter of dirty pages, and in debug builds check it.  Called with

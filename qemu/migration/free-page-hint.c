@@ -3,10 +3,12 @@
  *
  * Round 0 of a migration, see docs/devel/migration/free-page-hint.rst:
  *
- *   IDLE --> ARMING --> ASKED --> REPORTING --> ENDED
- *                \         \_____________________^
- *                 \______________________________^
+ *   IDLE --> ARMING --> SCANNING --> ASKED --> REPORTING --> ENDED
+ *                \____________\______^  \__________________^
+ *                 \____________\___________________________^
  *
+ * Two sources of knowledge: what the host can look up, if anything registers
+ * for that, and what the guest says.  The round runs if there is one of them.
  * What arming and a hint do to RAM, and why no write is lost, is in
  * free-page-hint-ram.c; this file decides when, keeps accounts and waits.
  *
@@ -32,6 +34,15 @@
 /* Runs taken from the queue in one go: 4 GiB of 4 MiB blocks */
 #define APPLY_BATCH 1024
 
+/*
+ * Of the runs that come at once, so many are looked at; that takes a
+ * microsecond each.
+ */
+#define SAMPLE_RUNS 16
+
+/* So many dirtied blocks are no accident: at most 32 MiB of a Linux guest */
+#define DIRTIED_RUNS 8
+
 /* "no reason": hints were used, all of them */
 #define REASON_NONE FREE_PAGE_HINT_REASON__MAX
 
@@ -56,6 +67,23 @@ static struct {
     bool starved;
     int64_t ask_ns;
     FreePageHintInfo stats;
+    /* Why nothing was looked up, or not everything */
+    FreePageHintReason scan_reason;
+
+    /* Migration thread only, in a round: something is looked up */
+    bool scans;
+    /* Migration thread only, in a round: what is left of the time to wait */
+    int64_t left_ns;
+    /* Migration thread only: when the scan has begun */
+    int64_t scan_ns;
+    /* Migration thread only: the guest's driver allocates what it hints */
+    bool allocates;
+    /* Migration thread only: hinted runs looked at, and populated since */
+    unsigned sampled;
+    unsigned dirtied;
+
+    /* Set once. */
+    const FreePageHintScanOps *scan_ops;
 
     /* Written with the BQL and the lock, read with either. */
     const FreePageHintProviderOps *ops;
@@ -67,6 +95,7 @@ static void __attribute__((constructor)) free_page_hint_init(void)
     qemu_mutex_init(&hint.lock);
     qemu_cond_init(&hint.cond);
     hint.reason = REASON_NONE;
+    hint.scan_reason = REASON_NONE;
 }
 
 /* The only writer of hint.state.  Called with hint.lock. */
@@ -116,10 +145,17 @@ void free_page_hint_reset(void)
 
     free_page_hint_set_state(FREE_PAGE_HINT_STATE_IDLE);
     hint.reason = REASON_NONE;
+    hint.scan_reason = REASON_NONE;
     hint.stats = (FreePageHintInfo) {};
 }
 
 /* ---- the round, in the migration thread ---- */
+
+bool free_page_hint_supported(void)
+{
+    return migrate_mode() == MIG_MODE_NORMAL && !migrate_colo() &&
+           !migrate_background_snapshot() && (kvm_enabled() || tcg_enabled());
+}
 
 /*
  * Called with the BQL.  The checks that need no provider come first, so that
@@ -136,8 +172,7 @@ static FreePageHintReason free_page_hint_refusal(void)
     if (!migrate_free_page_hint_wait()) {
         return FREE_PAGE_HINT_REASON_NO_WAIT;
     }
-    if (migrate_mode() != MIG_MODE_NORMAL || migrate_colo() ||
-        migrate_background_snapshot() || !(kvm_enabled() || tcg_enabled())) {
+    if (!free_page_hint_supported()) {
         return FREE_PAGE_HINT_REASON_UNSUPPORTED;
     }
     if (!runstate_is_running()) {
@@ -175,23 +210,55 @@ static bool free_page_hint_over(void)
     return hint.reason != REASON_NONE;
 }
 
+/* What a scan does not need, such as a guest that answers, does not end it. */
+static bool free_page_hint_cancelled(void)
+{
+    return migrate_get_current()->state != MIGRATION_STATUS_ACTIVE;
+}
+
 bool free_page_hint_armed(uint64_t npages)
 {
     QEMU_LOCK_GUARD(&hint.lock);
 
     hint.stats.armed_bytes += bytes_of(npages);
-    return !free_page_hint_over();
+    return !free_page_hint_cancelled() &&
+           (hint.scans || !free_page_hint_over());
 }
 
-static void free_page_hint_arm(void)
+/* Returns false if it was not finished. */
+static bool free_page_hint_arm(void)
 {
     int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-
-    free_page_hint_ram_arm();
+    bool armed = free_page_hint_ram_arm();
 
     WITH_QEMU_LOCK_GUARD(&hint.lock) {
         hint.stats.arm_time = us_since(start);
         trace_free_page_hint_arm(hint.stats.armed_bytes, hint.stats.arm_time);
+    }
+    return armed;
+}
+
+FreePageHintReason free_page_hint_scan_over(void)
+{
+    if (free_page_hint_cancelled()) {
+        return FREE_PAGE_HINT_REASON_CANCELLED;
+    }
+    return qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - hint.scan_ns >=
+           hint.left_ns ? FREE_PAGE_HINT_REASON_TIMEOUT : REASON_NONE;
+}
+
+static void free_page_hint_scan(void)
+{
+    FreePageHintReason reason;
+
+    WITH_QEMU_LOCK_GUARD(&hint.lock) {
+        free_page_hint_set_state(FREE_PAGE_HINT_STATE_SCANNING);
+    }
+    hint.scan_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    reason = hint.scan_ops->scan();
+    hint.left_ns -= qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - hint.scan_ns;
+    WITH_QEMU_LOCK_GUARD(&hint.lock) {
+        hint.scan_reason = reason;
     }
 }
 
@@ -201,6 +268,9 @@ static bool free_page_hint_ask(void)
     FreePageHintReason reason = free_page_hint_refusal();
     uint32_t id;
 
+    if (reason == REASON_NONE && hint.left_ns <= 0) {
+        reason = FREE_PAGE_HINT_REASON_TIMEOUT;
+    }
     /* Again, since the guest ran, and may have been reset, while we armed */
     if (reason != REASON_NONE) {
         free_page_hint_abort(reason);
@@ -211,6 +281,9 @@ static bool free_page_hint_ask(void)
 
     /* The guest may answer before ask() returns: be ready for it */
     id = hint.ops->new_id(hint.opaque);
+    hint.allocates = hint.ops->allocates(hint.opaque);
+    hint.sampled = 0;
+    hint.dirtied = 0;
     WITH_QEMU_LOCK_GUARD(&hint.lock) {
         hint.id = id;
         hint.ask_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
@@ -283,19 +356,40 @@ static bool free_page_hint_next(FreePageHintRun *runs, unsigned *n_runs,
 }
 
 /*
+ * A driver that allocates the blocks that it hints may be made to write to
+ * them, by init_on_alloc for one.  In memory that was not populated, that does
+ * harm: there is more of it then, here, and nothing less to be sent.
+ */
+static void free_page_hint_sample(const FreePageHintRun *runs, unsigned n_runs)
+{
+    if (!hint.scans || !hint.allocates) {
+        return;
+    }
+    n_runs = MIN(n_runs, SAMPLE_RUNS);
+    hint.sampled += n_runs;
+    hint.dirtied += free_page_hint_ram_populated(runs, n_runs,
+                                                 hint.scan_ops->populated);
+    if (hint.dirtied >= DIRTIED_RUNS && hint.dirtied >= hint.sampled / 2) {
+        free_page_hint_abort(FREE_PAGE_HINT_REASON_DIRTIED);
+    }
+}
+
+/*
  * Apply what the guest reports until its report is complete, the deadline has
  * passed, or something ended the round.
  */
 static void free_page_hint_collect(void)
 {
     g_autofree FreePageHintRun *runs = g_new(FreePageHintRun, APPLY_BATCH);
-    int64_t deadline = hint.ask_ns +
-                       (int64_t)migrate_free_page_hint_wait() * SCALE_MS;
+    int64_t deadline = hint.ask_ns + hint.left_ns;
     unsigned n_runs = 0, done = 0;
 
     while (free_page_hint_next(runs, &n_runs, deadline)) {
         FreePageHintTally tally = {};
 
+        if (!done) {
+            free_page_hint_sample(runs, n_runs);
+        }
         if (n_runs) {
             done += free_page_hint_ram_apply(&runs[done], n_runs - done,
                                              &tally);
@@ -347,22 +441,33 @@ static void free_page_hint_finish(void)
 
 void free_page_hint_round(void)
 {
-    FreePageHintReason reason;
+    FreePageHintReason reason, scan_reason = FREE_PAGE_HINT_REASON_DISABLED;
     bool asked;
 
     bql_lock();
     reason = free_page_hint_refusal();
-    if (reason == REASON_NONE && !free_page_hint_alloc()) {
-        reason = FREE_PAGE_HINT_REASON_NO_MEMORY;
+    if (hint.scan_ops) {
+        scan_reason = hint.scan_ops->unavailable();
+    }
+    hint.scans = scan_reason == REASON_NONE;
+    if ((reason == REASON_NONE || hint.scans) && !free_page_hint_alloc()) {
+        if (hint.scans) {
+            hint.scan_ops->end();
+        }
+        reason = scan_reason = FREE_PAGE_HINT_REASON_NO_MEMORY;
+        hint.scans = false;
+    }
+    WITH_QEMU_LOCK_GUARD(&hint.lock) {
+        hint.reason = reason;
+        hint.scan_reason = scan_reason;
     }
     if (reason != REASON_NONE) {
+        trace_free_page_hint_refused(FreePageHintReason_str(reason));
+    }
+    if (reason != REASON_NONE && !hint.scans) {
         /* Nobody was asked: the state stays IDLE */
         free_page_hint_cleanup();
         bql_unlock();
-        WITH_QEMU_LOCK_GUARD(&hint.lock) {
-            hint.reason = reason;
-        }
-        trace_free_page_hint_refused(FreePageHintReason_str(reason));
         return;
     }
     WITH_QEMU_LOCK_GUARD(&hint.lock) {
@@ -370,13 +475,22 @@ void free_page_hint_round(void)
     }
     bql_unlock();
 
-    free_page_hint_arm();
+    hint.left_ns = (int64_t)migrate_free_page_hint_wait() * SCALE_MS;
+    if (free_page_hint_arm()) {
+        if (hint.scans) {
+            free_page_hint_scan();
+        }
+        free_page_hint_ram_scanned();
+    }
 
     bql_lock();
     asked = free_page_hint_ask();
     bql_unlock();
     if (asked) {
         free_page_hint_collect();
+    }
+    if (hint.scans) {
+        hint.scan_ops->end();
     }
     free_page_hint_finish();
 }
@@ -393,8 +507,8 @@ void free_page_hint_count(uint64_t redirtied, uint64_t requested)
 /* Called with hint.lock.  The first reason wins. */
 static void free_page_hint_stop(FreePageHintReason reason)
 {
-    if ((free_page_hint_asking() ||
-         hint.state == FREE_PAGE_HINT_STATE_ARMING) &&
+    if (hint.state != FREE_PAGE_HINT_STATE_IDLE &&
+        hint.state != FREE_PAGE_HINT_STATE_ENDED &&
         !hint.stats.complete && hint.reason == REASON_NONE) {
         hint.reason = reason;
         qemu_cond_signal(&hint.cond);
@@ -422,6 +536,17 @@ FreePageHintInfo *free_page_hint_query(void)
     info->has_reason = hint.reason != REASON_NONE;
     info->reason = hint.reason;
     return info;
+}
+
+FreePageHintReason free_page_hint_scan_reason(void)
+{
+    QEMU_LOCK_GUARD(&hint.lock);
+    return hint.scan_reason;
+}
+
+void free_page_hint_register_scan(const FreePageHintScanOps *ops)
+{
+    hint.scan_ops = ops;
 }
 
 void free_page_hint_register(const FreePageHintProviderOps *ops, void *opaque)

@@ -17,6 +17,7 @@
 #include "qapi/qapi-types-migration.h"
 #include "exec/ramblock.h"
 #include "migration/free-page-hint-provider.h"
+#include "free-page-hint-ram.h"
 
 /* ---- for migration.c ---- */
 
@@ -50,6 +51,52 @@ void free_page_hint_pong(uint32_t value);
 
 /* What query-migrate reports; to be freed by the caller.  Any thread. */
 FreePageHintInfo *free_page_hint_query(void);
+
+/* ---- for what looks up pages on the host ---- */
+
+/*
+ * What the host itself can find out about pages, after the dirty log was armed
+ * and before the guest is asked.  All of it is called by the migration thread.
+ */
+typedef struct FreePageHintScanOps {
+    /*
+     * Called with the BQL before a round.  Returns FREE_PAGE_HINT_REASON__MAX
+     * if there is something to look up, otherwise why not.
+     */
+    FreePageHintReason (*unavailable)(void);
+    /*
+     * Called without locks, when the dirty log is armed.  Uses
+     * free_page_hint_ram_apply(), and looks at free_page_hint_scan_over() about
+     * once in a millisecond.  Returns why it could not look at everything, or
+     * FREE_PAGE_HINT_REASON__MAX.
+     */
+    FreePageHintReason (*scan)(void);
+    /*
+     * Is something of this memory, of which scan() has found that nothing was
+     * populated, populated now?  Called in an RCU critical section.
+     */
+    FreePageHintPopulated *populated;
+    /* Called without locks when the round has ended, if it was available. */
+    void (*end)(void);
+} FreePageHintScanOps;
+
+/* Called once, before main(). */
+void free_page_hint_register_scan(const FreePageHintScanOps *ops);
+
+/*
+ * Is the time of the scan over, or the migration?  Returns the reason, or
+ * FREE_PAGE_HINT_REASON__MAX.
+ */
+FreePageHintReason free_page_hint_scan_over(void);
+
+/*
+ * Why was nothing looked up, or not everything?  FREE_PAGE_HINT_REASON__MAX if
+ * there is no such reason.  Any thread.
+ */
+FreePageHintReason free_page_hint_scan_reason(void);
+
+/* Can round 0 do anything with this machine and this kind of migration? */
+bool free_page_hint_supported(void);
 
 /* ---- for migration-hmp-cmds.c ---- */
 

@@ -85,7 +85,7 @@ static bool others_contents(RAMBlock *rb)
                                            owner));
 }
 
-static bool stays_as_it_is(RAMBlock *rb)
+bool ram_stays_as_it_is(RAMBlock *rb)
 {
     /* What is not ours to manage, or has no contents that we could see. */
     if (!rb->host || rb->guest_memfd >= 0 || (rb->flags & RAM_PREALLOC) ||
@@ -220,7 +220,7 @@ static int empty_block(RAMBlock *rb, void *opaque)
     uint64_t length = qemu_ram_get_used_length(rb);
     bool is_new = !qemu_ram_is_named_file(rb) || rb->new_file;
 
-    if (stays_as_it_is(rb)) {
+    if (ram_stays_as_it_is(rb)) {
         return 0;
     }
     if (is_new && must_stay_populated(rb)) {

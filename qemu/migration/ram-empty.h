@@ -5,6 +5,8 @@
 #ifndef QEMU_MIGRATION_RAM_EMPTY_H
 #define QEMU_MIGRATION_RAM_EMPTY_H
 
+#include "exec/ramblock.h"
+
 /*
  * Make all RAM that is about to be loaded read as zero.
  *
@@ -15,5 +17,12 @@
  * Returns: true on success, else false setting @errp with error.
  */
 bool ram_make_empty(Error **errp);
+
+/*
+ * Does an incoming migration leave @rb as it is, whatever is in it?
+ *
+ * Called with the BQL.
+ */
+bool ram_stays_as_it_is(RAMBlock *rb);
 
 #endif

@@ -161,7 +161,12 @@ class Guest:
                 args += ["-object", "iothread,id=hints"]
             args += ["-device", f"virtio-balloon-pci,id=balloon,{spec.balloon}"]
         if spec.trace:
-            args += ["-D", str(self.trace_log), "-trace", spec.trace]
+            args += ["-D", str(self.trace_log)]
+            for events in spec.trace.split():
+                args += ["-trace", events]
+        if spec.skip_absent is not None and spec.qemu in ("ours", "debug"):
+            setting = "on" if spec.skip_absent else "off"
+            args += ["-global", f"migration.skip-absent-pages={setting}"]
         if self._incoming:
             args += ["-incoming", "defer"]
         if not self._running:

@@ -26,12 +26,14 @@ CHUNK_PAGES = 16384
 # kept from the destination: hinted, and not written since.
 # A spec that is to be compared has them in its `trace`.
 KEPT_EVENTS = "free_page_hint_kept*"
-# One for each run of pages that a hint took out, when that happens.
+# One for each run of pages that were found to be absent. They have to arrive as what they are: zero.
+ABSENT_EVENT = "absent_pages_run"
+# One for each run of pages that were taken out, hinted or absent, when that happens.
 HINT_EVENT = "free_page_hint_apply"
 # What stands before an event if messages have times, as libvirt wants it.
 TIME = r"(?:\d+@[\d.]+:)?"
-KEPT_LINE = re.compile(
-    rf"^{TIME}free_page_hint_kept block '(?P<block>[^']*)' first (?P<first>0x[0-9a-f]+)"
+RUN_LINE = re.compile(
+    rf"^{TIME}(?P<event>free_page_hint_kept|{ABSENT_EVENT}) block '(?P<block>[^']*)' first (?P<first>0x[0-9a-f]+)"
     r" pages (?P<pages>0x[0-9a-f]+)$",
     re.MULTILINE,
 )
@@ -102,18 +104,27 @@ def _finished_log(trace_log: Path, start: int) -> str:
     raise MigrationError(f"{trace_log} does not tell which pages were kept back")
 
 
+def _runs(text: str, begin: int, event: str, blocks: Mapping[str, Block]) -> Masks:
+    masks = {name: np.zeros(block.pages, dtype=bool) for name, block in blocks.items()}
+    for match in RUN_LINE.finditer(text, begin):
+        if match["event"] == event:
+            first, count = int(match["first"], 0), int(match["pages"], 0)
+            masks[match["block"]][first : first + count] = True
+    return masks
+
+
 def kept_pages(trace_log: Path, blocks: Mapping[str, Block], start: int = 0) -> Masks:
     """Which pages of a guest's RAM were kept from the destination of the last migration.
 
+    Those that were absent are not among them, as the destination has the same: zeroes.
     The log is read from an offset, which lies before the migration's start.
     """
-    kept = {name: np.zeros(block.pages, dtype=bool) for name, block in blocks.items()}
     text = _finished_log(trace_log, start)
     ends = [match.end() for match in KEPT_ALL_LINE.finditer(text)]
-    for match in KEPT_LINE.finditer(text, ends[-2] if len(ends) > 1 else 0):
-        first, count = int(match["first"], 0), int(match["pages"], 0)
-        kept[match["block"]][first : first + count] = True
-    return kept
+    begin = ends[-2] if len(ends) > 1 else 0
+    hinted = _runs(text, begin, "free_page_hint_kept", blocks)
+    absent = _runs(text, begin, ABSENT_EVENT, blocks)
+    return {name: mask & ~absent[name] for name, mask in hinted.items()}
 
 
 def _different(one: Block, other: Block) -> Mask:

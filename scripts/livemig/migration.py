@@ -14,6 +14,11 @@ TIMEOUT_SECONDS = 300
 ENDED = ("completed", "failed", "cancelled")
 
 
+def _fields(cls: Any, data: Mapping[str, Any]) -> Any:
+    names = {item.name.replace("_", "-"): item.name for item in fields(cls)}
+    return cls(**{names[key]: value for key, value in data.items() if key in names})
+
+
 @dataclass(frozen=True)
 class Hints:
     """The `free-page-hint` object of query-migrate; times are in microseconds."""
@@ -41,10 +46,19 @@ class Hints:
     @classmethod
     def from_qmp(cls, data: Mapping[str, Any]) -> "Hints":
         """Take the fields that are known here."""
-        names = {item.name.replace("_", "-"): item.name for item in fields(cls)}
         # As it was called when the first benchmarks were recorded.
-        names["arrays"] = "messages"
-        return cls(**{names[key]: value for key, value in data.items() if key in names})
+        old = {"messages": data["arrays"]} if "arrays" in data else {}
+        hints: Hints = _fields(cls, {**old, **data})
+        return hints
+
+
+@dataclass(frozen=True)
+class Absent:
+    """The `absent-pages` object of query-migrate; the time is in microseconds."""
+
+    reason: Optional[str] = None
+    absent_bytes: int = 0
+    scan_time: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class MigrationResult:
     zero_pages: int
     rounds: int
     hints: Optional[Hints]
+    absent: Optional[Absent] = None
     error: Optional[str] = None
     raw: Dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -70,6 +85,7 @@ class MigrationResult:
         """Read a query-migrate reply; what is absent counts as 0."""
         ram = info.get("ram", {})
         hints = info.get("free-page-hint")
+        absent = info.get("absent-pages")
         return cls(
             status=info.get("status", "none"),
             total_ms=info.get("total-time", 0),
@@ -80,6 +96,7 @@ class MigrationResult:
             zero_pages=ram.get("duplicate", 0),
             rounds=ram.get("dirty-sync-count", 0),
             hints=Hints.from_qmp(hints) if hints else None,
+            absent=_fields(Absent, absent) if absent else None,
             error=info.get("error-desc"),
             raw=info,
         )

@@ -44,6 +44,10 @@ BLOCKS = "free-page-hint=on"
 ARRAYS = f"{BLOCKS},free-page-hint-arrays=on"
 
 
+# Capabilities of ours for a migration that sends all.
+NOTHING = {"free-page-hint": False, "skip-absent-pages": False}
+
+
 @dataclass(frozen=True)
 class Mode:
     """One way to treat free memory during a migration."""
@@ -57,7 +61,15 @@ class Mode:
 
 
 _MODES = (
-    Mode("none", "ours", ARRAYS, {"free-page-hint": False}, "none", "no hints"),
+    Mode("none", "ours", ARRAYS, NOTHING, "none", "nothing is skipped"),
+    Mode(
+        "absent",
+        "ours",
+        ARRAYS,
+        {"free-page-hint": False},
+        "none",
+        "absent pages only, as with any guest",
+    ),
     Mode(
         "block",
         "ours",
@@ -110,7 +122,9 @@ class GuestSpec:
     mem_file: Optional[Path] = None
     # Or what it is made of: a type of memory backend and its properties.
     mem_backend: str = "memory-backend-ram"
-    # Trace events (a pattern) for the guest's trace log.
+    # Whether QEMU skips absent pages, unless a migration says otherwise; None: as it likes.
+    skip_absent: Optional[bool] = None
+    # Trace events (patterns, with spaces between them) for the guest's trace log.
     trace: Optional[str] = None
     # A shared library for QEMU to load before its own.
     preload: Optional[Path] = None

@@ -3,7 +3,7 @@
 
 Three checks in one: QEMU's debug build aborts at the source if a page that is still hinted when the
 guest has stopped was written since the ask; all RAM of source and destination is compared, and
-only such pages may differ; the guest verifies its own pages, where a test asks it to.
+only such pages may differ, but not those that were left out since they were absent; the guest verifies its own pages, where a test asks it to.
 
 After postcopy, the memory can be compared only if the guest did not run at the destination in the
 meantime. Where it did, which is what postcopy is for, the debug build's check at the source (what
@@ -42,7 +42,8 @@ class Oracle:
         spec = self._spec.but(**changes)
         if spec.qemu == "stock":
             return spec
-        return spec.but(qemu="debug", trace=spec.trace or memory.KEPT_EVENTS)
+        events = spec.trace or memory.KEPT_EVENTS
+        return spec.but(qemu="debug", trace=f"{events} {memory.ABSENT_EVENT}")
 
     def boot(self, **changes: Any) -> Guest:
         """Start the guest that is to be migrated, which may differ from the destination."""

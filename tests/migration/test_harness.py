@@ -164,14 +164,17 @@ def test_comparison_sees_a_lost_page(tmp_path: Path) -> None:
     # Of two migrations, the first of which did not complete.
     log.write_text(
         "free_page_hint_kept block 'pc.ram' first 0x0 pages 0x20\n"
+        "absent_pages_run block 'pc.ram' first 0x14 pages 0x1\n"
         "free_page_hint_kept_all 64 pages\n"
+        "absent_pages_run block 'pc.ram' first 0xb pages 0x5\n"
         "free_page_hint_kept block 'pc.ram' first 0xa pages 0x2\n"
         "free_page_hint_kept_all 2 pages\n"
     )
     different = memory.different_pages(blocks, arrived)
     result = memory.judge(different, memory.kept_pages(log, blocks))
-    assert (result.pages, result.kept, result.different) == (64, 2, 3)
-    assert result.lost == (("pc.ram", 20),)
+    assert (result.pages, result.kept, result.different) == (64, 1, 3)
+    # Page 11 was left out since it was absent, and it is not zero at the source.
+    assert result.lost == (("pc.ram", 11), ("pc.ram", 20))
     with pytest.raises(MigrationError, match="other RAM"):
         memory.different_pages(blocks, {"pc.ram": arrived["pc.ram"]})
 
@@ -180,7 +183,8 @@ def test_trace_event_is_the_one_that_qemu_has() -> None:
     """The comparison reads the trace events in the format that QEMU writes."""
     hooks = "".join(path.read_text() for path in (paths.REPO / "qemu" / "patches").rglob("*.patch"))
     for event, line in (
-        ("free_page_hint_kept", memory.KEPT_LINE),
+        ("free_page_hint_kept", memory.RUN_LINE),
+        (memory.ABSENT_EVENT, memory.RUN_LINE),
         ("free_page_hint_kept_all", memory.KEPT_ALL_LINE),
     ):
         found = re.search(rf'^\+{event}\(.*?\) (".*)$', hooks, re.MULTILINE)

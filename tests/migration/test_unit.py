@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The C unit tests of QEMU's side: parsing, translation to runs, clearing."""
+"""The C unit tests of QEMU's side: parsing, clearing, what is absent."""
 
 import subprocess
 from typing import Any, Dict
@@ -10,10 +10,11 @@ from livemig import paths
 
 
 @pytest.mark.check
-def test_c_unit_tests_pass(measured: Dict[str, Any]) -> None:
-    """Every case of test-free-page-hint passes."""
+@pytest.mark.parametrize("name", ["test-free-page-hint", "test-absent-pages"])
+def test_c_unit_tests_pass(measured: Dict[str, Any], name: str) -> None:
+    """Every case of QEMU's unit tests of the pure parts passes."""
     binary = paths.require(
-        paths.cache_dir() / "qemu-ours" / "build" / "tests" / "unit" / "test-free-page-hint",
+        paths.cache_dir() / "qemu-ours" / "build" / "tests" / "unit" / name,
         "scripts/build-qemu ours",
     )
     done = subprocess.run(

@@ -338,6 +338,11 @@ static FreePageHintReason virtio_balloon_hint_unavailable(void *opaque)
     return FREE_PAGE_HINT_REASON__MAX;
 }
 
+static bool virtio_balloon_hint_allocates(void *opaque)
+{
+    return !hint_arrays(opaque);
+}
+
 static uint32_t virtio_balloon_hint_new_id(void *opaque)
 {
     VirtIOBalloon *s = opaque;
@@ -383,6 +388,7 @@ static void virtio_balloon_hint_resume(void *opaque)
 
 static const FreePageHintProviderOps virtio_balloon_hint_ops = {
     .unavailable = virtio_balloon_hint_unavailable,
+    .allocates = virtio_balloon_hint_allocates,
     .new_id = virtio_balloon_hint_new_id,
     .ask = virtio_balloon_hint_ask,
     .done = virtio_balloon_hint_done,

@@ -29,6 +29,11 @@ typedef struct FreePageHintProviderOps {
      */
     FreePageHintReason (*unavailable)(void *opaque);
     /*
+     * Called with the BQL.  Does the guest's driver allocate the blocks that it
+     * hints, so that it may write to them?
+     */
+    bool (*allocates)(void *opaque);
+    /*
      * Called with the BQL.  Returns an id that no earlier request had, also
      * none that was made on another host.  Does not publish it yet.
      */

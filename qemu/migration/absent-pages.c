@@ -1,0 +1,350 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Absent pages: memory that the host never populated is not sent
+ *
+ * Most of what a guest never touched, or gave back, has no page behind it on
+ * the host.  It reads as zero, and so does the destination's.  Looking for such
+ * pages costs next to nothing where there are many; reading them to find that
+ * they are zero populates them or takes a page fault for each.
+ *
+ * We look after the dirty log was armed, in round 0: see free-page-hint.h.  A
+ * page that is populated after that was written after that, and is in the log,
+ * or it was only read, and is still zero.
+ */
+#include "qemu/osdep.h"
+#include "qemu/lockable.h"
+#include "qemu/rcu.h"
+#include "qemu/thread.h"
+#include "qemu/timer.h"
+#include "qemu/units.h"
+#include "exec/memory.h"
+#include "exec/ramblock.h"
+#include "exec/target_page.h"
+#include "hw/boards.h"
+#include "monitor/monitor.h"
+#include "system/hostmem.h"
+#include "absent-pages.h"
+#include "absent-pages-scan.h"
+#include "free-page-hint.h"
+#include "free-page-hint-ram.h"
+#include "migration.h"
+#include "options.h"
+#include "ram-empty.h"
+#include "ram.h"
+#include "trace.h"
+
+#ifdef CONFIG_LINUX
+#include <sys/vfs.h>
+#include <linux/magic.h>
+#endif
+
+/*
+ * Looked at in one hold of RCU, or a page if that is larger: populated in 4 KiB
+ * pages, that takes a millisecond
+ */
+#define CHUNK_BYTES (256 * MiB)
+
+/* Runs that are found in one go */
+#define CHUNK_RUNS 1024
+
+#define REASON_NONE FREE_PAGE_HINT_REASON__MAX
+
+static struct {
+    QemuMutex lock;
+    /* Protected by the lock. */
+    AbsentPagesInfo stats;
+
+    /* Migration thread only, of a round: see absent_pages_open(), or -1. */
+    int pagemap;
+    /* Migration thread only: the blocks that are looked at. */
+    GArray *blocks;
+} absent;
+
+typedef struct AbsentPagesBlock {
+    RAMBlock *rb;
+    AbsentPagesMemory mem;
+} AbsentPagesBlock;
+
+static const char *const proof_names[] = {
+    [ABSENT_PAGES_NO_PROOF] = "nothing",
+    [ABSENT_PAGES_MAPPING] = "mapping",
+    [ABSENT_PAGES_FILE] = "file",
+    [ABSENT_PAGES_BOTH] = "mapping and file",
+};
+
+/* ---- what is proof ---- */
+
+/* How does the file of a block show that a page is absent? */
+static AbsentPagesProof file_proof(RAMBlock *rb)
+{
+#ifdef CONFIG_LINUX
+    bool shared = qemu_ram_is_shared(rb);
+    struct statfs fs;
+    struct stat st;
+
+    if (fstatfs(rb->fd, &fs) < 0 || fstat(rb->fd, &st) < 0) {
+        return ABSENT_PAGES_NO_PROOF;
+    }
+    switch ((unsigned long)fs.f_type) {
+    case TMPFS_MAGIC:
+        return shared ? ABSENT_PAGES_FILE : ABSENT_PAGES_BOTH;
+    case HUGETLBFS_MAGIC:
+        /* It says that all of a file is data, but knows if nothing is */
+        return shared || st.st_blocks ? ABSENT_PAGES_NO_PROOF :
+                                        ABSENT_PAGES_MAPPING;
+    default:
+        /* On a disk, or a device: holes need not be zero to a mapping */
+        return ABSENT_PAGES_NO_PROOF;
+    }
+#else
+    return ABSENT_PAGES_NO_PROOF;
+#endif
+}
+
+/*
+ * Of memory that others fill at the destination (another version's tables may
+ * be longer than ours) or that they use, zero pages have to be sent.  That
+ * leaves memory backends, and what an incoming migration empties.
+ *
+ * Called with the BQL.
+ */
+static AbsentPagesProof block_proof(RAMBlock *rb)
+{
+    Object *owner = memory_region_owner(rb->mr);
+
+    if (!owner || !object_dynamic_cast(owner, TYPE_MEMORY_BACKEND) ||
+        (rb->flags & (RAM_PMEM | RAM_READONLY | RAM_READONLY_FD)) ||
+        ram_stays_as_it_is(rb)) {
+        return ABSENT_PAGES_NO_PROOF;
+    }
+    if (rb->fd >= 0) {
+        return file_proof(rb);
+    }
+    /* What is shared and has no file may have been populated by others */
+    return qemu_ram_is_shared(rb) ? ABSENT_PAGES_NO_PROOF :
+                                    ABSENT_PAGES_MAPPING;
+}
+
+/* ---- the round: see FreePageHintScanOps ---- */
+
+static void absent_pages_end(void)
+{
+    g_clear_pointer(&absent.blocks, g_array_unref);
+    if (absent.pagemap >= 0) {
+        close(absent.pagemap);
+        absent.pagemap = -1;
+    }
+}
+
+static FreePageHintReason absent_pages_unavailable(void)
+{
+    bool denied = false;
+    RAMBlock *rb;
+
+    if (!migrate_skip_absent_pages()) {
+        return FREE_PAGE_HINT_REASON_DISABLED;
+    }
+    if (!migrate_free_page_hint_wait()) {
+        return FREE_PAGE_HINT_REASON_NO_WAIT;
+    }
+    /* x-ignore-shared: the destination's RAM may be a template, not empty */
+    if (!free_page_hint_supported() || migrate_ignore_shared() ||
+        current_machine->cgs) {
+        return FREE_PAGE_HINT_REASON_UNSUPPORTED;
+    }
+
+    RCU_READ_LOCK_GUARD();
+
+    absent.pagemap = absent_pages_open();
+    absent.blocks = g_array_new(false, false, sizeof(AbsentPagesBlock));
+    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+        AbsentPagesBlock block = {
+            .rb = rb,
+            .mem = {
+                .proof = rb->used_length ? block_proof(rb) : 0,
+                .host = rb->host,
+                .fd = rb->fd,
+                .fd_offset = rb->fd_offset,
+            },
+        };
+
+        trace_absent_pages_block(rb->idstr, proof_names[block.mem.proof]);
+        if ((block.mem.proof & ABSENT_PAGES_MAPPING) && absent.pagemap < 0) {
+            denied = true;
+        } else if (block.mem.proof) {
+            g_array_append_val(absent.blocks, block);
+        }
+    }
+    if (absent.blocks->len) {
+        return REASON_NONE;
+    }
+    absent_pages_end();
+    return denied ? FREE_PAGE_HINT_REASON_DENIED :
+                    FREE_PAGE_HINT_REASON_NO_PROOF;
+}
+
+/*
+ * Find some absent runs of a block, at most CHUNK_RUNS, from *@start on, which
+ * stays as it is if there is nothing more to look at.  Returns the number of
+ * runs, or -1 if the host does not tell.
+ */
+static int find_runs(const AbsentPagesBlock *block, uint64_t *start,
+                     FreePageHintRun *runs)
+{
+    g_autofree AbsentPagesRun *found = g_new(AbsentPagesRun, CHUNK_RUNS);
+    unsigned bits = qemu_target_page_bits();
+    RAMBlock *rb = block->rb;
+    uint64_t end;
+    int i, n;
+
+    RCU_READ_LOCK_GUARD();
+
+    if (!free_page_hint_ram_listed(rb) || *start >= rb->used_length) {
+        return 0;
+    }
+    end = MIN(rb->used_length, *start + MAX(CHUNK_BYTES, rb->page_size));
+    n = absent_pages_find(&block->mem, absent.pagemap, start, end,
+                          found, CHUNK_RUNS);
+    if (n < 0) {
+        trace_absent_pages_denied(rb->idstr, errno);
+    }
+    for (i = 0; i < n; i++) {
+        uint64_t first = DIV_ROUND_UP(found[i].start, 1ULL << bits);
+        uint64_t last = (found[i].start + found[i].length) >> bits;
+
+        runs[i] = (FreePageHintRun) {
+            .block = rb,
+            .first = first,
+            .npages = first < last ? last - first : 0,
+        };
+        trace_absent_pages_run(rb->idstr, first, runs[i].npages);
+    }
+    return n;
+}
+
+static void skip_runs(FreePageHintRun *runs, unsigned n)
+{
+    uint64_t cleared = 0;
+    unsigned done = 0;
+
+    while (done < n) {
+        FreePageHintTally tally = {};
+
+        done += free_page_hint_ram_apply(&runs[done], n - done, &tally);
+        cleared += tally.cleared;
+    }
+    WITH_QEMU_LOCK_GUARD(&absent.lock) {
+        absent.stats.absent_bytes += cleared << qemu_target_page_bits();
+    }
+}
+
+/* Returns why the scan ends here, if it does. */
+static FreePageHintReason scan_block(const AbsentPagesBlock *block)
+{
+    g_autofree FreePageHintRun *runs = g_new(FreePageHintRun, CHUNK_RUNS);
+    uint64_t start = 0, before;
+
+    do {
+        FreePageHintReason reason = free_page_hint_scan_over();
+        int n;
+
+        if (reason != REASON_NONE) {
+            return reason;
+        }
+        before = start;
+        n = find_runs(block, &start, runs);
+        if (n < 0) {
+            return FREE_PAGE_HINT_REASON_DENIED;
+        }
+        skip_runs(runs, n);
+    } while (start > before);
+    return REASON_NONE;
+}
+
+static FreePageHintReason absent_pages_scan(void)
+{
+    int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    FreePageHintReason reason = REASON_NONE;
+    unsigned i;
+
+    for (i = 0; i < absent.blocks->len && reason == REASON_NONE; i++) {
+        reason = scan_block(&g_array_index(absent.blocks, AbsentPagesBlock, i));
+    }
+    WITH_QEMU_LOCK_GUARD(&absent.lock) {
+        absent.stats.scan_time =
+            (qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - start) / SCALE_US;
+        trace_absent_pages_scan(absent.stats.absent_bytes,
+                                absent.stats.scan_time);
+    }
+    return reason;
+}
+
+static bool absent_pages_populated(RAMBlock *rb, uint64_t first,
+                                   uint64_t npages)
+{
+    unsigned bits = qemu_target_page_bits();
+    uint64_t start = first << bits, length = npages << bits;
+    unsigned i;
+
+    for (i = 0; i < absent.blocks->len; i++) {
+        AbsentPagesBlock *block =
+            &g_array_index(absent.blocks, AbsentPagesBlock, i);
+        AbsentPagesRun run = {};
+
+        if (block->rb == rb) {
+            uint64_t next = start;
+
+            return absent_pages_find(&block->mem, absent.pagemap, &next,
+                                     start + length, &run, 1) >= 0 &&
+                   run.length < length;
+        }
+    }
+    return false;
+}
+
+static const FreePageHintScanOps absent_pages_ops = {
+    .unavailable = absent_pages_unavailable,
+    .scan = absent_pages_scan,
+    .populated = absent_pages_populated,
+    .end = absent_pages_end,
+};
+
+static void __attribute__((constructor)) absent_pages_init(void)
+{
+    qemu_mutex_init(&absent.lock);
+    absent.pagemap = -1;
+    free_page_hint_register_scan(&absent_pages_ops);
+}
+
+/* ---- from other threads ---- */
+
+void absent_pages_reset(void)
+{
+    QEMU_LOCK_GUARD(&absent.lock);
+    absent.stats = (AbsentPagesInfo) {};
+}
+
+AbsentPagesInfo *absent_pages_query(void)
+{
+    AbsentPagesInfo *info = g_new(AbsentPagesInfo, 1);
+
+    WITH_QEMU_LOCK_GUARD(&absent.lock) {
+        *info = absent.stats;
+    }
+    info->reason = free_page_hint_scan_reason();
+    info->has_reason = info->reason != REASON_NONE;
+    return info;
+}
+
+void hmp_info_absent_pages(Monitor *mon, const AbsentPagesInfo *info)
+{
+    /* Whoever switched it off knows */
+    if (info->has_reason && info->reason == FREE_PAGE_HINT_REASON_DISABLED) {
+        return;
+    }
+    monitor_printf(mon, "absent pages skipped: %" PRIu64 " kbytes, found in %"
+                   PRIu64 " us%s%s%s\n", info->absent_bytes >> 10,
+                   info->scan_time, info->has_reason ? " (" : "",
+                   info->has_reason ? FreePageHintReason_str(info->reason) : "",
+                   info->has_reason ? ")" : "");
+}
