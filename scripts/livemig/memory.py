@@ -26,15 +26,15 @@ CHUNK_PAGES = 16384
 # kept from the destination: hinted, and not written since.
 # A spec that is to be compared has them in its `trace`.
 KEPT_EVENTS = "free_page_hint_kept*"
-# One for each run of pages that were found to be absent. They have to arrive as what they are: zero.
+# One for each run of pages that were found to be absent. They have to arrive as zeroes.
 ABSENT_EVENT = "absent_pages_run"
 # One for each run of pages that were taken out, hinted or absent, when that happens.
 HINT_EVENT = "free_page_hint_apply"
 # What stands before an event if messages have times, as libvirt wants it.
 TIME = r"(?:\d+@[\d.]+:)?"
 RUN_LINE = re.compile(
-    rf"^{TIME}(?P<event>free_page_hint_kept|{ABSENT_EVENT}) block '(?P<block>[^']*)' first (?P<first>0x[0-9a-f]+)"
-    r" pages (?P<pages>0x[0-9a-f]+)$",
+    rf"^{TIME}(?P<event>free_page_hint_kept|{ABSENT_EVENT}) block '(?P<block>[^']*)'"
+    r" first (?P<first>0x[0-9a-f]+) pages (?P<pages>0x[0-9a-f]+)$",
     re.MULTILINE,
 )
 KEPT_ALL_LINE = re.compile(rf"^{TIME}free_page_hint_kept_all \d+ pages$", re.MULTILINE)

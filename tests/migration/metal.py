@@ -137,9 +137,8 @@ def metal(lab: Lab, features: Optional[int] = None, **changes: Any) -> Iterator[
     """A bare-metal guest that has set its balloon up; skips where its accelerator does not work."""
     usable(changes.get("accel", ""))
     with memory.memory_files("source", "destination") as files:
-        source = lab.launch(
-            spec(trace="free_page_hint_*").but(mem_file=files[0], **changes), "source"
-        )
+        changes = {"trace": "free_page_hint_*", "mem_file": files[0], **changes}
+        source = lab.launch(spec().but(**changes), "source")
         machine = Machine(source)
         machine.wait_ready()
         balloon = Balloon(machine)

@@ -3,7 +3,8 @@
 
 Three checks in one: QEMU's debug build aborts at the source if a page that is still hinted when the
 guest has stopped was written since the ask; all RAM of source and destination is compared, and
-only such pages may differ, but not those that were left out since they were absent; the guest verifies its own pages, where a test asks it to.
+only such pages may differ, but not those that were absent; the guest verifies its own pages, where
+a test asks it to.
 
 After postcopy, the memory can be compared only if the guest did not run at the destination in the
 meantime. Where it did, which is what postcopy is for, the debug build's check at the source (what

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""In postcopy, hinted pages are sent when the destination asks for them, as zeros, and only then.
+"""In postcopy, hinted and absent pages are sent only when the destination asks, as zeros.
 
 A bare-metal guest knows exactly what it hinted, and what it touches after the switch.
 """
@@ -62,24 +62,41 @@ class Switched:
         return Path(self.guest.files[1]).stat().st_blocks * 512 // PAGE
 
 
-def _spec(preempt: bool) -> MigrationSpec:
-    common = {"postcopy-ram": True, "postcopy-preempt": preempt}
-    return replace(held().with_parameters(max_postcopy_bandwidth=HELD), common=common)
+def _spec(preempt: bool, absent: bool = False) -> MigrationSpec:
+    return replace(
+        held(free_page_hint=not absent, skip_absent_pages=absent),
+        common={"postcopy-ram": True, "postcopy-preempt": preempt},
+    ).with_parameters(max_postcopy_bandwidth=HELD)
+
+
+def _hint(guest: Metal) -> None:
+    cmd_id = guest.balloon.wait_asked()
+    guest.balloon.send_array(cmd_id, 2 * MIB, range(FREE, FREE + FREE_PAGES * PAGE, 2 * MIB))
+    guest.balloon.send_end(cmd_id)
+    assert wait_ended(guest.source).skipped_bytes == FREE_PAGES * PAGE
 
 
 @contextlib.contextmanager
-def switched(lab: Lab, accel: str, preempt: bool, **changes: Any) -> Iterator[Switched]:
-    """A guest whose free memory was hinted, all of it full of data, switched over in round 1."""
+def switched(
+    lab: Lab, accel: str, preempt: bool, absent: bool = False, **changes: Any
+) -> Iterator[Switched]:
+    """A guest whose free memory was hinted, all of it full of data, switched over in round 1.
+
+    Or it was never populated, and is absent.
+    """
     with metal(lab, accel=accel, mem_mib=MEM_MIB, **changes) as guest:
-        guest.machine.stamp(FREE, FREE_PAGES, 1)
+        if not absent:
+            guest.machine.stamp(FREE, FREE_PAGES, 1)
         guest.machine.stamp(KEPT, KEPT_PAGES, 2)
         there = guest.source.spec.but(mem_file=guest.files[1])
         destination = lab.incoming(there, "destination")
-        start(guest.source, destination, _spec(preempt))
-        cmd_id = guest.balloon.wait_asked()
-        guest.balloon.send_array(cmd_id, 2 * MIB, range(FREE, FREE + FREE_PAGES * PAGE, 2 * MIB))
-        guest.balloon.send_end(cmd_id)
-        assert wait_ended(guest.source).skipped_bytes == FREE_PAGES * PAGE
+        start(guest.source, destination, _spec(preempt, absent))
+        if absent:
+            wait_ended(guest.source)
+            found = query(guest.source).absent
+            assert found and found.absent_bytes >= FREE_PAGES * PAGE
+        else:
+            _hint(guest)
         guest.machine.stamp(WRITTEN, WRITTEN_PAGES, 3)
         before = query(guest.source)
         assert before.status == "active"
@@ -90,13 +107,17 @@ def switched(lab: Lab, accel: str, preempt: bool, **changes: Any) -> Iterator[Sw
 
 
 each_way = pytest.mark.parametrize("way", PREEMPT)
+each_source = pytest.mark.parametrize("absent", [False, True], ids=["hinted", "absent"])
 
 
 @tcg_at_least
 @each_way
-def test_nobody_asks(lab: Lab, measured: Dict[str, Any], accel: str, way: str) -> None:
+@each_source
+def test_nobody_asks(
+    lab: Lab, measured: Dict[str, Any], accel: str, way: str, absent: bool
+) -> None:
     """Hinted pages that nobody asks for are not sent, and not populated; all others arrive."""
-    with switched(lab, accel, PREEMPT[way]) as there:
+    with switched(lab, accel, PREEMPT[way], absent) as there:
         result = there.let_go()
         hints = hints_now(there.guest.source)
         resident = there.resident_pages()
@@ -112,12 +133,13 @@ def test_nobody_asks(lab: Lab, measured: Dict[str, Any], accel: str, way: str) -
 
 @tcg_at_least
 @each_way
-def test_asked_for(lab: Lab, measured: Dict[str, Any], accel: str, way: str) -> None:
+@each_source
+def test_asked_for(lab: Lab, measured: Dict[str, Any], accel: str, way: str, absent: bool) -> None:
     """A hinted page that the guest uses after the switch comes at once, once, and as zeros.
 
     A hinted page that was written before the switch comes with what was written.
     """
-    with switched(lab, accel, PREEMPT[way]) as there:
+    with switched(lab, accel, PREEMPT[way], absent) as there:
         machine = there.guest.machine
         for page in range(0, USED_PAGES, 16):
             assert machine.read(FREE + page * PAGE, 2) == [0, 0]
@@ -158,11 +180,12 @@ def test_asked_for_at_the_end(lab: Lab, measured: Dict[str, Any], accel: str, wa
 
 @tcg_at_least
 @each_way
+@each_source
 def test_asked_for_around_a_cut_link(
-    lab: Lab, measured: Dict[str, Any], accel: str, way: str
+    lab: Lab, measured: Dict[str, Any], accel: str, way: str, absent: bool
 ) -> None:
     """After a cut link, hinted pages still come when they are asked for, and only then."""
-    with switched(lab, accel, PREEMPT[way], trace="free_page_hint_*") as there:
+    with switched(lab, accel, PREEMPT[way], absent) as there:
         source, destination = there.guest.source, there.destination
         machine = there.guest.machine
         machine.stamp(FREE, USED_PAGES, 5)
@@ -272,10 +295,7 @@ def test_asked_for_by_a_device(lab: Lab, measured: Dict[str, Any], accel: str) -
         destination.qmp("migrate-incoming", uri=f"unix:{lab.logs}/there")
         source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
         source.qmp("migrate", uri=f"unix:{lab.logs}/relay")
-        cmd_id = guest.balloon.wait_asked()
-        guest.balloon.send_array(cmd_id, 2 * MIB, range(FREE, FREE + FREE_PAGES * PAGE, 2 * MIB))
-        guest.balloon.send_end(cmd_id)
-        assert wait_ended(source).skipped_bytes == FREE_PAGES * PAGE
+        _hint(guest)
         relay.open.clear()
         source.qmp("migrate-start-postcopy")
         source.wait_event(status_is("postcopy-active"), "postcopy", 60)
