@@ -225,7 +225,7 @@ def _declared() -> Iterator[Scenario]:
     )
     for percent in (0, 75):
         for after in (1, 0):
-            yield Scenario(Touching(percent), POSTCOPY, postcopy=after, targets=targets)
+            yield Scenario(Touching(percent), POSTCOPY, runs=3, postcopy=after, targets=targets)
     yield Scenario(
         Touching(), POSTCOPY, mem_mib=4 * GIB, postcopy=1, backend="memfd", targets=targets
     )
