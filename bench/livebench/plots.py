@@ -19,10 +19,11 @@ Run = Dict[str, Any]
 # Over how long a guest's work is averaged.
 BIN_SECONDS = 0.5
 
-# Tells the modes apart in all figures, also for the colour-blind (Okabe and Ito).
+# Tells the modes apart in all figures, also for the colour-blind (Okabe and Ito, then Tol).
 _PALETTE = (
     *("#000000", "#e69f00", "#56b4e9", "#999999"),
     *("#cc79a7", "#f0e442", "#d55e00", "#009e73"),
+    *("#0072b2", "#882255", "#999933", "#332288"),
 )
 COLOURS = dict(zip(MODES, _PALETTE))
 

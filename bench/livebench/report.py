@@ -55,6 +55,8 @@ CHAPTERS = (
     Chapter(
         "zeroing", "Guests that zero what they allocate", lambda s: s.get("init_on_alloc"), log=True
     ),
+    Chapter("alternate", "Every second page is absent", _workload("alternate"), log=True),
+    Chapter("swapped", "Memory that the host has swapped out", lambda s: s.get("swapped")),
 )
 
 # Shown for each mode of a scenario: title, metric, digits.
@@ -64,7 +66,10 @@ COLUMNS: Tuple[Tuple[str, str, int], ...] = (
     ("normal pages", "normal_pages", 0),
     ("zero pages", "zero_pages", 0),
     ("hinted MiB", "hinted_mib", 0),
-    ("of that dirtied again", "redirtied_mib", 0),
+    ("absent MiB", "absent_mib", 0),
+    ("scan ms", "scan_ms", 2),
+    ("of the total", "scan_share", 4),
+    ("dirtied again", "redirtied_mib", 0),
     ("free MiB", "free_mib", 0),
     ("of that max. order", "free_max_order_mib", 0),
     ("ask to end ms", "ask_to_end_ms", 1),
@@ -81,6 +86,9 @@ WORK_COLUMNS: Tuple[Tuple[str, str, int], ...] = (
     ("zero pages", "postcopy_zero_pages", 0),
     ("requests", "page_requests", 0),
     ("hinted, requested MiB", "requested_mib", 1),
+    ("swapped out MiB", "swapped_out_mib", 0),
+    ("swapped in MiB", "swapped_in_mib", 0),
+    ("of what is not free", "swapped_in_share", 2),
     ("memfd dest. MiB", "memfd_destination_after_mib", 0),
     ("longest stall ms", "stall_ms", 0),
     ("before", "stall_before_ms", 0),
