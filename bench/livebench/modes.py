@@ -137,3 +137,22 @@ MODES: Dict[str, Mode] = {mode.name: mode for mode in _MODES}
 
 # The order of the smallest blocks that a guest's kernel reports.
 ORDER = "page_reporting.page_reporting_order"
+ORDER_0 = f"{ORDER}=0"
+_BOTH = f"{ARRAYS},free-page-reporting=on"
+
+# Guests that are not moved, but watched while they give memory back: see density.py.
+_RESTING = (
+    Mode("plain", "nothing is reported", "ours", "stock", "free-page-hint=off"),
+    Mode("reporting", "reporting, blocks of 2 MiB", "ours", "stock", _REPORTING),
+    Mode("reporting-0", "reporting, single pages", "ours", "stock", _REPORTING, cmdline=(ORDER_0,)),
+    Mode("reporting-hints", "reporting, and hints in arrays", "ours", "ours", _BOTH),
+    Mode(
+        "reporting-0-hints",
+        "reporting, single pages, and hints in arrays",
+        "ours",
+        "ours",
+        _BOTH,
+        cmdline=(ORDER_0,),
+    ),
+)
+RESTING: Dict[str, Mode] = {mode.name: mode for mode in _RESTING}

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The benchmarks of absent pages and of swapped memory."""
+"""The benchmarks of absent pages, of swapped memory, and of guests that give memory back."""
 
+import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict
 
@@ -9,12 +11,12 @@ import pytest
 from test_bench import IDLE, Runner, bench, canned
 
 # test_bench has made them importable.
-from livebench import engine, plan, swap, workloads  # noqa: E402
-from livebench.modes import MODES, Mode  # noqa: E402
+from livebench import density, engine, plan, report, swap, workloads  # noqa: E402
+from livebench.modes import MODES, RESTING, Mode  # noqa: E402
 from livebench.scenarios import SCENARIOS, Scenario  # noqa: E402
-from livebench.store import Store  # noqa: E402
+from livebench.store import Store, exported  # noqa: E402
 from livemig import host, workload  # noqa: E402
-from livemig.errors import NotPossibleHere  # noqa: E402
+from livemig.errors import NotEnoughMemory, NotPossibleHere  # noqa: E402
 from livemig.spec import GuestSpec  # noqa: E402
 
 SWAPPED = SCENARIOS["freed-50-4g-2cpu-swapped"]
@@ -177,3 +179,88 @@ def test_one_alternate_run(tmp_path: Path, backend: str, measured: Dict[str, Any
     singles = run["guest_before"][0]["free_blocks"][0]
     assert singles > 0.9 * 0.75 * 512 * 128
     assert values["absent_mib"] > 0.9 * values["free_mib"]
+
+
+def small(own: density.Resting, **changes: Any) -> Scenario:
+    """A guest of 512 MiB that rests."""
+    return Scenario(own, tuple(RESTING), mem_mib=512, vcpus=1, **changes)
+
+
+def test_one_burst(tmp_path: Path, measured: Dict[str, Any]) -> None:
+    """With reporting, a guest's memory is back some time after a burst; without, it is not."""
+    scenario = small(density.Burst(percent=50, seconds=15, loop_seconds=2))
+    found = {}
+    for name in "plain", "reporting":
+        run = density.run(scenario, RESTING[name], 1, tmp_path)
+        found[name] = values = run["metrics"]
+        measured[name] = values
+        assert values["rss_burst_mib"] - values["rss_before_mib"] > 200
+        assert values["loop_rate"] > 0 and values["rest_cpu_s"] >= 0
+        assert run["series"][-1]["s"] >= 15
+    assert "half_s" not in found["plain"] and 0 < found["reporting"]["half_s"] <= 15
+
+
+def test_one_crowd(tmp_path: Path, measured: Dict[str, Any]) -> None:
+    """Guests come until their memory exceeds the limit, and those before the last one count."""
+    scenario = small(density.Crowd(limit_mib=800, burst_mib=256))
+    run = density.run(scenario, RESTING["plain"], 1, tmp_path)
+    measured.update(run["metrics"])
+    *fit, last = run["series"]
+    assert last["peak_mib"] > 800 and len(fit) == run["metrics"]["guests"] == last["guests"] - 1 > 0
+    assert all(item["peak_mib"] <= 800 for item in fit)
+    with pytest.raises(NotEnoughMemory):
+        density.run(small(density.Crowd(limit_mib=1 << 30)), RESTING["plain"], 1, tmp_path)
+
+
+def rested(scenario: Scenario, mode: Mode, index: int, *series: float) -> Dict[str, Any]:
+    """A run as density.run() returns it."""
+    run = canned(scenario, mode, index, 1.0)
+    for name in "migration", "samples", "command_lines", "verified", "rss_mib":
+        del run[name]
+    run["series"] = [{"s": float(second), "mib": mib} for second, mib in enumerate(series)]
+    burst = scenario.workload
+    assert isinstance(burst, density.Burst)
+    # pylint: disable-next=protected-access
+    run["metrics"] = burst._after(run["series"], 100.0)
+    return run
+
+
+def test_memory_after_a_burst(tmp_path: Path) -> None:
+    """The memory at its moments and the time until half of it is back; medians and ranges of it."""
+    own = density.Burst(seconds=6)
+    scenario = replace(density.SCENARIOS["burst-4g-2cpu"], workload=own)
+    runs = [
+        rested(scenario, RESTING["reporting"], index, 900, 850, 600, low, 200, 150, 100)
+        for index, low in ((1, 500), (2, 501))
+    ]
+    assert runs[0]["metrics"] == {
+        "rss_burst_mib": 900,
+        "rss_2s_mib": 600,
+        "rss_5s_mib": 150,
+        "rss_6s_mib": 100,
+        "half_s": 3,
+    }
+    table = density.table(runs)[0]
+    row = table["modes"]["reporting"]
+    assert row["runs"] == 2 and row["spreads"]["half_s"] == [3.5, 3, 4]
+    store = density.store_of(tmp_path)
+    for run in runs:
+        store.save(scenario, RESTING["reporting"], run["index"], run)
+    # A report needs no guest that was moved.
+    page = report.make(Store(tmp_path))
+    assert page and "burst-4g-2cpu" in page.read_text(encoding="utf-8")
+    assert (tmp_path / "density-burst-4g-2cpu.png").exists()
+    assert bench("export", str(tmp_path / "to"), "--out", str(tmp_path)).returncode == 0
+    assert exported(tmp_path / "to" / "density.json.xz") == json.loads(
+        json.dumps([{"key": run["key"], **run} for run in store.runs()])
+    )
+
+
+def test_limits_of_resting_guests() -> None:
+    """Every such scenario has modes that exist; a smaller host is one of its own."""
+    for scenario in density.SCENARIOS.values():
+        assert set(scenario.modes) <= set(RESTING)
+    crowd = density.SCENARIOS["crowd-6g-512m-1cpu"]
+    assert density.limited(crowd, 1536).name == "crowd-1536m-512m-1cpu"
+    burst = density.SCENARIOS["burst-4g-2cpu"]
+    assert density.limited(burst, 1536) is burst
