@@ -2,6 +2,7 @@
 """One run: guests are booted, moved and checked; the result says all about itself."""
 
 import contextlib
+import mmap
 import re
 import time
 from dataclasses import asdict, dataclass
@@ -9,10 +10,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
-from livebench import floor, hostinfo, postcopy, workloads
+from livebench import floor, hostinfo, postcopy, swap, workloads
 from livebench.console import Console
 from livebench.disks import attached
-from livebench.modes import Mode
+from livebench.modes import ORDER, Mode
 from livebench.scenarios import Scenario
 from livebench.throughput import Span
 from livemig import host, migration, paths, workload
@@ -50,6 +51,8 @@ class Pair:
     spec: GuestSpec
     source: Guest
     console: Console
+    # Where its source can be swapped to, if that is wanted.
+    room: Optional[swap.Room] = None
     destination: Optional[Guest] = None
     command_lines: Optional[Dict[str, List[str]]] = None
 
@@ -79,11 +82,31 @@ def migration_spec(scenario: Scenario, mode: Mode) -> MigrationSpec:
     }
     if scenario.multifd:
         parameters["multifd-channels"] = scenario.multifd
+    if scenario.compression:
+        parameters["multifd-compression"] = scenario.compression
     common = {"multifd": True} if scenario.multifd else {}
     if scenario.postcopy is not None:
         parameters.update(postcopy.parameters(scenario.postcopy))
         common["postcopy-ram"] = True
     return MigrationSpec(mode.capabilities, parameters, common)
+
+
+def guest_spec(scenario: Scenario, mode: Mode) -> GuestSpec:
+    """The guests of a scenario, but for their disks."""
+    words = list(CMDLINE)
+    if scenario.init_on_alloc:
+        words.append(INIT_ON_ALLOC)
+    if scenario.reporting_order is not None:
+        words.append(f"{ORDER}={scenario.reporting_order}")
+    return mode.spec(
+        GuestSpec(
+            mem_mib=scenario.mem_mib,
+            vcpus=scenario.vcpus,
+            cmdline=tuple(words),
+            mem_backend=f"memory-backend-{scenario.backend}",
+            wrapper=() if scenario.huge_pages else host.NO_HUGE_PAGES,
+        )
+    )
 
 
 def _command_line(guest: Guest) -> List[str]:
@@ -101,23 +124,20 @@ def _command_line(guest: Guest) -> List[str]:
 @contextlib.contextmanager
 def _booted(scenario: Scenario, mode: Mode, logs: Path) -> Iterator[List[Pair]]:
     """The guests of a scenario, each in the state to be migrated but for what runs."""
-    spec = mode.spec(
-        GuestSpec(
-            mem_mib=scenario.mem_mib,
-            vcpus=scenario.vcpus,
-            cmdline=CMDLINE + ((INIT_ON_ALLOC,) if scenario.init_on_alloc else ()),
-            mem_backend=f"memory-backend-{scenario.backend}",
-        )
-    )
+    spec = guest_spec(scenario, mode)
     kind = floor.FloorGuest if mode.floor else Guest
     with contextlib.ExitStack() as stack:
+        # It goes when the guests have ended: else all would be swapped in for it.
+        room = stack.enter_context(swap.room(scenario.host_mib[0])) if scenario.swapped else None
         pairs = []
         for number in range(scenario.guests):
             own = stack.enter_context(attached(spec, scenario.workload))
             console = Console()
-            traced = floor.traced(own) if mode.floor else own
-            source = kind(traced, f"source-{number}", logs=logs, listener=console.listener())
-            pairs.append(Pair(own, stack.enter_context(source), console))
+            launched = floor.traced(own) if mode.floor else own
+            if room:
+                launched = launched.but(wrapper=(*launched.wrapper, *room.wrapper))
+            source = kind(launched, f"source-{number}", logs=logs, listener=console.listener())
+            pairs.append(Pair(own, stack.enter_context(source), console, room))
         for pair in pairs:
             pair.source.wait_ready()
         for pair in pairs:
@@ -187,8 +207,8 @@ def _move(pairs: List[Pair], spec: MigrationSpec, after_round: Optional[int]) ->
     """
     for pair in pairs:
         if spec.common.get("multifd"):
-            channels = spec.parameters["multifd-channels"]
-            pair.there.qmp("migrate-set-parameters", multifd_channels=channels)
+            multifd = {k: v for k, v in spec.parameters.items() if k.startswith("multifd-")}
+            pair.there.qmp_dict("migrate-set-parameters", multifd)
     begin = time.monotonic()
     for pair in pairs:
         migration.start(pair.source, pair.there, spec)
@@ -244,10 +264,9 @@ def _verify(scenario: Scenario, pairs: List[Pair]) -> List[str]:
     return wrong
 
 
-def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any]:
-    """Make one run; returns its result."""
-    check_memory(scenario)
-    record: Dict[str, Any] = {
+def header(scenario: Scenario, mode: Mode, index: int) -> Dict[str, Any]:
+    """What a run says of itself before it is made."""
+    return {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "scenario": {
@@ -261,6 +280,12 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any
         "host": hostinfo.facts(),
         "versions": hostinfo.versions(mode.qemu, mode.kernel),
     }
+
+
+def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any]:
+    """Make one run; returns its result."""
+    check_memory(scenario)
+    record = header(scenario, mode, index)
     begin = time.monotonic()
     with _booted(scenario, mode, logs) as pairs:
         if mode.settle:
@@ -271,6 +296,9 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any
         # Until the destinations want it: what is free grows cold.
         with host.warmed(max(scenario.host_mib)):
             time.sleep(scenario.workload.lead)
+            record["swapped"] = [
+                asdict(pair.room.swap_out(pair.source)) for pair in pairs if pair.room
+            ]
             rss_before = _rss(pairs)
             if mode.floor:
                 record["floor"] = [
@@ -278,7 +306,9 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any
                     for pair in pairs
                     if isinstance(pair.source, floor.FloorGuest)
                 ]
+        swapped_in = swap.pages_in()
         moved = _move(pairs, migration_spec(scenario, mode), scenario.postcopy)
+        record["swapped_in_pages"] = swap.pages_in() - swapped_in
         record["rss_mib"] = {"before": rss_before, "after": _rss(pairs)}
         if scenario.backend == "memfd":
             record["memfd_mib"] = sum(hostinfo.memfd_mib(pair.there.pid) for pair in pairs)
@@ -311,6 +341,39 @@ def _total(record: Dict[str, Any]) -> int:
     return int(raw[0]["total-time"]) if len(raw) == 1 else int(record["all_ms"])
 
 
+def _swap_metrics(record: Dict[str, Any]) -> Dict[str, float]:
+    """What the host swapped in during the migration; reading ahead counts."""
+    if not record.get("swapped"):
+        return {}
+    swapped_in = record["swapped_in_pages"] * mmap.PAGESIZE / 2**20
+    free = sum(facts["meminfo_mib"]["MemFree"] for facts in record["guest_before"])
+    used = record["scenario"]["guests"] * record["scenario"]["mem_mib"] - free
+    return {
+        "swapped_out_mib": sum(where["swapped_mib"] for where in record["swapped"]),
+        "swapped_in_mib": swapped_in,
+        # Of what is not free.
+        "swapped_in_share": swapped_in / used,
+    }
+
+
+def _absent_metrics(record: Dict[str, Any], results: List[MigrationResult]) -> Dict[str, float]:
+    """What was absent, and what it took to find that out, if anybody looked."""
+    found = [result.absent for result in results if result.absent and result.absent.scan_time]
+    if not found:
+        return {}
+    absent = sum(item.absent_bytes for item in found) / 2**20
+    scan = max(item.scan_time for item in found) / 1000
+    hints = [result.hints for result in results if result.hints]
+    whole = record["scenario"]["guests"] * record["scenario"]["mem_mib"]
+    return {
+        "absent_mib": absent,
+        "absent_share": absent / whole,
+        "scan_ms": scan,
+        "scan_share": scan / _total(record) if _total(record) else 0,
+        "redirtied_mib": sum(hint.redirtied_bytes for hint in hints) / 2**20,
+    }
+
+
 def metrics(record: Dict[str, Any]) -> Dict[str, float]:
     """The figures of a run that are compared: sums and maxima over its guests."""
     results = [MigrationResult.from_qmp(raw) for raw in record["migration"]]
@@ -327,9 +390,13 @@ def metrics(record: Dict[str, Any]) -> Dict[str, float]:
     }
     for outcome in record.get("postcopy", [])[:1]:
         values.update(outcome)
+    rss = record["rss_mib"]
     for when in "before", "after":
-        for side, mib in record["rss_mib"][when].items():
+        for side, mib in rss[when].items():
             values[f"rss_{side}_{when}_mib"] = mib
+    values["rss_source_growth_mib"] = rss["after"]["source"] - rss["before"]["source"]
+    values.update(_swap_metrics(record))
+    values.update(_absent_metrics(record, results))
     hints = [result.hints for result in results if result.hints]
     if hints and not record["mode"]["floor"] and all(hint.blocks for hint in hints):
         values.update(

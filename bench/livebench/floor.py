@@ -86,7 +86,8 @@ def _traced(log: Path) -> Runs:
 
 def _ask_only(guest: Guest) -> Hints:
     """Migrate to nowhere, until the guest has answered."""
-    set_capabilities(guest, {"events": True, "free-page-hint": True})
+    capabilities = {"free-page-hint": True, "skip-absent-pages": False}
+    set_capabilities(guest, {"events": True, **capabilities})
     before = guest.qmp("query-migrate-parameters")
     guest.qmp("migrate-set-parameters", max_bandwidth=BYTES_PER_SECOND, free_page_hint_wait=WAIT_MS)
     guest.qmp("migrate", uri="exec:cat > /dev/null")

@@ -39,6 +39,19 @@ def rss_mib(pid: Optional[int]) -> float:
     return int(text.split()[0]) / 1024
 
 
+def own_mib(pid: Optional[int]) -> float:
+    """The memory of a process that no file holds: what there is once for each QEMU."""
+    fields = (_field(f"/proc/{pid}/status", name) for name in ("RssAnon", "RssShmem"))
+    return sum(int((text or "0").split()[0]) for text in fields) / 1024
+
+
+def cpu_seconds(pid: Optional[int]) -> float:
+    """How long a process has run, on all CPUs together."""
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    # utime and stime, the 14th and 15th of all words.
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def memfd_mib(pid: Optional[int]) -> float:
     """What a QEMU's memory-backend-memfd has allocated, mapped by anybody or not."""
     total = 0

@@ -5,10 +5,10 @@ import argparse
 import lzma
 import shutil
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
-from livebench import micro, plan, report, statistics, store, summary
-from livebench.modes import MAKERS, MODES
+from livebench import density, micro, plan, report, statistics, store, summary
+from livebench.modes import MAKERS, MODES, RESTING, Mode
 from livebench.scenarios import SCENARIOS, Scenario, matching
 from livebench.store import Store
 from livemig import paths
@@ -50,15 +50,15 @@ def work(args: argparse.Namespace) -> List[plan.Work]:
     return list(found.values())
 
 
-def check_built(todo: Sequence[plan.Work]) -> None:
+def check_built(todo: Sequence[plan.Work], modes: Mapping[str, Mode] = MODES) -> None:
     """Stop before the first run if something has not been built."""
     paths.initramfs()
-    for name in {name for item in todo for name in item.modes}:
-        if MODES[name].qemu in MAKERS:
-            qemu = paths.cache_dir() / f"qemu-{MODES[name].qemu}" / "bin" / "qemu-system-x86_64"
-            paths.require(qemu, MAKERS[MODES[name].qemu])
-        paths.qemu_binary(MODES[name].qemu)
-        paths.kernel_image(MODES[name].kernel)
+    for mode in {name: modes[name] for item in todo for name in item.modes}.values():
+        if mode.qemu in MAKERS:
+            qemu = paths.cache_dir() / f"qemu-{mode.qemu}" / "bin" / "qemu-system-x86_64"
+            paths.require(qemu, MAKERS[mode.qemu])
+        paths.qemu_binary(mode.qemu)
+        paths.kernel_image(mode.kernel)
     for scenario in (item.scenario for item in todo):
         if scenario.workload.debian:
             paths.debian_image()
@@ -96,6 +96,27 @@ def command_run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def command_density(args: argparse.Namespace) -> int:
+    """Measure how much memory guests leave to their host, and make the report."""
+    todo = []
+    for name in args.scenario or density.SCENARIOS:
+        scenario = density.SCENARIOS[name]
+        modes = tuple(mode for mode in scenario.modes if mode in (args.mode or RESTING))
+        sized = scenario.but(args.mem, args.vcpus)
+        if args.limit:
+            sized = density.limited(sized, args.limit)
+        if modes:
+            todo.append(plan.Work(sized, modes, args.runs or scenario.runs))
+    check_built(todo, RESTING)
+    runs = density.store_of(args.out)
+    steps = plan.order(todo, RESTING)
+    try:
+        failed = plan.carry_out(steps, runs, args.fresh, density.run)
+    finally:
+        _report(Store(args.out))
+    return 1 if failed else 0
+
+
 def command_report(args: argparse.Namespace) -> int:
     """Make the report of what was run."""
     if not report.make(Store(args.out)):
@@ -117,7 +138,12 @@ def command_list(_args: argparse.Namespace) -> int:
     for scenario in SCENARIOS.values():
         print(f"{scenario.name:24} {scenario.runs:2} runs; {scenario.about}")
         print(f"{'':24} {' '.join(scenario.modes)}" + (" (quick)" if scenario.quick else ""))
-    for mode in MODES.values():
+    print("\nbench/bench density:")
+    for scenario in density.SCENARIOS.values():
+        print(f"{scenario.name:24} {scenario.runs:2} runs; {scenario.about}")
+        print(f"{'':24} {' '.join(scenario.modes)}")
+    print("\nmodes:")
+    for mode in (*MODES.values(), *RESTING.values()):
         print(f"{mode.name:24} {mode.about}")
     return 0
 
@@ -149,7 +175,7 @@ def _spread(mode: str, spread: statistics.Spread) -> str:
 
 
 def command_export(args: argparse.Namespace) -> int:
-    """Copy the report into a directory, with all runs in one compressed file."""
+    """Copy the report into a directory, with all runs in compressed files."""
     command_report(args)
     args.to.mkdir(parents=True, exist_ok=True)
     for old in args.to.glob("*.png"):
@@ -159,15 +185,33 @@ def command_export(args: argparse.Namespace) -> int:
             shutil.copy(args.out / name, args.to / name)
     for figure in args.out.glob("*.png"):
         shutil.copy(figure, args.to / figure.name)
-    store.write_json(args.to / "runs.json", Store(args.out).runs())
-    packed = lzma.compress((args.to / "runs.json").read_bytes(), preset=9)
-    (args.to / "runs.json").unlink()
-    (args.to / "runs.json.xz").write_bytes(packed)
+    for name, kept in (("runs", Store(args.out)), ("density", density.store_of(args.out))):
+        found = kept.runs()
+        if found or name == "runs":
+            file = args.to / f"{name}.json"
+            store.write_json(file, found)
+            file.with_suffix(".json.xz").write_bytes(lzma.compress(file.read_bytes(), preset=9))
+            file.unlink()
     size = sum(path.stat().st_size for path in args.to.iterdir()) / 2**20
     print(f"bench: {args.to}: {size:.2f} MiB")
     if size > EXPORT_MIB:
         print(f"bench: that is more than {EXPORT_MIB} MiB: remove figures that are not referred to")
     return 0
+
+
+def _add_choice(one: argparse.ArgumentParser, name: str) -> None:
+    """What to run: scenarios, modes, how often."""
+    if name == "density":
+        one.add_argument("--scenario", nargs="+", choices=list(density.SCENARIOS))
+        one.add_argument(
+            "--limit", type=size_mib, metavar="SIZE", help="for trying: a smaller host"
+        )
+    else:
+        one.add_argument("--quick", action="store_true", help="the main rows, 3 runs")
+    modes = list(RESTING if name == "density" else MODES)
+    one.add_argument("--mode", nargs="+", choices=modes, metavar="MODE", help="default: all")
+    one.add_argument("--runs", type=int, metavar="N", help="default: as declared")
+    one.add_argument("--fresh", action="store_true", help="make runs again that are there")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -178,6 +222,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ("run", command_run),
         ("report", command_report),
         ("micro", command_micro),
+        ("density", command_density),
         ("list", command_list),
         ("compare", command_compare),
         ("export", command_export),
@@ -187,16 +232,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         one.add_argument(
             "--out", type=Path, default=store.OUT, metavar="DIR", help="default: out/bench"
         )
-        if name in ("run", "micro"):
+        if name in ("run", "micro", "density"):
             one.add_argument(
                 "--mem", type=size_mib, metavar="SIZE", help="for trying: smaller guests"
             )
             one.add_argument("--vcpus", type=int, metavar="N", help="for trying: another number")
         if name == "export":
             one.add_argument("to", type=Path, metavar="TO", help="a directory")
+        if name in ("run", "density"):
+            _add_choice(one, name)
         if name in ("run", "compare"):
             one.add_argument(
-                "--scenario", nargs="+", metavar="NAME", help='or "BEGIN*"; default: all'
+                "--scenario", nargs="+", metavar="NAME", help='or a pattern, "idle-*"; default: all'
             )
         if name == "compare":
             for which in ("mode", "base"):
@@ -213,13 +260,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                 metavar="FILE",
                 help="runs.json.xz of an export; default: what is in out/bench",
             )
-        if name == "run":
-            one.add_argument(
-                "--mode", nargs="+", choices=list(MODES), metavar="MODE", help="default: all"
-            )
-            one.add_argument("--runs", type=int, metavar="N", help="default: as declared")
-            one.add_argument("--quick", action="store_true", help="the main rows, 3 runs")
-            one.add_argument("--fresh", action="store_true", help="make runs again that are there")
     args = parser.parse_args(argv)
     for name in ("runs", "vcpus"):
         if (getattr(args, name, None) or 1) < 1:

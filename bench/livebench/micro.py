@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
@@ -103,7 +104,8 @@ def in_vivo(mem_mib: int, vcpus: int, logs: Path) -> Dict[str, Any]:
         events = f"{TRACEFS}/events/free_page_hint/free_page_hint_batch/enable"
         source.agent.run(f"echo 1 > {events}")
         with Guest(spec.but(trace=None, args=()), "destination", logs=logs, incoming=True) as there:
-            result = migration.migrate(source, there, migration_for_mode(DEMO_MODES["array"]))
+            how = migration_for_mode(DEMO_MODES["array"])
+            result = migration.migrate(source, there, replace(how, capabilities=mode.capabilities))
             batches = _batches(there.agent.run(f"cat {TRACEFS}/trace"))
             bound = there.agent.run(f"linewalk {batches[:, 0].sum():.0f} {LINE_STRIDE} {REPEAT}")
         log = source.trace_log.read_text(errors="replace")

@@ -2,7 +2,7 @@
 """The ways to treat free memory that are compared."""
 
 from dataclasses import dataclass, field
-from typing import Dict, Mapping, Tuple
+from typing import Dict, Mapping, Optional, Tuple
 
 from livemig.spec import ARRAYS, BLOCKS, GuestSpec
 
@@ -15,16 +15,24 @@ class Mode:
     about: str
     qemu: str
     kernel: str
-    balloon: str
+    # Properties of the balloon; None: there is none.
+    balloon: Optional[str]
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     # Wait, before the migration, until the guest has nothing more to report.
     settle: bool = False
     # Exclude a set of pages that was made beforehand, instead of asking (see floor.py).
     floor: bool = False
+    # Words for the guest's kernel.
+    cmdline: Tuple[str, ...] = ()
 
     def spec(self, base: GuestSpec) -> GuestSpec:
         """A copy of a guest with what this mode changes."""
-        return base.but(qemu=self.qemu, kernel=self.kernel, balloon=self.balloon)
+        return base.but(
+            qemu=self.qemu,
+            kernel=self.kernel,
+            balloon=self.balloon,
+            cmdline=(*base.cmdline, *self.cmdline),
+        )
 
     @property
     def builds(self) -> Tuple[str, str]:
@@ -32,8 +40,15 @@ class Mode:
         return f"qemu-{self.qemu}", f"kernel-{self.kernel}"
 
 
-_ON = {"free-page-hint": True}
-_OFF = {"free-page-hint": False}
+def _capabilities(hints: bool, absent: bool) -> Dict[str, bool]:
+    return {"free-page-hint": hints, "skip-absent-pages": absent}
+
+
+# What hints skip is to be told from what was never there: absent pages are off but where they are
+# what is compared.
+_ON = _capabilities(hints=True, absent=False)
+_OFF = _capabilities(hints=False, absent=False)
+_REPORTING = "free-page-hint=off,free-page-reporting=on"
 
 _MODES = (
     Mode("legacy", "no hints, unpatched", "stock", "stock", "free-page-hint=off"),
@@ -49,7 +64,7 @@ _MODES = (
         "upstream's free page reporting, after it has settled, unpatched",
         "stock",
         "stock",
-        "free-page-hint=off,free-page-reporting=on",
+        _REPORTING,
         settle=True,
     ),
     Mode("none", "no hints, our build", "ours", "ours", ARRAYS, _OFF),
@@ -67,7 +82,8 @@ _MODES = (
         "before",
         "ours",
         ARRAYS,
-        _ON,
+        # It may know nothing of absent pages.
+        {"free-page-hint": True},
     ),
     Mode("array", "our QEMU and guest kernel", "ours", "ours", ARRAYS, _ON),
     Mode(
@@ -79,9 +95,64 @@ _MODES = (
         _ON,
         floor=True,
     ),
+    Mode(
+        "absent",
+        "our QEMU, absent pages; unpatched guest kernel, no balloon",
+        "ours",
+        "stock",
+        None,
+        _capabilities(hints=False, absent=True),
+    ),
+    Mode(
+        "absent-reporting",
+        "our QEMU, absent pages; unpatched guest kernel, free page reporting, after it has settled",
+        "ours",
+        "stock",
+        _REPORTING,
+        _capabilities(hints=False, absent=True),
+        settle=True,
+    ),
+    Mode(
+        "stock-driver-absent",
+        "our QEMU, absent pages and hints block by block, unpatched guest kernel",
+        "ours",
+        "stock",
+        BLOCKS,
+        _capabilities(hints=True, absent=True),
+    ),
+    Mode(
+        "array-absent",
+        "our QEMU and guest kernel, absent pages and arrays: the default",
+        "ours",
+        "ours",
+        ARRAYS,
+        _capabilities(hints=True, absent=True),
+    ),
 )
 
 # What builds a QEMU that only benchmarks need.
 MAKERS = {"floor": "bench/build-floor", "before": "bench/build-before COMMIT"}
 
 MODES: Dict[str, Mode] = {mode.name: mode for mode in _MODES}
+
+# The order of the smallest blocks that a guest's kernel reports.
+ORDER = "page_reporting.page_reporting_order"
+ORDER_0 = f"{ORDER}=0"
+_BOTH = f"{ARRAYS},free-page-reporting=on"
+
+# Guests that are not moved, but watched while they give memory back: see density.py.
+_RESTING = (
+    Mode("plain", "nothing is reported", "ours", "stock", "free-page-hint=off"),
+    Mode("reporting", "reporting, blocks of 2 MiB", "ours", "stock", _REPORTING),
+    Mode("reporting-0", "reporting, single pages", "ours", "stock", _REPORTING, cmdline=(ORDER_0,)),
+    Mode("reporting-hints", "reporting, and hints in arrays", "ours", "ours", _BOTH),
+    Mode(
+        "reporting-0-hints",
+        "reporting, single pages, and hints in arrays",
+        "ours",
+        "ours",
+        _BOTH,
+        cmdline=(ORDER_0,),
+    ),
+)
+RESTING: Dict[str, Mode] = {mode.name: mode for mode in _RESTING}

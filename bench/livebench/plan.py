@@ -6,14 +6,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 from livebench import engine
 from livebench.modes import MODES, Mode
 from livebench.scenarios import Scenario
 from livebench.store import Store
 from livemig import paths
-from livemig.errors import LivemigError
+from livemig.errors import LivemigError, NotPossibleHere
 
 Runner = Callable[[Scenario, Mode, int, Path], Dict[str, Any]]
 
@@ -36,7 +36,7 @@ class Work:
     runs: int
 
 
-def order(work: Sequence[Work]) -> List[Step]:
+def order(work: Sequence[Work], modes: Mapping[str, Mode] = MODES) -> List[Step]:
     """The steps: the number of the run outermost, modes innermost.
 
     So whatever else the host does, and however it drifts, meets all modes alike; the modes rotate,
@@ -48,7 +48,7 @@ def order(work: Sequence[Work]) -> List[Step]:
             if index <= item.runs:
                 shift = (index - 1) % len(item.modes)
                 turn = item.modes[shift:] + item.modes[:shift]
-                steps += [Step(item.scenario, MODES[name], index) for name in turn]
+                steps += [Step(item.scenario, modes[name], index) for name in turn]
     return steps
 
 
@@ -86,6 +86,8 @@ class Clock:
 def describe(run: Dict[str, Any]) -> str:
     """A run in a few words."""
     values = run["metrics"]
+    if "total_ms" not in values:
+        return ", ".join(f"{name} {value:.0f}" for name, value in list(values.items())[:3])
     text = f"{values['total_ms']:.0f} ms, {values['sent_mib']:.0f} MiB sent"
     if run["verified"] is None:
         return text
@@ -110,7 +112,10 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
     if len(missing) < len(steps):
         print(f"bench: {len(steps) - len(missing)} of {len(steps)} runs are there already")
     failed = 0
+    impossible = set()
     for number, step in enumerate(missing):
+        if step.scenario.name in impossible:
+            continue
         name = f"{step.scenario.name}, {step.mode.name}, run {step.index}"
         left = duration(clock.left(missing[number:]))
         print(f"[{number + 1}/{len(missing)}, {left} left] {name}: ", end="", flush=True)
@@ -118,6 +123,10 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
         began = time.monotonic()
         try:
             run = runner(step.scenario, step.mode, step.index, logs)
+        except NotPossibleHere as err:
+            impossible.add(step.scenario.name)
+            print(f"{step.scenario.name} is skipped: {err}", flush=True)
+            continue
         except LivemigError as err:
             failed += 1
             print("failed", flush=True)
@@ -129,6 +138,6 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
             raise
         clock.note(step, time.monotonic() - began)
         store.save(step.scenario, step.mode, step.index, run)
-        failed += run["verified"] is False
+        failed += run.get("verified") is False
         print(describe(run), flush=True)
     return failed

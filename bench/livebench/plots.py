@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 # pylint: disable=wrong-import-position
 import numpy as np  # noqa: E402
 from livebench import statistics, summary  # noqa: E402
-from livebench.modes import MODES  # noqa: E402
+from livebench.modes import MODES, RESTING  # noqa: E402
 from livebench.throughput import points_of, rate  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
@@ -19,12 +19,13 @@ Run = Dict[str, Any]
 # Over how long a guest's work is averaged.
 BIN_SECONDS = 0.5
 
-# Tells the modes apart in all figures, also for the colour-blind (Okabe and Ito).
+# Tells the modes apart in all figures, also for the colour-blind (Okabe and Ito, then Tol).
 _PALETTE = (
     *("#000000", "#e69f00", "#56b4e9", "#999999"),
     *("#cc79a7", "#f0e442", "#d55e00", "#009e73"),
+    *("#0072b2", "#882255", "#999933", "#332288"),
 )
-COLOURS = dict(zip(MODES, _PALETTE))
+COLOURS = {**dict(zip(MODES, _PALETTE)), **dict(zip(RESTING, _PALETTE))}
 
 
 def _styled(width: float = 9, height: float = 4) -> Tuple[Figure, Any]:
@@ -177,6 +178,22 @@ def floor_ratios(rows: Sequence[Dict[str, Any]]) -> Figure:
     axes.axvline(1, color=COLOURS["floor"])
     axes.invert_yaxis()
     axes.set_xlabel("array / floor, medians of total time")
+    return figure
+
+
+def density(runs: Sequence[Run], name: str) -> Figure:
+    """What guests that rest have of the host's memory over time, the first run of each mode."""
+    figure, axes = _styled()
+    own = [run for run in runs if run["scenario"]["name"] == name]
+    for mode in RESTING:
+        for run in [run for run in own if run["mode"]["name"] == mode][:1]:
+            points = [(item["s"], item.get("peak_mib", item["mib"])) for item in run["series"]]
+            axes.plot(*zip(*points), label=mode, color=COLOURS[mode])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("s")
+    axes.set_ylabel("MiB of the host")
+    axes.set_title(name)
+    axes.legend(fontsize="small")
     return figure
 
 

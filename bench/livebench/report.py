@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import jinja2
-from livebench import plots, store, summary
-from livebench.modes import MODES
+from livebench import density, plots, store, summary
+from livebench.modes import MODES, RESTING
 from livebench.scenarios import SCENARIOS
 from livebench.store import Store
 from matplotlib.figure import Figure
@@ -55,6 +55,8 @@ CHAPTERS = (
     Chapter(
         "zeroing", "Guests that zero what they allocate", lambda s: s.get("init_on_alloc"), log=True
     ),
+    Chapter("alternate", "Every second page is absent", _workload("alternate"), log=True),
+    Chapter("swapped", "Memory that the host has swapped out", lambda s: s.get("swapped")),
 )
 
 # Shown for each mode of a scenario: title, metric, digits.
@@ -64,7 +66,10 @@ COLUMNS: Tuple[Tuple[str, str, int], ...] = (
     ("normal pages", "normal_pages", 0),
     ("zero pages", "zero_pages", 0),
     ("hinted MiB", "hinted_mib", 0),
-    ("of that dirtied again", "redirtied_mib", 0),
+    ("absent MiB", "absent_mib", 0),
+    ("scan ms", "scan_ms", 2),
+    ("of the total", "scan_share", 4),
+    ("dirtied again", "redirtied_mib", 0),
     ("free MiB", "free_mib", 0),
     ("of that max. order", "free_max_order_mib", 0),
     ("ask to end ms", "ask_to_end_ms", 1),
@@ -81,6 +86,9 @@ WORK_COLUMNS: Tuple[Tuple[str, str, int], ...] = (
     ("zero pages", "postcopy_zero_pages", 0),
     ("requests", "page_requests", 0),
     ("hinted, requested MiB", "requested_mib", 1),
+    ("swapped out MiB", "swapped_out_mib", 0),
+    ("swapped in MiB", "swapped_in_mib", 0),
+    ("of what is not free", "swapped_in_share", 2),
     ("memfd dest. MiB", "memfd_destination_after_mib", 0),
     ("longest stall ms", "stall_ms", 0),
     ("before", "stall_before_ms", 0),
@@ -134,10 +142,17 @@ def extrapolations(runs: Sequence[Run]) -> List[Dict[str, Any]]:
 class Report:
     """Writes a report into a directory."""
 
-    def __init__(self, directory: Path, runs: Sequence[Run], micro: Optional[Dict[str, Any]]):
+    def __init__(
+        self,
+        directory: Path,
+        runs: Sequence[Run],
+        micro: Optional[Dict[str, Any]],
+        resting: Sequence[Run] = (),
+    ):
         self.directory = directory
         self.runs = runs
         self.micro = micro
+        self.resting = resting
         self.rows = summary.table(runs)
         self.targets = summary.targets(runs)
 
@@ -202,6 +217,14 @@ class Report:
             ("scaling-cost", self._figure("scaling-cost", plots.scaling_cost(self.runs))),
         ]
 
+    def _density(self) -> List[Dict[str, Any]]:
+        """The tables of guests that rest, each with its figure."""
+        tables = density.table(self.resting)
+        for item in tables:
+            name = "density-" + item["scenario"]
+            item["figure"] = self._figure(name, plots.density(self.resting, item["scenario"]))
+        return tables
+
     def write(self) -> Path:
         """Write summary.json, report.html and the figures; returns the report."""
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -220,6 +243,7 @@ class Report:
         environment.filters["ratio"] = ratio
         chapters = [self._chapter(chapter) for chapter in CHAPTERS]
         floors = [r for r in self.rows if r["mode"] == "array" and r["ratio_floor"] is not None]
+        every = [*self.runs, *self.resting]
         html = environment.get_template(TEMPLATE.name).render(
             targets=self.targets,
             chapters=[chapter for chapter in chapters if chapter],
@@ -228,18 +252,18 @@ class Report:
             extrapolations=extrapolations(self.runs),
             extrapolated=EXTRAPOLATED_GIB,
             micro=self.micro,
-            modes=MODES.values(),
+            density=self._density(),
+            modes=[*MODES.values(), *(RESTING.values() if self.resting else ())],
             about={name: scenario.about for name, scenario in SCENARIOS.items()},
-            first=self.runs[0],
+            first=every[0],
             versions=sorted(
                 {
-                    json.dumps(run["versions"], sort_keys=True): run["versions"]
-                    for run in self.runs
+                    json.dumps(run["versions"], sort_keys=True): run["versions"] for run in every
                 }.items()
             ),
-            dates=(min(r["date"] for r in self.runs), max(r["date"] for r in self.runs)),
-            count=len(self.runs),
-            loads=[run["host"]["load"][0] for run in self.runs],
+            dates=(min(r["date"] for r in every), max(r["date"] for r in every)),
+            count=len(every),
+            loads=[run["host"]["load"][0] for run in every],
             wrong=[run for run in self.runs if run["verified"] is False],
         )
         path = self.directory / "report.html"
@@ -251,5 +275,5 @@ def make(runs: Store) -> Optional[Path]:
     """Write the report of a directory of runs; None if there are no runs."""
     micro = runs.directory / "micro.json"
     data = json.loads(micro.read_text(encoding="utf-8")) if micro.exists() else None
-    found = runs.runs()
-    return Report(runs.directory, found, data).write() if found else None
+    found, resting = runs.runs(), density.store_of(runs.directory).runs()
+    return Report(runs.directory, found, data, resting).write() if found or resting else None

@@ -4,13 +4,15 @@
 A scenario's name is made from its values: two that differ have different names.
 """
 
+import fnmatch
 from dataclasses import dataclass, replace
-from typing import Dict, Iterator, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from livebench.workloads import (
     QEMU_MIB,
     SYSBENCH,
     AllocLoop,
+    Alternate,
     Compile,
     Fragmented,
     Freed,
@@ -29,11 +31,14 @@ ALL = ("legacy", "stock-hints", "stock-reporting", "stock-driver", "array", "flo
 MAIN = ("legacy", "stock-hints", "array", "floor")
 # The floor's destination is stopped: nothing can be watched there.
 WATCHED = ("legacy", "none", "stock-hints", "stock-reporting", "stock-driver", "array")
-QUICK = ("legacy", "stock-hints", "array", "floor")
+# What is absent is known without the guest.
+ABSENT = ("absent", "array-absent")
+SETTLED = ("absent", "absent-reporting", "array-absent")
+QUICK = (*MAIN, *ABSENT)
 # Stock QEMU asks for no hints if postcopy may follow.
 POSTCOPY = ("legacy", "none", "array")
 # The guest's kernel zeroes what it allocates: whose driver allocates what it hints?
-ZEROING = ("legacy", "stock-hints", "stock-driver", "array")
+ZEROING = ("legacy", "stock-hints", "stock-driver", "array", "absent", "stock-driver-absent")
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,14 @@ class Scenario:
     backend: str = "ram"
     # The guest zeroes memory that it allocates, as most distributions' kernels do.
     init_on_alloc: bool = False
+    # Whether the host may back its memory with transparent huge pages.
+    huge_pages: bool = True
+    # The order of the smallest blocks that free page reporting tells, where it is on.
+    reporting_order: Optional[int] = None
+    # The host has swapped the guest's memory out.
+    swapped: bool = False
+    # Of multifd's channels: one of QEMU's multifd-compression.
+    compression: str = ""
     targets: Tuple[Target, ...] = ()
     # The modes that bench-quick runs, if any.
     quick: Tuple[str, ...] = ()
@@ -97,10 +110,14 @@ class Scenario:
         parts += [f"{self.vcpus}cpu"] if self.vcpus != 4 else []
         parts += [f"{self.gbit}gbit"] if self.gbit else []
         parts += [f"multifd{self.multifd}"] if self.multifd else []
+        parts += [self.compression] if self.compression else []
         parts += [f"{self.guests}guests"] if self.guests != 1 else []
         parts += ["round0"] if self.postcopy == 0 else []
         parts += [self.backend] if self.backend != "ram" else []
         parts += ["init_on_alloc"] if self.init_on_alloc else []
+        parts += [f"order{self.reporting_order}"] if self.reporting_order is not None else []
+        parts += [] if self.huge_pages else ["small"]
+        parts += ["swapped"] if self.swapped else []
         return "-".join(parts)
 
     @property
@@ -111,12 +128,20 @@ class Scenario:
             text += f"; {self.gbit} Gbit/s"
         if self.multifd:
             text += f"; multifd, {self.multifd} channel{'s' if self.multifd > 1 else ''}"
+        if self.compression:
+            text += f", {self.compression}"
         if self.postcopy is not None:
             text += f"; switched to postcopy right after round {self.postcopy}"
         if self.backend != "ram":
             text += f"; memory-backend-{self.backend}"
         if self.init_on_alloc:
             text += "; init_on_alloc=1"
+        if self.reporting_order is not None:
+            text += f"; blocks are reported from order {self.reporting_order} on"
+        if not self.huge_pages:
+            text += "; no transparent huge pages"
+        if self.swapped:
+            text += "; the host has swapped it out"
         return text + (f"; {self.guests} guests at once" if self.guests > 1 else "")
 
     @property
@@ -135,6 +160,10 @@ class Scenario:
         return replace(self, mem_mib=mem_mib or self.mem_mib, vcpus=vcpus or self.vcpus, targets=())
 
 
+# Looking for what is absent costs next to nothing where nothing is.
+SCAN = Target(0.01, mode="absent", metric="scan_share")
+
+
 def _against(legacy: float, stock: float, floor: Optional[float] = None) -> Tuple[Target, ...]:
     targets = (Target(legacy, "legacy"), Target(stock, "stock-hints"))
     return targets + ((Target(floor, "floor"),) if floor else ())
@@ -142,7 +171,13 @@ def _against(legacy: float, stock: float, floor: Optional[float] = None) -> Tupl
 
 def _declared() -> Iterator[Scenario]:
     # The 2018 table's first row: 1757 to 284 ms.
-    yield Scenario(Idle(), runs=10, targets=_against(0.28, 0.8, 1.15), quick=QUICK)
+    yield Scenario(
+        Idle(),
+        (*ALL, *SETTLED),
+        runs=10,
+        targets=(*_against(0.28, 0.8, 1.15), Target(0.35, "legacy", "absent")),
+        quick=QUICK,
+    )
     # Its second row: 2528 to 1402 ms.
     yield Scenario(
         Compile(),
@@ -159,13 +194,22 @@ def _declared() -> Iterator[Scenario]:
 
     # Memory that was written and freed is what only hints can skip.
     for percent in (25, 50):
-        yield Scenario(Freed(percent), modes=ALL, targets=(Target(1.10, "floor"),))
-    yield Scenario(Freed(75), modes=ALL, targets=_against(0.05, 0.5, 1.10))
+        yield Scenario(Freed(percent), (*ALL, *SETTLED), targets=(Target(1.10, "floor"),))
+    yield Scenario(
+        Freed(75),
+        (*ALL, *SETTLED),
+        targets=(
+            *_against(0.05, 0.5, 1.10),
+            Target(0.35, "stock-reporting", "absent-reporting"),
+            Target(1.3, "array", "absent-reporting"),
+        ),
+    )
 
-    # How much is free. At 0 %, asking is all cost.
+    # How much is free. At 0 %, asking is all cost, and so is looking for what is absent.
     for percent in (0, 25, 50, 75, 95):
-        targets = (Target(1.02, "legacy"),) if percent == 0 else ()
-        yield Scenario(Held(percent), MAIN + ("none",), mem_mib=4 * GIB, vcpus=2, targets=targets)
+        targets = (Target(1.02, "legacy"), SCAN) if percent == 0 else ()
+        modes = (*MAIN, "none", *(ABSENT if percent == 0 else ()))
+        yield Scenario(Held(percent), modes, mem_mib=4 * GIB, vcpus=2, targets=targets)
 
     # Where blocks of the largest order are few, and hints help little.
     yield Scenario(PageCache(), modes=MAIN, mem_mib=3 * GIB)
@@ -192,14 +236,17 @@ def _declared() -> Iterator[Scenario]:
 
     # How the cost grows with the guest; 8 GiB is above.
     for gib in (1, 2, 4, 16, 32):
-        yield Scenario(Idle(), modes=MAIN, mem_mib=gib * GIB, quick=QUICK if gib == 1 else ())
+        quick = QUICK if gib == 1 else ()
+        yield Scenario(Idle(), (*MAIN, *ABSENT), mem_mib=gib * GIB, quick=quick)
     yield Scenario(
         Idle(),
-        modes=MAIN,
+        (*MAIN, *ABSENT),
         mem_mib=64 * GIB,
         targets=(
             *_against(0.22, 0.75, 1.15),
             Target(50, metric="ask_to_end_ms"),
+            Target(0.2, "legacy", "absent"),
+            Target(5, mode="absent", metric="scan_ms"),
         ),
         quick=QUICK,
     )
@@ -231,23 +278,78 @@ def _declared() -> Iterator[Scenario]:
     )
 
     # A stock driver allocates what it hints, and such a guest writes to what it allocates.
+    # Where nothing was touched, its hints may do no harm.
+    targets = (
+        Target(1.1, "absent", "stock-driver-absent"),
+        Target(64, mode="stock-driver-absent", metric="rss_source_growth_mib"),
+    )
     for workload, gib in ((Idle(), 2), (Idle(), 8), (Freed(75), 8)):
-        yield Scenario(workload, ZEROING, mem_mib=gib * GIB, init_on_alloc=True)
+        yield Scenario(
+            workload,
+            ZEROING,
+            mem_mib=gib * GIB,
+            init_on_alloc=True,
+            targets=targets if gib == 2 else (),
+        )
+
+    yield from _absent()
+
+
+def _absent() -> Iterator[Scenario]:
+    # What is left of a large idle guest is its memmap, which compresses.
+    for channels, compression in ((0, ""), (2, "zlib")):
+        yield Scenario(
+            Idle(),
+            ("legacy", "array", *ABSENT),
+            runs=3,
+            mem_mib=64 * GIB,
+            gbit=1,
+            multifd=channels,
+            compression=compression,
+        )
+
+    # The worst that a scan can meet: every second page is absent. Only the guest can give single
+    # pages back.
+    for backend in ("ram", "memfd"):
+        yield Scenario(
+            Alternate(),
+            ("stock-reporting", "absent-reporting"),
+            runs=3,
+            mem_mib=4 * GIB,
+            vcpus=2,
+            backend=backend,
+            reporting_order=0,
+            huge_pages=False,
+            targets=(Target(1, "stock-reporting", "absent-reporting"),),
+        )
+
+    # A scan must swap in what it looks at; who knows that it is free need not look.
+    yield Scenario(
+        Freed(50),
+        ("legacy", "stock-hints", "array", *ABSENT),
+        runs=3,
+        mem_mib=4 * GIB,
+        vcpus=2,
+        swapped=True,
+        targets=tuple(
+            target
+            for mode in ("array", "array-absent")
+            for target in (
+                Target(0.5, "legacy", mode),
+                Target(1, mode=mode, metric="swapped_in_share"),
+            )
+        ),
+    )
 
 
 SCENARIOS: Dict[str, Scenario] = {scenario.name: scenario for scenario in _declared()}
 
 
 def matching(patterns: Sequence[str]) -> Tuple[Scenario, ...]:
-    """The scenarios whose name is one of these, or begins with one that ends with "*"."""
-    found = []
+    """The scenarios whose names are as the shell's patterns say, such as "idle-*g"."""
+    found: List[Scenario] = []
     for pattern in patterns:
-        begin = pattern.rstrip("*")
-        hits = [
-            scenario
-            for name, scenario in SCENARIOS.items()
-            if name == pattern or (begin != pattern and name.startswith(begin))
-        ]
+        hits = [own for name, own in SCENARIOS.items() if fnmatch.fnmatchcase(name, pattern)]
         if not hits:
             raise KeyError(pattern)
         found += [scenario for scenario in hits if scenario not in found]

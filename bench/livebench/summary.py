@@ -2,7 +2,7 @@
 """What the runs say: one row for each scenario and mode, and which targets are reached."""
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from livebench import statistics
 from livebench.modes import MODES
@@ -16,7 +16,7 @@ BASES = {"legacy": "legacy", "stock": "stock-hints", "floor": "floor"}
 def plain(scenario: Dict[str, Any]) -> bool:
     """Whether one guest is moved in the usual way, of a scenario as a run has it."""
     # Runs that are older than some of these do not have them.
-    special = (scenario.get(name) for name in ("gbit", "multifd", "init_on_alloc"))
+    special = (scenario.get(name) for name in ("gbit", "multifd", "init_on_alloc", "swapped"))
     return scenario["guests"] == 1 and scenario.get("postcopy") is None and not any(special)
 
 
@@ -31,10 +31,11 @@ def values(runs: Sequence[Run], scenario: str, mode: str, metric: str) -> List[f
     ]
 
 
-def names(runs: Sequence[Run]) -> List[str]:
+def names(runs: Sequence[Run], declared: Iterable[str] = SCENARIOS) -> List[str]:
     """The scenarios that were run, in the order in which they are declared; others last."""
     found = {run["scenario"]["name"] for run in runs}
-    return [name for name in SCENARIOS if name in found] + sorted(found - set(SCENARIOS))
+    known = [name for name in declared if name in found]
+    return known + sorted(found - set(known))
 
 
 def modes_of(runs: Sequence[Run], scenario: str) -> List[str]:

@@ -139,6 +139,34 @@ class Held(Workload):
 
 
 @dataclass(frozen=True)
+class Alternate(Workload):
+    """Of a share of the memory, every second page holds data and the others are free."""
+
+    percent: int = 75
+    guess: ClassVar[int] = 50
+
+    @property
+    def name(self) -> str:
+        return "alternate"
+
+    @property
+    def about(self) -> str:
+        return f"of {self.percent} % of the memory, every second page holds data, the rest is free"
+
+    def used_mib(self, mem_mib: int) -> int:
+        return mem_mib * self.percent // 100
+
+    def prepare(self, guest: Guest) -> None:
+        super().prepare(guest)
+        mib = self.used_mib(guest.spec.mem_mib)
+        guest.agent.run(f"memstamp start --name held --alternate {mib}", timeout=600)
+
+    @property
+    def stamps(self) -> Tuple[str, ...]:
+        return ("default", "held")
+
+
+@dataclass(frozen=True)
 class PageCache(Workload):
     """Memory full of files that were read."""
 

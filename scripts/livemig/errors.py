@@ -20,3 +20,7 @@ class GuestError(LivemigError):
 
 class MigrationError(LivemigError):
     """A migration did not end the way it was meant to."""
+
+
+class NotPossibleHere(LivemigError):
+    """This machine, or this user, cannot do what is asked for. Nothing went wrong."""

@@ -175,9 +175,10 @@ class Guest:
 
     def _wrapper(self) -> Tuple[str, ...]:
         """What QEMU is started with."""
+        wrapper = (*WRAPPER, *self.spec.wrapper)
         if self.spec.preload:
-            return (*WRAPPER, "env", f"LD_PRELOAD={self.spec.preload}")
-        return WRAPPER
+            return (*wrapper, "env", f"LD_PRELOAD={self.spec.preload}")
+        return wrapper
 
     def _software(self) -> List[str]:
         """QEMU's arguments for what runs in the guest."""

@@ -3,6 +3,7 @@
 
 import contextlib
 import mmap
+import sys
 from pathlib import Path
 from typing import Iterator
 
@@ -10,6 +11,16 @@ from livemig.errors import LivemigError, NotEnoughMemory
 
 PAGE_BYTES = 4096
 MIB = 1 << 20
+
+# A wrapper of a guest (see GuestSpec): the host gives it no transparent huge pages, whatever QEMU
+# asks for. The number is PR_SET_THP_DISABLE, of the kernel's uapi headers.
+NO_HUGE_PAGES = (
+    sys.executable,
+    "-c",
+    "import ctypes, os, sys\n"
+    "if ctypes.CDLL(None).prctl(41, 1, 0, 0, 0): sys.exit('cannot switch huge pages off')\n"
+    "os.execvp(sys.argv[1], sys.argv[1:])",
+)
 
 # Where control groups are (version 2).
 CGROUPS = Path("/sys/fs/cgroup")

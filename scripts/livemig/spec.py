@@ -128,6 +128,8 @@ class GuestSpec:
     trace: Optional[str] = None
     # A shared library for QEMU to load before its own.
     preload: Optional[Path] = None
+    # A command that starts the one that it is given.
+    wrapper: Tuple[str, ...] = ()
 
     def but(self, **changes: Any) -> "GuestSpec":
         """A copy with some fields changed."""

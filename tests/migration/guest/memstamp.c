@@ -3,6 +3,7 @@
  * memstamp: memory of a guest that knows whether it survived a live migration.
  *
  *   memstamp start [--churn] [--realloc MIB] [--name NAME] MIB
+ *   memstamp start --alternate [--name NAME] MIB
  *   memstamp verify [--name NAME]
  *   memstamp stop   [--name NAME]
  *
@@ -17,6 +18,10 @@
  * turn, so that free blocks of the allocator are taken back, written and freed
  * again while a migration runs.
  *
+ * With --alternate, it gives back all pages that have odd numbers in the guest's
+ * physical memory, and keeps the others: what is free cannot be joined to more
+ * than one page. Needs /proc/self/pagemap, as root.
+ *
  * The generation that a page must have follows from the number of the pass and
  * the position in it; there is no table that could be lost with the page.
  *
@@ -28,6 +33,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -54,6 +60,10 @@
 /* Pages that are rewritten between two looks at the control socket. */
 #define STEP_PAGES 256u
 
+/* An entry of /proc/self/pagemap: the number of the page, if there is one. */
+#define PAGEMAP_PRESENT (UINT64_C(1) << 63)
+#define PAGEMAP_NUMBER ((UINT64_C(1) << 55) - 1)
+
 enum { WORD_MAGIC, WORD_INDEX, WORD_GENERATION, WORD_DATA };
 
 struct area {
@@ -64,6 +74,7 @@ struct area {
 
 struct server {
 	struct area main;
+	bool *given_back;	/* of its pages, or NULL */
 	bool churn;
 	uint64_t pass;		/* generation of the pages before the cursor */
 	size_t cursor;		/* the others have generation pass - 1 */
@@ -210,6 +221,30 @@ static void map_area(struct area *area, size_t pages, uint64_t first_index)
 	area->first_index = first_index;
 }
 
+/* Give back the pages that have odd numbers in physical memory. */
+static void give_odd_pages_back(struct server *s)
+{
+	const struct area *area = &s->main;
+	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+
+	s->given_back = calloc(area->pages, sizeof(*s->given_back));
+	if (fd < 0 || !s->given_back)
+		die("pagemap");
+	for (size_t i = 0; i < area->pages; i++) {
+		char *page = (char *)area->base + i * PAGE_BYTES;
+		uint64_t entry;
+		off_t at = (uintptr_t)page / PAGE_BYTES * sizeof(entry);
+
+		if (pread(fd, &entry, sizeof(entry), at) != sizeof(entry) ||
+		    !(entry & PAGEMAP_PRESENT) || !(entry & PAGEMAP_NUMBER))
+			die("pagemap");
+		s->given_back[i] = entry & 1;
+		if (s->given_back[i] && madvise(page, PAGE_BYTES, MADV_DONTNEED))
+			die("madvise");
+	}
+	close(fd);
+}
+
 static void unmap_area(struct area *area)
 {
 	if (munmap(area->base, area->pages * PAGE_BYTES))
@@ -271,7 +306,8 @@ static size_t verify_all(struct server *s)
 	uint64_t before = s->checked;
 
 	for (size_t i = 0; i < s->main.pages; i++)
-		check_page(s, &s->main, i, main_generation(s, i));
+		if (!s->given_back || !s->given_back[i])
+			check_page(s, &s->main, i, main_generation(s, i));
 	for (size_t i = 0; i < s->chunks_held; i++)
 		check_area(s, &s->chunks[i], s->chunk_generation);
 	return s->checked - before;
@@ -350,7 +386,8 @@ static void run_server(struct server *s, int listener)
 	}
 }
 
-static int start(size_t mib, bool churn, size_t realloc_mib, const char *name)
+static int start(size_t mib, bool churn, bool alternate, size_t realloc_mib,
+		 const char *name)
 {
 	struct server s = {
 		.churn = churn || realloc_mib,
@@ -387,7 +424,12 @@ static int start(size_t mib, bool churn, size_t realloc_mib, const char *name)
 		s.chunks_goal = s.max_chunks;
 	}
 	map_area(&s.main, mib * PAGES_PER_MIB, 0);
+	/* Else a huge page keeps what is given back of it. */
+	if (alternate && madvise(s.main.base, mib * MIB, MADV_NOHUGEPAGE))
+		die("madvise");
 	fill_area(&s, &s.main, s.pass - 1);
+	if (alternate)
+		give_odd_pages_back(&s);
 	if (write(ready[1], "r", 1) != 1)
 		die("write");
 	close(ready[0]);
@@ -433,6 +475,7 @@ static size_t parse_mib(const char *text)
 static int usage(void)
 {
 	fputs("usage: memstamp start [--churn] [--realloc MIB] [--name NAME] MIB\n"
+	      "       memstamp start --alternate [--name NAME] MIB\n"
 	      "       memstamp verify|stop [--name NAME]\n", stderr);
 	return 2;
 }
@@ -441,13 +484,15 @@ int main(int argc, char **argv)
 {
 	const char *name = "default";
 	size_t mib = 0, realloc_mib = 0;
-	bool churn = false;
+	bool churn = false, alternate = false;
 
 	if (argc < 2)
 		return usage();
 	for (int i = 2; i < argc; i++) {
 		if (!strcmp(argv[i], "--churn"))
 			churn = true;
+		else if (!strcmp(argv[i], "--alternate"))
+			alternate = true;
 		else if (!strcmp(argv[i], "--realloc") && i + 1 < argc)
 			realloc_mib = parse_mib(argv[++i]);
 		else if (!strcmp(argv[i], "--name") && i + 1 < argc)
@@ -456,8 +501,11 @@ int main(int argc, char **argv)
 			mib = parse_mib(argv[i]);
 	}
 
+	/* Churning writes to all pages. */
+	if (alternate && (churn || realloc_mib))
+		return usage();
 	if (!strcmp(argv[1], "start") && mib)
-		return start(mib, churn, realloc_mib, name);
+		return start(mib, churn, alternate, realloc_mib, name);
 	if (!strcmp(argv[1], "verify") || !strcmp(argv[1], "stop"))
 		return ask(argv[1], name);
 	return usage();

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How much memory guests that stay where they are leave to their host.
+
+Two questions: how fast a guest's memory is back after a burst, with what that costs a program in
+it; and how many guests that burst now and then fit into a host.
+"""
+
+import contextlib
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Dict, Iterator, List, Sequence, Tuple
+
+from livebench import engine, hostinfo, summary, throughput, workloads
+from livebench.console import Console
+from livebench.modes import RESTING, Mode
+from livebench.scenarios import GIB, Scenario
+from livebench.statistics import Spread
+from livebench.store import Store
+from livebench.workloads import QEMU_MIB, Workload
+from livemig import host, workload
+from livemig.errors import LivemigError, NotEnoughMemory
+from livemig.guest import Guest
+
+Record = Dict[str, Any]
+SAMPLE_SECONDS = 0.25
+
+
+class Resting(Workload):
+    """What guests do that are not moved."""
+
+    def measure(self, scenario: Scenario, mode: Mode, logs: Path) -> Record:
+        """Do it; returns a part of the run, with its metrics."""
+        raise NotImplementedError
+
+    def watched_mib(self, scenario: Scenario) -> int:
+        """The host's memory that it takes at most."""
+        raise NotImplementedError
+
+
+def _moments(seconds: int) -> Iterator[int]:
+    """When the memory after a burst is told: 2, 5, 10, 20, ... seconds, and the end."""
+    yield from (moment for moment in (2, 5, 10, *range(20, seconds, 20)) if moment < seconds)
+    yield seconds
+
+
+@dataclass(frozen=True)
+class Burst(Resting):
+    """A guest writes to much of its memory and frees it; then a program allocates in a loop."""
+
+    percent: int = 75
+    # How long it is watched after the burst, and in the loop.
+    seconds: int = 60
+    loop_seconds: int = 20
+
+    # What the loop holds at most, of the memory.
+    LOOP_SHARE: ClassVar[float] = 0.25
+    # What the boot freed is on its way back.
+    REST_SECONDS: ClassVar[int] = 10
+    guess: ClassVar[int] = 150
+
+    @property
+    def name(self) -> str:
+        return "burst"
+
+    @property
+    def about(self) -> str:
+        return (
+            f"{self.percent} % are written and freed, and nothing happens for {self.seconds} s; "
+            f"then a program takes {self.LOOP_SHARE:.0%} and gives it back, again and again"
+        )
+
+    def watched_mib(self, scenario: Scenario) -> int:
+        return scenario.mem_mib + QEMU_MIB
+
+    def measure(self, scenario: Scenario, mode: Mode, logs: Path) -> Record:
+        console = Console()
+        spec = engine.guest_spec(scenario, mode)
+        with Guest(spec, "guest", logs=logs, listener=console.listener()) as guest:
+            guest.wait_ready()
+            time.sleep(min(self.REST_SECONDS, self.seconds))
+            values = {"rss_before_mib": hostinfo.rss_mib(guest.pid)}
+            workload.dirty_and_free(guest, scenario.mem_mib * self.percent // 100)
+            cpu = hostinfo.cpu_seconds(guest.pid)
+            series = [asdict(sample) for sample in watch([guest], self.seconds)]
+            values["rest_cpu_s"] = hostinfo.cpu_seconds(guest.pid) - cpu
+            values.update(self._after(series, values["rss_before_mib"]))
+            values.update(self._loop(guest, console))
+            trouble = guest.kernel_trouble()
+        if trouble:
+            raise LivemigError(f"the guest's kernel complains: {trouble[0]}")
+        return {"metrics": values, "series": series}
+
+    def _after(self, series: Sequence[Dict[str, float]], before: float) -> Dict[str, float]:
+        """The memory at some moments after the burst, and when half of it was back."""
+        values = {"rss_burst_mib": series[0]["mib"]}
+        for end in _moments(self.seconds):
+            values[f"rss_{end}s_mib"] = [item["mib"] for item in series if item["s"] <= end][-1]
+        half = (before + series[0]["mib"]) / 2
+        back = [item["s"] for item in series if item["mib"] <= half]
+        if back:
+            values["half_s"] = back[0]
+        return values
+
+    def _loop(self, guest: Guest, console: Console) -> Dict[str, float]:
+        """How fast a program allocates meanwhile, and what the guest has of the host then."""
+        hold = int(guest.spec.mem_mib * self.LOOP_SHARE)
+        workloads.on_console(guest, f"allocloop {self.loop_seconds} {hold}")
+        rss = [sample.mib for sample in watch([guest], self.loop_seconds)]
+        console.wait(r"alloc done ops=\d+", guest, 60)
+        points = workloads.alloc_points(console)
+        first, last = points[0].when, points[-1].when
+        rate = throughput.rate(points, first, last)
+        latencies = throughput.latencies(points, first, last)
+        found = {
+            "loop_rate": rate,
+            "loop_p99_us": latencies["p99_us"],
+            "loop_worst_p99_us": latencies["worst_p99_us"],
+            "loop_rss_mib": Spread.from_values(rss).median,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Crowd(Resting):
+    """More and more guests, each of which bursts once a minute, until a host is full.
+
+    Each writes to a burst and frees it at once, some seconds in each minute. A guest counts if the
+    memory of all stayed within the limit, for as long as it took until the next one came.
+    """
+
+    limit_mib: int = 6 * GIB
+    burst_mib: int = 384
+
+    PERIOD_SECONDS: ClassVar[int] = 60
+    # Between the boot of a guest, with its first burst, and that of the next.
+    PACE_SECONDS: ClassVar[int] = 6
+    MOST: ClassVar[int] = 100
+    guess: ClassVar[int] = 400
+
+    @property
+    def name(self) -> str:
+        whole = self.limit_mib % GIB == 0
+        return f"crowd-{self.limit_mib // GIB}g" if whole else f"crowd-{self.limit_mib}m"
+
+    @property
+    def about(self) -> str:
+        return (
+            f"bursts of {self.burst_mib} MiB once in {self.PERIOD_SECONDS} s: how many of them fit "
+            f"into {self.limit_mib} MiB"
+        )
+
+    def watched_mib(self, scenario: Scenario) -> int:
+        # The last one is one too many.
+        return self.limit_mib + scenario.mem_mib + QEMU_MIB
+
+    def measure(self, scenario: Scenario, mode: Mode, logs: Path) -> Record:
+        spec = engine.guest_spec(scenario, mode)
+        series: List[Dict[str, float]] = []
+        guests: List[Guest] = []
+        begin = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            while not series or series[-1]["peak_mib"] <= self.limit_mib:
+                if len(guests) == self.MOST:
+                    raise LivemigError(f"{len(guests)} guests do not fill {self.limit_mib} MiB")
+                own = Guest(spec, f"guest-{len(guests)}", logs=logs)
+                guests.append(stack.enter_context(own))
+                guests[-1].wait_ready()
+                burst = f"dirtyfree {self.burst_mib}; sleep {self.PERIOD_SECONDS}"
+                guests[-1].agent.run(f"(while :; do {burst}; done) > /dev/null 2>&1 &")
+                samples = [sample.mib for sample in watch(guests, self.PACE_SECONDS)]
+                series.append(
+                    {
+                        "s": round(time.monotonic() - begin, 1),
+                        "guests": len(guests),
+                        "peak_mib": max(samples),
+                        "mib": sum(samples) / len(samples),
+                    }
+                )
+            trouble = [line for guest in guests for line in guest.kernel_trouble()]
+        if trouble:
+            raise LivemigError(f"a guest's kernel complains: {trouble[0]}")
+        fit = series[:-1]
+        values = {"guests": float(len(fit))}
+        if fit:
+            values["mib_each"] = fit[-1]["mib"] / len(fit)
+            values["peak_mib"] = max(item["peak_mib"] for item in fit)
+        return {"metrics": values, "series": series}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The memory of guests at a time."""
+
+    # The names that the series of a run have.
+    s: float  # pylint: disable=invalid-name
+    mib: float
+
+
+def watch(guests: Sequence[Guest], seconds: float) -> List[Sample]:
+    """What guests, with their QEMUs, have of the host's memory: their own, not what they share."""
+    begin = time.monotonic()
+    samples: List[Sample] = []
+    while not samples or samples[-1].s < seconds:
+        mib = sum(hostinfo.own_mib(guest.pid) for guest in guests)
+        samples.append(Sample(round(time.monotonic() - begin, 2), round(mib, 1)))
+        time.sleep(SAMPLE_SECONDS)
+    return samples
+
+
+_ALONE = ("plain", "reporting", "reporting-0")
+
+_DECLARED: Tuple[Scenario, ...] = (
+    Scenario(Burst(), tuple(RESTING), runs=3, mem_mib=4 * GIB, vcpus=2),
+    Scenario(Crowd(), _ALONE, runs=3, mem_mib=GIB // 2, vcpus=1),
+)
+SCENARIOS: Dict[str, Scenario] = {scenario.name: scenario for scenario in _DECLARED}
+
+
+def limited(scenario: Scenario, limit_mib: int) -> Scenario:
+    """The same with a smaller host, where that matters."""
+    own = scenario.workload
+    if not isinstance(own, Crowd):
+        return scenario
+    return replace(scenario, workload=replace(own, limit_mib=limit_mib))
+
+
+def store_of(directory: Path) -> Store:
+    """Where the runs are, beside those of guests that are moved."""
+    return Store(directory / "density")
+
+
+def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Record:
+    """Make one run; returns its result."""
+    own = scenario.workload
+    assert isinstance(own, Resting)
+    need, have = own.watched_mib(scenario), host.available_mib()
+    if need > have:
+        raise NotEnoughMemory(
+            f"{scenario.name} needs {need} MiB of memory, {have} MiB are available"
+        )
+    record = engine.header(scenario, mode, index)
+    begin = time.monotonic()
+    record.update(own.measure(scenario, mode, logs))
+    record["seconds"] = round(time.monotonic() - begin, 1)
+    record["metrics"] = {name: round(value, 4) for name, value in record["metrics"].items()}
+    return record
+
+
+def table(runs: Sequence[Record]) -> List[Dict[str, Any]]:
+    """For each scenario the medians of its metrics, by mode."""
+    rows = []
+    for name in summary.names(runs, SCENARIOS):
+        own = [run for run in runs if run["scenario"]["name"] == name]
+        metrics = list(dict.fromkeys(metric for run in own for metric in run["metrics"]))
+        modes = [mode for mode in RESTING if any(run["mode"]["name"] == mode for run in own)]
+        rows.append(
+            {
+                "scenario": name,
+                "about": own[0]["scenario"]["about"],
+                "metrics": metrics,
+                "modes": {mode: _row(own, name, mode, metrics) for mode in modes},
+            }
+        )
+    return rows
+
+
+def _row(runs: Sequence[Record], name: str, mode: str, metrics: Sequence[str]) -> Dict[str, Any]:
+    """How many runs there are of a mode, and the median and the range of each metric."""
+    found: Dict[str, Any] = {}
+    for metric in metrics:
+        values = summary.values(runs, name, mode, metric)
+        if values:
+            spread = Spread.from_values(values)
+            found[metric] = [spread.median, spread.low, spread.high]
+    count = sum(run["mode"]["name"] == mode for run in runs)
+    return {"runs": count, "spreads": found}

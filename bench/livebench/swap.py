@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Swap space of the host, and a guest's memory in it."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Tuple
+
+from livemig import host, memory, paths
+from livemig.errors import LivemigError, NotPossibleHere
+from livemig.guest import Guest
+
+FILE = paths.OUT / "swap"
+MIB = 1 << 20
+# What is swapped out besides what a scenario wants, and what a file system keeps for others.
+SPARE_MIB = 512
+
+# Some of it is under writeback when it is tried first, and what a running guest uses comes back.
+ATTEMPTS = 50
+ATTEMPT_SECONDS = 0.2
+ENOUGH = 0.95
+
+# The first line of a mapping in smaps.
+AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
+
+
+def _run(*command: str) -> str:
+    """Run a command; returns what it wrote. Raises NotPossibleHere if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as err:
+        raise NotPossibleHere(f"there is no {command[0]}") from err
+    if done.returncode:
+        raise NotPossibleHere(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def _loop_device(file: Path) -> Iterator[str]:
+    """A block device, for file systems whose files cannot be swapped to."""
+    device = _run("losetup", "--find", "--show", str(file))
+    try:
+        yield device
+    finally:
+        _run("losetup", "--detach", device)
+
+
+@contextlib.contextmanager
+def _in_use(where: str) -> Iterator[None]:
+    _run("swapon", where)
+    try:
+        yield
+    finally:
+        _run("swapoff", where)
+
+
+def _forget_old() -> None:
+    """Remove what a run left that was killed."""
+    used = [line.split() for line in Path("/proc/swaps").read_text(encoding="utf-8").splitlines()]
+    if any(words[0] == str(FILE) for words in used):
+        _run("swapoff", str(FILE))
+    FILE.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _space(mib: int) -> Iterator[None]:
+    """So much swap space, until the context ends."""
+    if os.geteuid():
+        raise NotPossibleHere("only root can swap a guest's memory out")
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    _forget_old()
+    if shutil.disk_usage(FILE.parent).free < (mib + SPARE_MIB) * MIB:
+        raise NotPossibleHere(f"there are no {mib + SPARE_MIB} MiB of disk for a swap file")
+    with contextlib.ExitStack() as stack:
+        stack.callback(FILE.unlink, missing_ok=True)
+        # A swap file has no holes, and nobody else may read it.
+        with open(os.open(FILE, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, mib * MIB)
+        _run("mkswap", str(FILE))
+        try:
+            stack.enter_context(_in_use(str(FILE)))
+        except NotPossibleHere:
+            stack.enter_context(_in_use(stack.enter_context(_loop_device(FILE))))
+        yield
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Where a guest's memory is, as far as the host has any."""
+
+    resident_mib: float
+    swapped_mib: float
+
+
+def residence(guest: Guest, ram: memory.Block) -> Residence:
+    """Where a block of a guest's RAM is."""
+    end = ram.offset + ram.pages * memory.PAGE_BYTES
+    inside = False
+    found = {"Rss": 0, "Swap": 0}
+    for line in Path(f"/proc/{guest.pid}/smaps").read_text(encoding="utf-8").splitlines():
+        area = AREA.match(line)
+        if area:
+            inside = ram.offset <= int(area[1], 16) and int(area[2], 16) <= end
+        name, _, value = line.partition(":")
+        if inside and name in found:
+            found[name] += int(value.split()[0])
+    return Residence(found["Rss"] / 1024, found["Swap"] / 1024)
+
+
+@dataclass(frozen=True)
+class Room:
+    """A control group whose processes can be swapped out."""
+
+    directory: Path
+    version: int
+
+    @property
+    def wrapper(self) -> Tuple[str, ...]:
+        """Starts a guest in it (see GuestSpec)."""
+        return ("sh", "-c", f'echo 0 > "{self.directory}/cgroup.procs" && exec "$@"', "sh")
+
+    def _reclaim(self) -> None:
+        """Take as much memory from its processes as goes."""
+        name, text = ("memory.force_empty", "0") if self.version == 1 else ("memory.reclaim", "1T")
+        # It ends with an error if something is left, as it always is of programs that run.
+        with contextlib.suppress(OSError):
+            (self.directory / name).write_text(text, encoding="ascii")
+
+    def swap_out(self, guest: Guest) -> Residence:
+        """Swap out all of a guest's RAM that is populated, and nothing of it stays cached.
+
+        MADV_PAGEOUT would leave it in the cache of swapped pages, where reading is for nothing.
+        """
+        ram = max(memory.ram_blocks(guest).values(), key=lambda block: block.pages)
+        for _ in range(ATTEMPTS):
+            self._reclaim()
+            where = residence(guest, ram)
+            if where.swapped_mib >= ENOUGH * (where.resident_mib + where.swapped_mib):
+                return where
+            time.sleep(ATTEMPT_SECONDS)
+        raise LivemigError(
+            f"{guest.name}: the host has swapped {where.swapped_mib:.0f} MiB of its memory out and "
+            f"keeps {where.resident_mib:.0f}"
+        )
+
+
+@contextlib.contextmanager
+def _group() -> Iterator[Room]:
+    """A new control group, until the context ends. Its processes must have ended then."""
+    for directory, version, file in (
+        (host.CGROUPS / "memory", 1, "memory.force_empty"),
+        (host.CGROUPS, 2, "memory.reclaim"),
+    ):
+        # What was killed may have left one of this name.
+        group = directory / "livemig-swap"
+        with contextlib.suppress(OSError):
+            group.mkdir(exist_ok=True)
+            if (group / file).exists():
+                break
+            group.rmdir()
+    else:
+        raise NotPossibleHere("there is no control group for memory to be had")
+    try:
+        yield Room(group, version)
+    finally:
+        group.rmdir()
+
+
+@contextlib.contextmanager
+def room(mib: int) -> Iterator[Room]:
+    """So much swap space, and a way into it, until the context ends.
+
+    Raises NotPossibleHere, with the reason, if that cannot be.
+    """
+    with _space(mib), _group() as group:
+        yield group
+
+
+def pages_in() -> int:
+    """How many pages the host has read from its swap space since it booted."""
+    for line in Path("/proc/vmstat").read_text(encoding="utf-8").splitlines():
+        if line.startswith("pswpin "):
+            return int(line.split()[1])
+    return 0
