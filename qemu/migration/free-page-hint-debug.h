@@ -25,13 +25,13 @@
  */
 void free_page_hint_debug_counter(void);
 
-/* The dirty log is armed, and the guest was not asked yet. */
+/* What is absent was found, and the guest was not asked yet. */
 void free_page_hint_debug_scanned(void);
 
 /*
  * The guest has stopped, and the dirty log was merged: abort if a page that is
- * still hinted was written since free_page_hint_debug_scanned().  Called with the
- * BQL and under bitmap_mutex, in an RCU critical section.
+ * still hinted was written since free_page_hint_debug_scanned().  Called with
+ * the BQL and under bitmap_mutex, in an RCU critical section.
  */
 void free_page_hint_debug_stopped(void);
 

@@ -5,6 +5,7 @@
  * With real memory of this process, against a model that has one bool per page.
  */
 #include "qemu/osdep.h"
+#include "qemu/cutils.h"
 #include "qemu/memfd.h"
 #include "qapi/error.h"
 #include "../../migration/absent-pages-scan.h"
@@ -166,13 +167,12 @@ static void test_fragmented(gconstpointer data)
 static void test_read(void)
 {
     Memory m;
-    unsigned i, sum = 0;
+    unsigned i;
 
     memory_init(&m, ABSENT_PAGES_MAPPING);
     for (i = 0; i < PAGES; i += 3) {
-        sum += *(volatile uint8_t *)&m.mem.host[i * page_size];
+        g_assert_true(buffer_is_zero(m.mem.host + i * page_size, page_size));
     }
-    g_assert_cmpuint(sum, ==, 0);
     check_all(&m);
     memory_destroy(&m);
 }
