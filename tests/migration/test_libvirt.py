@@ -331,7 +331,9 @@ def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
     The guest is found unharmed on the other host each time.
     """
     # The test is not about how soon the guest answers: the longest wait that there is.
-    more_args = ["-global", "migration.free-page-hint-wait=60000", "-trace", memory.KEPT_EVENTS]
+    more_args = ["-global", "migration.free-page-hint-wait=60000"]
+    for events in (memory.KEPT_EVENTS, memory.ABSENT_EVENT):
+        more_args += ["-trace", events]
     with Guest(hosts, "there-and-back", more_args, source="memfd") as guest:
         workload.stamp(guest, STAMPED_MIB)
         guest.fill()
