@@ -27,6 +27,8 @@ DEPTH = 2_000_000
 TIMEOUT_S = 1200
 
 KVM = "KVM_MANUAL NO_DEVICE"
+# Absent pages only: no guest is asked.
+ABSENT = f"{KVM} ABSENT NO_ASK"
 # Postcopy alone, from any state that a switch can find.
 SWITCHED = f"{KVM} SWITCHED"
 SAFETY = "-DSAFETY -DNOFAIR -DNOCLAIM"
@@ -143,6 +145,21 @@ HOLDS = {
     "switched-preempt-two-pages": f"{SWITCHED} PAGES=2 PREEMPT",
     "tcg-init-on-free": "TCG NO_DEVICE INIT_ON_FREE OTHERS",
     "tcg-stock-guest-cancel-and-again": "TCG BLOCKS CANCEL MIGRATIONS=2",
+    "absent": f"{KVM} ABSENT",
+    "absent-queue": "KVM_MANUAL ABSENT",
+    "absent-stop-and-go-on": f"{KVM} ABSENT STOP_ONCE",
+    "absent-postcopy": f"{KVM} ABSENT POSTCOPY CUTS=1",
+    "absent-init-on-free": f"{KVM} ABSENT INIT_ON_FREE",
+    "absent-tcg": "TCG NO_DEVICE ABSENT OTHERS DMA",
+    "absent-alone": ABSENT,
+    "absent-alone-dma-syncs": f"{ABSENT} DMA TIMER",
+    "absent-alone-others-syncs": f"{ABSENT} OTHERS TIMER",
+    "absent-alone-two-pages": f"{ABSENT} PAGES=2",
+    "absent-alone-stop-and-go-on": f"{ABSENT} STOP_ONCE",
+    "absent-alone-leftovers-cancel-and-again": f"{ABSENT} LEFTOVERS CANCEL MIGRATIONS=2",
+    "absent-alone-postcopy-preempt": f"{ABSENT} POSTCOPY PREEMPT CUTS=1",
+    "absent-alone-auto-protect": "KVM_AUTO NO_DEVICE ABSENT NO_ASK TIMER",
+    "absent-alone-ring": "KVM_RING NO_DEVICE ABSENT NO_ASK DMA",
 }
 
 CLAIMS = ("L1", "L2", "L3", "L4")
@@ -156,6 +173,8 @@ ENDS_WELL = {
     "stop-reset": ("LIFE=6", CLAIMS),
     # It has no right to its buffers.
     "hostile-stop": ("LIFE=2 HOSTILE", ("L1", "L2", "L4")),
+    "absent-cancel-stop": ("LIFE=3 ABSENT", CLAIMS),
+    "absent-alone-cancel-stop-reset": ("LIFE=7 ABSENT NO_ASK", ("L2", "L4")),
 }
 
 POSTCOPY_ENDS = {
@@ -166,6 +185,7 @@ POSTCOPY_ENDS = {
 }
 
 LOST = "S1_no_lost_write"
+EQUAL = "S10_contents_equal"
 # The rule that is left out: what must notice, and where.
 MUTANTS = {
     "M1-hint-clears-unarmed-log": (LOST, f"{KVM} M1"),
@@ -226,6 +246,8 @@ MUTANTS = {
         "S6_free_page_reads_zero",
         f"{KVM} INIT_ON_FREE CANCEL MIGRATIONS=2 M37",
     ),
+    "M37-nothing-emptied-absent": (EQUAL, f"{ABSENT} LEFTOVERS M37"),
+    "M37-nothing-emptied-absent-second-attempt": (EQUAL, f"{ABSENT} CANCEL MIGRATIONS=2 M37"),
     "M38-emptied-after-the-first-page": (LOST, f"{KVM} M38"),
     "M39-asked-though-not-all-is-armed": (LOST, f"{KVM} STOP_ONCE M39"),
     "M39-asked-though-not-all-is-armed-seen-at-once": (
@@ -245,6 +267,17 @@ MUTANTS = {
         "S9_host_page_whole",
         f"{SWITCHED} PAGES=2 HUGE CUTS=1 M42",
     ),
+    "M43-scanned-before-arming": (EQUAL, f"{ABSENT} M43"),
+    "M43-scanned-before-arming-seen-at-once": ("S3_armed_when_asked", f"{ABSENT} M43 CHECK_ARMED"),
+    "M44-absence-applied-after-merge": (EQUAL, f"{ABSENT} TIMER M44"),
+    "M45-not-in-our-page-table-taken-for-absent": (EQUAL, f"{ABSENT} DMA M45"),
+    "M46-swapped-taken-for-absent": (EQUAL, f"{ABSENT} M46"),
+    "M47-scanned-though-not-all-is-armed": (EQUAL, f"{ABSENT} STOP_ONCE M47"),
+    "M48-scanned-again-in-a-later-round": (EQUAL, f"{ABSENT} M48"),
+    "M49-dirtied-absent-page-is-not-forgotten": (LOST, f"{ABSENT} POSTCOPY M49"),
+    "M50-scan-without-deadline": ("L4", "NO_LOG LIFE=2 ABSENT NO_ASK M50"),
+    "M51-hint-of-absent-page-counted-again": ("S4_counter_is_popcount", f"{KVM} ABSENT M51"),
+    "M52-absent-page-is-not-remembered": ("L6", f"{SWITCHED} M52"),
 }
 
 # For "make check": a rule of each hazard in docs/correctness.md, and those that are found at once.
@@ -265,6 +298,8 @@ QUICK_MUTANTS = (
     "M22-any-id-accepted",
     "M24-no-deadline",
     "M27-start-does-not-serve-queue",
+    "M43-scanned-before-arming",
+    "M46-swapped-taken-for-absent",
 )
 
 # Where the model has to get to. L4 has no part in it, but LIFE is for such.
@@ -284,6 +319,13 @@ REACHED = {
     "link_recovered": f"{KVM} POSTCOPY CUTS=1",
     "queued_too_late": f"{KVM} POSTCOPY PREEMPT",
     "arming_cut_off": f"{KVM} STOP_ONCE",
+    "absent_applied": ABSENT,
+    "absent_after_merge": f"{ABSENT} TIMER",
+    "absent_page_hinted": f"{KVM} ABSENT",
+    "scan_cut_off": ABSENT,
+    "stopped_vm_scanned": f"{ABSENT} STOP_ONCE",
+    "populated_meanwhile": ABSENT,
+    "given_back_meanwhile": ABSENT,
 }
 
 # Only manual protection leaves pages writable that the log has no trace of.
@@ -386,7 +428,9 @@ def violated(verdicts: Tuple[Verdict, ...]) -> List[str]:
     return [verdict.violated for verdict in verdicts if verdict.violated]
 
 
-@pytest.mark.parametrize("case", in_check(HOLDS, "kvm", "kvm-cancel-and-again", "tcg-init-on-free"))
+@pytest.mark.parametrize(
+    "case", in_check(HOLDS, "kvm", "kvm-cancel-and-again", "tcg-init-on-free", "absent-alone")
+)
 @pytest.mark.usefixtures("case")
 def test_no_write_is_lost(violated: List[str]) -> None:
     """No order of the steps of guest, log, device and migration breaks a property."""
