@@ -5,115 +5,26 @@ Each run is a full search of one variant. What must not hold is tested too: the 
 its rules, a mutant, has to break the very property that the rule is there for.
 """
 
-import re
-import shutil
-import subprocess
-import tempfile
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Tuple
 
 import pytest
 from checks import in_check
+from model_search import Search, Verdict, search
 
-MODEL = Path(__file__).resolve().parent / "model" / "free_page_hint.pml"
-
-# Searches at once, and what one of them may use. The largest needs a third of that.
+# Searches at once
 SEARCHES = 2
-MEMORY_MIB = 3500
-DEPTH = 2_000_000
-TIMEOUT_S = 1200
 
 KVM = "KVM_MANUAL NO_DEVICE"
+# Absent pages only: no guest is asked.
+ABSENT = f"{KVM} ABSENT NO_ASK"
 # Postcopy alone, from any state that a switch can find.
 SWITCHED = f"{KVM} SWITCHED"
-SAFETY = "-DSAFETY -DNOFAIR -DNOCLAIM"
-# Weak fairness for more than six processes.
-LIVENESS = "-DNFAIR=3"
-
-
-@dataclass(frozen=True)
-class Search:
-    """A full search of the model with @options, for a violation of @claim if that is given."""
-
-    options: str
-    claim: str = ""
-    depth: int = DEPTH
-    mib: int = MEMORY_MIB
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What spin's verifier said."""
-
-    # What does not hold: the name of a property, or "" if all of them do.
-    violated: str
-    # Every state was visited, or all up to the violation.
-    complete: bool
-    states: int
-    depth: int
-    mib: float
-    seconds: float
-    output: str
-
-
-def _run(command: str, directory: str) -> str:
-    done = subprocess.run(
-        command.split(),
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}:\n{done.stdout[-4000:]}"
-    return done.stdout
-
-
-def _number(pattern: str, output: str) -> str:
-    found = re.search(pattern, output)
-    assert found, output
-    return found.group(1)
-
-
-def search(what: Search) -> Verdict:
-    """Build the verifier and run it."""
-    for tool in ("spin", "gcc"):
-        assert shutil.which(tool), f"there is no {tool}: run scripts/install-deps test"
-    defines = " ".join(f"-D{option}" for option in what.options.split())
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="free-page-hint-model-") as directory:
-        _run(f"spin {defines} -a {MODEL}", directory)
-        mode = LIVENESS if what.claim else SAFETY
-        _run(f"gcc -w -O1 {mode} -DNOREDUCE -DMEMLIM={what.mib} -o pan pan.c", directory)
-        flags = f"-a -f -N {what.claim}" if what.claim else ""
-        output = _run(f"./pan -n -E -m{what.depth} {flags}", directory)
-    violated = ""
-    if int(_number(r"errors: (\d+)", output)):
-        violated = what.claim
-        if not re.search(r"pan:1: acceptance cycle", output):
-            violated = _number(r"pan:1: assertion violated (.*) \(at depth", output)
-    checked = r"acceptance +cycles\s+\+ \(fairness" if what.claim else r"assertion violations\s+\+$"
-    return Verdict(
-        violated=violated,
-        complete="Full statespace search for:" in output
-        and not re.search(r"too small|MEMLIM|out of memory|interrupted|hash-compact", output)
-        and bool(re.search(checked, output, re.MULTILINE))
-        and ("Search not completed" in output) == bool(violated),
-        states=int(_number(r"(\d+) states, stored", output)),
-        depth=int(_number(r"depth reached (\d+)", output)),
-        mib=float(_number(r"([\d.]+)\s+total actual memory usage", output)),
-        seconds=round(time.monotonic() - start, 1),
-        output=output,
-    )
-
 
 # What is built in, and why.
 HOLDS = {
     "kvm": "KVM_MANUAL",
+    "kvm-others-dma": f"{KVM} OTHERS DMA",
     "kvm-others-dma-syncs": f"{KVM} OTHERS DMA TIMER",
     "kvm-two-pages": f"{KVM} PAGES=2",
     "kvm-cancel-and-again": f"{KVM} CANCEL MIGRATIONS=2",
@@ -135,6 +46,7 @@ HOLDS = {
     "tcg-two-pages": "TCG NO_DEVICE PAGES=2",
     "tcg-cancel-and-again": "TCG NO_DEVICE CANCEL MIGRATIONS=2",
     "tcg-queue-cancel-and-again": "TCG CANCEL MIGRATIONS=2",
+    "tcg-postcopy": "TCG NO_DEVICE POSTCOPY",
     "tcg-postcopy-two-pages": "TCG NO_DEVICE POSTCOPY PAGES=2",
     "switched-cut-twice": f"{SWITCHED} PAGES=2 CUTS=2",
     "switched-preempt-cut-twice": f"{SWITCHED} PREEMPT CUTS=2",
@@ -143,6 +55,21 @@ HOLDS = {
     "switched-preempt-two-pages": f"{SWITCHED} PAGES=2 PREEMPT",
     "tcg-init-on-free": "TCG NO_DEVICE INIT_ON_FREE OTHERS",
     "tcg-stock-guest-cancel-and-again": "TCG BLOCKS CANCEL MIGRATIONS=2",
+    "absent": f"{KVM} ABSENT",
+    "absent-queue": "KVM_MANUAL ABSENT",
+    "absent-stop-and-go-on": f"{KVM} ABSENT STOP_ONCE",
+    "absent-postcopy": f"{KVM} ABSENT POSTCOPY CUTS=1",
+    "absent-init-on-free": f"{KVM} ABSENT INIT_ON_FREE",
+    "absent-tcg": "TCG NO_DEVICE ABSENT OTHERS DMA",
+    "absent-alone": ABSENT,
+    "absent-alone-dma-syncs": f"{ABSENT} DMA TIMER",
+    "absent-alone-others-syncs": f"{ABSENT} OTHERS TIMER",
+    "absent-alone-two-pages": f"{ABSENT} PAGES=2",
+    "absent-alone-stop-and-go-on": f"{ABSENT} STOP_ONCE",
+    "absent-alone-leftovers-cancel-and-again": f"{ABSENT} LEFTOVERS CANCEL MIGRATIONS=2",
+    "absent-alone-postcopy-preempt": f"{ABSENT} POSTCOPY PREEMPT CUTS=1",
+    "absent-alone-auto-protect": "KVM_AUTO NO_DEVICE ABSENT NO_ASK TIMER",
+    "absent-alone-ring": "KVM_RING NO_DEVICE ABSENT NO_ASK DMA",
 }
 
 CLAIMS = ("L1", "L2", "L3", "L4")
@@ -150,22 +77,52 @@ POSTCOPY_CLAIMS = ("L5", "L6")
 # 1 cancel, 2 stop and go on, 4 reset.
 ENDS_WELL = {
     "cancel-and-again": ("LIFE=1 MIGRATIONS=2", CLAIMS),
+    "cancel-stock-guest": ("LIFE=1 BLOCKS", ("L1", "L3")),
     "cancel-and-again-stock-guest": ("LIFE=1 MIGRATIONS=2 BLOCKS", CLAIMS),
     "cancel-stop": ("LIFE=3", CLAIMS),
     "cancel-reset": ("LIFE=5", CLAIMS),
     "stop-reset": ("LIFE=6", CLAIMS),
     # It has no right to its buffers.
     "hostile-stop": ("LIFE=2 HOSTILE", ("L1", "L2", "L4")),
+    "reset": ("LIFE=4", CLAIMS),
+    "absent-cancel-stop": ("LIFE=3 ABSENT", CLAIMS),
+    "absent-alone-cancel-stop-reset": ("LIFE=7 ABSENT NO_ASK", ("L2", "L4")),
 }
 
 POSTCOPY_ENDS = {
+    "plain-cut": f"{SWITCHED} PAGES=2 CUTS=1",
     "plain-cut-twice": f"{SWITCHED} PAGES=2 CUTS=2",
     "preempt-cut-twice": f"{SWITCHED} PREEMPT CUTS=2",
     "huge-page": f"{SWITCHED} PAGES=2 HUGE CUTS=2",
     "huge-page-preempt": f"{SWITCHED} PAGES=2 HUGE PREEMPT CUTS=1",
 }
 
+# Left to "make test-long": the largest, where a smaller one has the same parts.
+LARGE = (
+    "kvm-others-dma-syncs",
+    "kvm-two-pages",
+    "kvm-leftovers",
+    "kvm-auto-protect",
+    "kvm-ring",
+    "kvm-ring-dma-cancel-and-again",
+    "tcg-queue-cancel-and-again",
+    "tcg-postcopy-two-pages",
+    "tcg-stock-guest-cancel-and-again",
+    "switched-preempt-two-pages",
+    "absent-queue",
+    "absent-stop-and-go-on",
+    "absent-alone-others-syncs",
+    "absent-alone-two-pages",
+    "cancel-and-again-stock-guest",
+    "cancel-stop",
+    "cancel-reset",
+    "stop-reset",
+    "absent-cancel-stop",
+    "plain-cut-twice",
+)
+
 LOST = "S1_no_lost_write"
+EQUAL = "S10_contents_equal"
 # The rule that is left out: what must notice, and where.
 MUTANTS = {
     "M1-hint-clears-unarmed-log": (LOST, f"{KVM} M1"),
@@ -226,6 +183,8 @@ MUTANTS = {
         "S6_free_page_reads_zero",
         f"{KVM} INIT_ON_FREE CANCEL MIGRATIONS=2 M37",
     ),
+    "M37-nothing-emptied-absent": (EQUAL, f"{ABSENT} LEFTOVERS M37"),
+    "M37-nothing-emptied-absent-second-attempt": (EQUAL, f"{ABSENT} CANCEL MIGRATIONS=2 M37"),
     "M38-emptied-after-the-first-page": (LOST, f"{KVM} M38"),
     "M39-asked-though-not-all-is-armed": (LOST, f"{KVM} STOP_ONCE M39"),
     "M39-asked-though-not-all-is-armed-seen-at-once": (
@@ -245,6 +204,17 @@ MUTANTS = {
         "S9_host_page_whole",
         f"{SWITCHED} PAGES=2 HUGE CUTS=1 M42",
     ),
+    "M43-scanned-before-arming": (EQUAL, f"{ABSENT} M43"),
+    "M43-scanned-before-arming-seen-at-once": ("S3_armed_when_asked", f"{ABSENT} M43 CHECK_ARMED"),
+    "M44-absence-applied-after-merge": (EQUAL, f"{ABSENT} TIMER M44"),
+    "M45-not-in-our-page-table-taken-for-absent": (EQUAL, f"{ABSENT} DMA M45"),
+    "M46-swapped-taken-for-absent": (EQUAL, f"{ABSENT} M46"),
+    "M47-scanned-though-not-all-is-armed": (EQUAL, f"{ABSENT} STOP_ONCE M47"),
+    "M48-scanned-again-in-a-later-round": (EQUAL, f"{ABSENT} M48"),
+    "M49-dirtied-absent-page-is-not-forgotten": (LOST, f"{ABSENT} POSTCOPY M49"),
+    "M50-scan-without-deadline": ("L4", "NO_LOG LIFE=2 ABSENT NO_ASK M50"),
+    "M51-hint-of-absent-page-counted-again": ("S4_counter_is_popcount", f"{KVM} ABSENT M51"),
+    "M52-absent-page-is-not-remembered": ("L6", f"{SWITCHED} M52"),
 }
 
 # For "make check": a rule of each hazard in docs/correctness.md, and those that are found at once.
@@ -265,6 +235,8 @@ QUICK_MUTANTS = (
     "M22-any-id-accepted",
     "M24-no-deadline",
     "M27-start-does-not-serve-queue",
+    "M43-scanned-before-arming",
+    "M46-swapped-taken-for-absent",
 )
 
 # Where the model has to get to. L4 has no part in it, but LIFE is for such.
@@ -284,6 +256,13 @@ REACHED = {
     "link_recovered": f"{KVM} POSTCOPY CUTS=1",
     "queued_too_late": f"{KVM} POSTCOPY PREEMPT",
     "arming_cut_off": f"{KVM} STOP_ONCE",
+    "absent_applied": ABSENT,
+    "absent_after_merge": f"{ABSENT} TIMER",
+    "absent_page_hinted": f"{KVM} ABSENT",
+    "scan_cut_off": ABSENT,
+    "stopped_vm_scanned": f"{ABSENT} STOP_ONCE",
+    "populated_meanwhile": ABSENT,
+    "given_back_meanwhile": ABSENT,
 }
 
 # Only manual protection leaves pages writable that the log has no trace of.
@@ -319,7 +298,8 @@ def _ends_well(options: str, claims: Tuple[str, ...]) -> Tuple[Search, ...]:
 
 
 def _mutant(violates: str, options: str) -> Tuple[Search, ...]:
-    return (Search(options, violates if violates in CLAIMS + POSTCOPY_CLAIMS else ""),)
+    claim = violates if violates in CLAIMS + POSTCOPY_CLAIMS else ""
+    return (Search(options, claim, short=True),)
 
 
 # All searches, by the test function and the case.
@@ -333,14 +313,29 @@ SEARCHES_OF: Dict[Tuple[str, str], Tuple[Search, ...]] = {
     **{("test_mutant_is_caught", case): _mutant(*how) for case, how in MUTANTS.items()},
     **{
         ("test_gets_there", place): (
-            Search(f"{options} REACHED={place}", "L4" if "LIFE" in options else ""),
+            Search(f"{options} REACHED={place}", "L4" if "LIFE" in options else "", short=True),
         )
         for place, options in REACHED.items()
     },
     **{("test_need_not_arm", case): _holds(options) for case, options in NEED_NOT_ARM.items()},
-    **{("test_upstream_race", case): (Search(options),) for case, options in UPSTREAM.items()},
+    **{
+        ("test_upstream_race", case): (Search(options, short=True),)
+        for case, options in UPSTREAM.items()
+    },
     **{("test_incomplete_is_noticed", case): (what,) for case, what in TOO_SMALL.items()},
 }
+
+
+def _cases(known: Iterable[str], *quick: str) -> List[Any]:
+    """The cases of a test: @quick are for "make check", and LARGE for "make test-long"."""
+    return [
+        pytest.param(
+            *case.values,
+            id=case.id,
+            marks=[*case.marks, *[pytest.mark.long] * (case.id in LARGE)],
+        )
+        for case in in_check(known, *quick)
+    ]
 
 
 def _of(item: pytest.Item) -> Tuple[Search, ...]:
@@ -386,21 +381,23 @@ def violated(verdicts: Tuple[Verdict, ...]) -> List[str]:
     return [verdict.violated for verdict in verdicts if verdict.violated]
 
 
-@pytest.mark.parametrize("case", in_check(HOLDS, "kvm", "kvm-cancel-and-again", "tcg-init-on-free"))
+@pytest.mark.parametrize(
+    "case", _cases(HOLDS, "kvm", "kvm-cancel-and-again", "tcg-init-on-free", "absent-alone")
+)
 @pytest.mark.usefixtures("case")
 def test_no_write_is_lost(violated: List[str]) -> None:
     """No order of the steps of guest, log, device and migration breaks a property."""
     assert not violated
 
 
-@pytest.mark.parametrize("case", ENDS_WELL)
+@pytest.mark.parametrize("case", _cases(ENDS_WELL))
 @pytest.mark.usefixtures("case")
 def test_ends_well(violated: List[str]) -> None:
     """The guest is answered, commands return, buffers come back and round 0 ends, always."""
     assert not violated
 
 
-@pytest.mark.parametrize("case", POSTCOPY_ENDS)
+@pytest.mark.parametrize("case", _cases(POSTCOPY_ENDS))
 @pytest.mark.usefixtures("case")
 def test_postcopy_ends(violated: List[str]) -> None:
     """Each page that is asked for comes, or the end does, which wakes who waits; and it comes."""

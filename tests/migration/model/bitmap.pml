@@ -54,6 +54,11 @@ inline ram_init_bitmaps()
 		for_each_page(i) {
 			bmap[i] = 1;
 			hint_bmap[i] = 0;
+#ifdef ABSENT
+			told[i] = 0;
+			absent[i] = 0;
+			given_back[i] = 0;
+#endif
 			mapped[i] = 0;
 			received[i] = 0
 		}
@@ -85,11 +90,17 @@ inline free_page_hint_synced()
 		if
 		:: FORGET && hint_bmap[i] && bmap[i] ->
 			MARK(hint_redirtied);
-#ifndef M15A
+#if defined(M49)
+			hint_bmap[i] = !told[i]
+#elif !defined(M15A)
 			hint_bmap[i] = 0
 #endif
 		:: else
-		fi
+		fi;
+#ifdef ABSENT
+		told[i] = told[i] && !bmap[i];
+		absent[i] = absent[i] && !bmap[i]
+#endif
 	}
 }
 
@@ -155,6 +166,15 @@ inline ram_clear_dirty_log(flush)
 #define ARM 1
 #endif
 
+/* A scan wants it too, also of a VM that stands still. */
+#ifdef ABSENT
+#define MAY_ARM migrating
+#define MAY_CUT_OFF (reason || !migrating)
+#else
+#define MAY_ARM !reason
+#define MAY_CUT_OFF else
+#endif
+
 /* hint.armed_epoch = hint.epoch */
 inline note_epoch()
 {
@@ -168,11 +188,12 @@ inline free_page_hint_arm(v)
 #endif
 	/* Stop and cancel are looked at before each chunk. */
 	if
-	:: ARM && !reason ->
+	:: ARM && MAY_ARM ->
 		lock(bitmap_mutex);
 		ram_clear_dirty_log(FLUSH);
-		unlock(bitmap_mutex)
-	:: else -> MARK(arming_cut_off)
+		unlock(bitmap_mutex);
+		armed = 1
+	:: MAY_CUT_OFF -> MARK(arming_cut_off)
 	fi;
 #if defined(TCG) && !defined(M2)
 	bql_lock();
@@ -196,6 +217,11 @@ bit checked;
 #define STALE (epoch_moved && !checked)
 #else
 #define STALE epoch_moved
+#endif
+#ifdef M51
+#define COUNTED_TWICE 1
+#else
+#define COUNTED_TWICE 0
 #endif
 #ifdef M16
 short counter;
@@ -221,6 +247,9 @@ inline free_page_hint_apply(page)
 			/* free_page_hint_clear_runs() */
 			:: page < PAGES && bmap[page] ->
 				MARK(hint_applied);
+#ifdef ABSENT
+				told[page] = 1;
+#endif
 				bmap[page] = 0;
 				hint_bmap[page] = 1;
 #ifdef M32
@@ -230,6 +259,12 @@ inline free_page_hint_apply(page)
 				dirty_memory[page] = 0;
 #endif
 				c = 1
+#ifdef ABSENT
+			/* Hinted, but not skipped because of that */
+			:: page < PAGES && !bmap[page] && hint_bmap[page] ->
+				MARK(absent_page_hinted);
+				c = COUNTED_TWICE
+#endif
 			:: else
 			fi
 		fi;
@@ -261,6 +296,9 @@ inline transfer(p)
 	dst_zero[p] = zero[p];
 	foreign[p] = 0;
 	mapped[p] = 1;
+#ifdef ABSENT
+	given_back[p] = 0;
+#endif
 	received[p] = 1
 }
 
@@ -271,6 +309,9 @@ inline transfer_zero(p)
 	dst_zero[p] = 1;
 	foreign[p] = 0;
 	mapped[p] = 1;
+#ifdef ABSENT
+	given_back[p] = 0;
+#endif
 	received[p] = 1
 }
 

@@ -41,6 +41,7 @@ hidden byte S6_free_page_reads_zero;
 hidden byte S7_page_placed_once;
 hidden byte S8_nobodys_data;
 hidden byte S9_host_page_whole;
+hidden byte S10_contents_equal;
 
 /*
  * What must be possible, lest the properties hold for want of anything that
@@ -64,6 +65,13 @@ hidden byte never_reached;
 #define link_recovered 13
 #define queued_too_late 14
 #define arming_cut_off 15
+#define absent_applied 16
+#define absent_after_merge 17
+#define scan_cut_off 18
+#define stopped_vm_scanned 19
+#define absent_page_hinted 20
+#define populated_meanwhile 21
+#define given_back_meanwhile 22
 #ifndef REACHED
 #define REACHED 0
 #endif

@@ -4,6 +4,12 @@
 #define free_page_hint_asking() (state == ASKED || state == REPORTING)
 #define free_page_hint_has_room() (len(queue) < QUEUE_RUNS)
 
+#ifdef M24
+#define EXPIRED 0
+#else
+#define EXPIRED expired
+#endif
+
 #ifdef M22
 #define IS_HINT_ID(id) 1
 #else
@@ -40,7 +46,8 @@ inline free_page_hint_abort()
 {
 	d_step {
 		if
-		:: (free_page_hint_asking() || state == ARMING) && !complete -> reason = 1
+		:: (free_page_hint_asking() || state == ARMING || state == SCANNING) && !complete ->
+			reason = 1
 		:: else
 		fi
 	}

@@ -20,6 +20,7 @@
  *   bitmap.pml     ram.c: merges, the deferred clear, the sender; and what
  *                  free-page-hint.c does under bitmap_mutex
  *   engine.pml     free-page-hint.c: what the device calls
+ *   absent.pml     absent-pages.c: the scan
  *   balloon.pml    virtio-balloon-hint.c
  *   guest.pml      allocator, vCPUs, devices' DMA; the balloon driver
  *   migration.pml  round 0, the other rounds, switchover; cancel, stop, reset
@@ -47,6 +48,8 @@
  *   HUGE         SWITCHED PAGES=2: both are in one page of the host
  *   INIT_ON_FREE the guest clears pages when it frees them, and counts on it
  *   LEFTOVERS    the destination's memory is not fresh: it holds somebody's data
+ *   ABSENT       the host looks for absent pages first; all contents are compared
+ *   NO_ASK       ABSENT alone: no guest is asked
  *   BLOCKS       stock guest: blocks without an id, between start and stop
  *   NO_DEVICE    see below
  *   LIFE=n       1 cancel, 2 stop and go on, 4 reset, or a sum: each once, at
@@ -54,7 +57,7 @@
  *   HOSTILE      a guest that never stops sending
  *   CHECK_ARMED  S3 too; mutants leave it out, so that they have to break S1
  *
- * Mutants: M1 to M42, each a rule left out; test_model.py has the list.
+ * Mutants: M1 to M52, each a rule left out; test_model.py has the list.
  *
  * Properties
  *
@@ -66,6 +69,8 @@
  *   S7  postcopy places no page where there is one
  *   S8  when the destination runs, nothing can be read that is somebody else's
  *   S9  a page of the host arrives whole, in one piece
+ *   S10 ABSENT, SWITCHED: when the destination runs, each page is equal that no
+ *       guest has hinted, and no host was given back after it was sent
  *   L1  the guest that was asked is told that no more hints are wanted
  *   L2  cancel, stop and reset return, whatever the link and the guest do
  *   L3  the driver's buffers come back
@@ -102,6 +107,10 @@
  *   it. Sections in which nothing is waited for are one step.
  * - Arming has one chunk. That it was cut off after some chunks is, for a page of
  *   those that were left out, that it was cut off before the page's chunk.
+ * - Absent pages: what the host has for a page is one of four things, whatever
+ *   kind of memory it is. A look is one step for each page, and what it saw is
+ *   applied at any time later. A discard leaves the dirty log as it is: with KVM,
+ *   the next write is then seen in any case. After round 0 nobody looks again.
  * - Postcopy: a request has one delay from the destination to the sender, as long
  *   as the return path and the queue together. Two threads at most miss a page
  *   before it comes. Whoever misses one before the devices are loaded is who loads
@@ -109,11 +118,12 @@
  *   as the destination gives up if it comes before, and before the source's
  *   migration thread has ended: later ones fail the migration, hints or not.
  *
- * Not in the model: huge pages before the switch, and trimming; several RAMBlocks,
- * RAMBlocks that are ignored, grow or are plugged; virtio-mem; xbzrle, zero page
- * detection, mapped-ram (they decide how a page is sent, not whether); savevm; other
- * accelerators; vhost and VFIO, which have logs of their own; what makes a message
- * valid; memory ordering weaker than the locks.
+ * Not in the model: what proves absence for each kind of memory; huge pages before
+ * the switch, and trimming; several RAMBlocks, RAMBlocks that are ignored, grow or
+ * are plugged; virtio-mem; xbzrle, zero page detection, mapped-ram (they decide how a
+ * page is sent, not whether); savevm; other accelerators; vhost and VFIO, which have
+ * logs of their own; what makes a message valid; memory ordering weaker than the
+ * locks.
  */
 
 #include "config.pml"
@@ -123,6 +133,7 @@
 #endif
 #include "bitmap.pml"
 #include "engine.pml"
+#include "absent.pml"
 #include "balloon.pml"
 #include "guest.pml"
 #include "migration.pml"

@@ -10,6 +10,10 @@ inline store(p)
 {
 	live[p] = 1;
 	differs[p] = 1;
+#ifdef ABSENT
+	backing[p] = (BACKING_MATTERS -> PRESENT : HOLE);
+	given_back[p] = 0;
+#endif
 	zero[p] = 0
 }
 
@@ -18,6 +22,10 @@ inline store_zero(p)
 {
 	live[p] = 1;
 	differs[p] = !dst_zero[p];
+#ifdef ABSENT
+	backing[p] = (BACKING_MATTERS -> PRESENT : HOLE);
+	given_back[p] = 0;
+#endif
 	zero[p] = 1
 }
 
@@ -56,6 +64,22 @@ proctype page_users(byte p)
 		was_free[p] = 1;
 #endif
 	   }
+#ifdef ABSENT
+	/* A read, by anybody */
+	:: d_step { BACKING_MATTERS && backing[p] != PRESENT -> backing[p] = PRESENT }
+	:: d_step { backing[p] == PRESENT -> backing[p] = SWAPPED }
+	/* Free page reporting, or the balloon: nobody wants what the page holds. */
+	:: d_step { vm_running && !live[p] && !dma[p] -> discard(p) }
+#ifdef DMA
+	/* The device may write late, and be another process. */
+	:: d_step { OWNED(p) && !dma[p] -> dma[p] = 1 }
+	:: d_step { dma[p] -> store(p) }
+	:: d_step { BACKING_MATTERS && dma[p] && backing[p] != PRESENT ->
+		store(p);
+		backing[p] = OTHERS_ONLY
+	   }
+#endif
+#endif
 #ifdef DMA
 	/* address_space_map(), and the device writes */
 	:: d_step { OWNED(p) && !dma[p] -> dma[p] = 1; store(p) }

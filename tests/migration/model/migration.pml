@@ -3,7 +3,7 @@
 
 /* ---- round 0 ---- */
 
-#if defined(M8) || defined(M21)
+#if defined(M8) || defined(M21) || defined(M48)
 bit second_round;
 #endif
 #ifdef M38
@@ -13,8 +13,17 @@ bit emptied;
 #define EMPTY 1
 #endif
 
-/* free_page_hint_refusal() */
+/* free_page_hint_refusal(). NO_ASK: no balloon, no driver, no wish for hints */
+#ifdef NO_ASK
+#define CAN_ASK 0
+#else
 #define CAN_ASK (migrating && vm_running && device_running)
+#endif
+#ifdef ABSENT
+#define HAS_PROVIDER migrating
+#else
+#define HAS_PROVIDER CAN_ASK
+#endif
 
 inline free_page_hint_ask(asked)
 {
@@ -24,7 +33,7 @@ inline free_page_hint_ask(asked)
 #ifdef M39
 		:: CAN_ASK -> reason = 0;
 #else
-		:: CAN_ASK && !reason ->
+		:: CAN_ASK && !reason && !EXPIRED ->
 #endif
 			state = ASKED;
 			asked = 1;
@@ -41,11 +50,6 @@ inline free_page_hint_ask(asked)
 	bql_unlock()
 }
 
-#ifdef M24
-#define EXPIRED 0
-#else
-#define EXPIRED expired
-#endif
 #define GO_ON (!reason && migrating && !EXPIRED)
 
 inline free_page_hint_collect(page)
@@ -72,6 +76,12 @@ inline free_page_hint_finish(asked)
 		:: empty(queue) -> break
 		od;
 		state = ENDED;
+		armed = 0;
+#ifdef ABSENT
+		for_each_page(i) {
+			backing[i] = (BACKING_MATTERS -> backing[i] : HOLE)
+		}
+#endif
 		starved = 0;
 		/* Only query-migrate reads these any more. */
 		complete = 0;
@@ -93,14 +103,25 @@ inline free_page_hint_round(asked, page)
 {
 	bql_lock();
 	if
-	:: CAN_ASK ->
+	:: HAS_PROVIDER ->
 		state = ARMING;
+#ifdef ABSENT
+		reason = !CAN_ASK;
+#endif
 		bql_unlock();
+#ifdef M43
+		armed = 1;
+		note_epoch();
+		absent_pages_round(page);
+#endif
 #ifdef M3
 		free_page_hint_ask(asked);
 		free_page_hint_arm(page);
 #else
 		free_page_hint_arm(page);
+#if defined(ABSENT) && !defined(M43)
+		absent_pages_round(page);
+#endif
 		free_page_hint_ask(asked);
 #endif
 		if
@@ -116,7 +137,7 @@ inline free_page_hint_round(asked, page)
 active proctype clock()
 {
 	do
-	:: atomic { free_page_hint_asking() && !expired -> expired = 1 }
+	:: atomic { (free_page_hint_asking() || state == SCANNING) && !expired -> expired = 1 }
 	od
 }
 
@@ -152,6 +173,9 @@ inline check_page(p)
 	CHECK(S1_no_lost_write, !live[p] || !differs[p]);
 #ifdef INIT_ON_FREE
 	CHECK(S6_free_page_reads_zero, live[p] || !differs[p]);
+#endif
+#ifdef MAY_DIFFER
+	CHECK(S10_contents_equal, !differs[p] || MAY_DIFFER(p));
 #endif
 	CHECK(S8_nobodys_data, !foreign[p])
 }
@@ -264,7 +288,7 @@ active proctype migration_thread()
 #ifdef M38
 			:: d_step { !emptied -> emptied = 1; ram_load_empty(); skip }
 #endif
-#if defined(M8) || defined(M21)
+#if defined(M8) || defined(M21) || defined(M48)
 			:: !second_round ->
 				second_round = 1;
 				free_page_hint_round(asked, page)

@@ -260,6 +260,12 @@ inline postcopy_start(p)
 	postcopy_active = 1
 }
 
+#ifdef M52
+#define REMEMBERED 0
+#else
+#define REMEMBERED 1
+#endif
+
 /* Any state that a switch can find */
 inline any_switch(p)
 {
@@ -295,8 +301,8 @@ inline any_switch(p)
 		/* dirty */
 		:: d_step { live[p] = 1; differs[p] = 1; bmap[p] = 1; dirty_pages++ }
 		/* hinted, and there by a huge page, or not */
-		:: d_step { zero[p] = 1; hint_bmap[p] = 1 }
-		:: d_step { zero[p] = 1; hint_bmap[p] = 1; mapped[p] = 1 }
+		:: d_step { zero[p] = 1; hint_bmap[p] = REMEMBERED }
+		:: d_step { zero[p] = 1; hint_bmap[p] = REMEMBERED; mapped[p] = 1 }
 		fi;
 #ifdef M33
 		hinted_at_switch[p] = hint_bmap[p];

@@ -46,11 +46,15 @@ bit alloc[PAGES];
 /* Its owner has written to it, and wants to find that again. */
 bit live[PAGES];
 /* If the destination ran now, it would read something else there. */
+#if defined(ABSENT) && defined(LEFTOVERS)
+bit differs[PAGES] = 1;
+#else
 bit differs[PAGES];
+#endif
 /* A device has written to the page, and is about to mark it dirty. */
 bit dma[PAGES];
-/* INIT_ON_FREE: the page is all zeroes, here; at the destination. */
-#ifdef INIT_ON_FREE
+/* INIT_ON_FREE, ABSENT: the page is all zeroes, here; at the destination. */
+#if defined(INIT_ON_FREE) || defined(ABSENT)
 bit zero[PAGES] = 1;
 #else
 bit zero[PAGES];
@@ -68,6 +72,33 @@ bit foreign[PAGES];
 #endif
 
 #define OWNED(p) (vm_running && alloc[p])
+
+#ifdef ABSENT
+/*
+ * What the host has for the page: nothing; memory, or its zeroes; a place in swap;
+ * memory that only another process has in its page table.
+ */
+#define HOLE 0
+#define PRESENT 1
+#define SWAPPED 2
+#define OTHERS_ONLY 3
+byte backing[PAGES];
+/* Nobody looks at it after round 0. */
+#if MIGRATIONS == 1 && !defined(M48)
+#define BACKING_MATTERS (state != ENDED)
+#else
+#define BACKING_MATTERS 1
+#endif
+/* The guest gave it back, and the destination still has what it held. */
+bit given_back[PAGES];
+/* A hint, or a scan, has taken it out, and no merge has brought it back. */
+bit told[PAGES];
+bit absent[PAGES];
+#define MAY_DIFFER(p) (told[p] || (given_back[p] && !absent[p]))
+#elif defined(SWITCHED)
+/* All that is hinted is absent there. */
+#define MAY_DIFFER(p) 0
+#endif
 
 /* ---- the dirty log ---- */
 
@@ -157,7 +188,7 @@ bit hinted_at_switch[PAGES];
 
 /* ---- the engine, migration/free-page-hint.c ---- */
 
-mtype = { IDLE, ARMING, ASKED, REPORTING, ENDED };
+mtype = { IDLE, ARMING, SCANNING, ASKED, REPORTING, ENDED };
 
 /* hint.state, .id, .complete, .starved, .queue; .reason != REASON_NONE */
 mtype state = IDLE;
@@ -166,6 +197,8 @@ bit complete;
 bit starved;
 chan queue = [QUEUE_RUNS] of { byte };
 bit reason;
+/* Arming was not cut off. */
+bit armed;
 /* hint.epoch != hint.armed_epoch */
 bit epoch_moved;
 /* free-page-hint-wait has passed */
