@@ -6,11 +6,12 @@ guest here arrives with the contents that it had, whatever the host made of them
 """
 
 import contextlib
+import functools
 import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from absence import ABSENT, ABSENT_AND_HINTS, absent_of, absent_pages, assert_absent_used
@@ -75,11 +76,18 @@ def assert_arrives(lab: Lab, source: Guest, migration: MigrationSpec = ABSENT) -
 SWAP_MIB = 768
 
 
-@pytest.mark.parametrize("backend", [PRIVATE, SHARED], ids=["private", "shared"])
-def test_swapped_pages_arrive(lab: Lab, measured: Dict[str, Any], backend: str) -> None:
+@pytest.mark.parametrize(
+    "backend, library",
+    [(PRIVATE, None), (PRIVATE, "no-pagemap-scan.so"), (SHARED, None)],
+    ids=["private", "old-kernel", "shared"],
+)
+def test_swapped_pages_arrive(
+    lab: Lab, measured: Dict[str, Any], backend: str, library: Optional[str]
+) -> None:
     """What the host has swapped out is data."""
     with swap_space(SWAP_MIB):
-        source, machine = bare(lab, mem_backend=backend)
+        preload = paths.bare_metal(library) if library else None
+        source, machine = bare(lab, mem_backend=backend, preload=preload)
         machine.stamp(HERE, PART_PAGES, 1)
         page_out(source)
         swapped = usage(source)["Swap"]
@@ -295,6 +303,12 @@ def meanwhile(source: Guest, destination: Guest, what: Callable[[], None]) -> Mi
     return finish(source, destination)
 
 
+def swing_balloon(guest: Guest, actual: List[int]) -> None:
+    """Note a balloon's size, and set it: half of the time to less than it can reach till then."""
+    actual.append(guest.qmp("query-balloon")["actual"] // MIB)
+    guest.qmp("balloon", value=(600 if len(actual) % 10 < 5 else 1024) * MIB)
+
+
 def test_balloon_at_the_same_time(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest whose balloon goes up and down all the while finds its memory after each move."""
     guest = AT_WORK.but(balloon="free-page-hint=off", trace=f"{DISCARDED} {SCANNED}")
@@ -304,13 +318,8 @@ def test_balloon_at_the_same_time(lab: Lab, measured: Dict[str, Any]) -> None:
     measured.update(absent=[], actual=[])
     for move in range(3):
         there = lab.incoming(guest, f"destination-{move}")
-        actual = []
-
-        def swing(guest: Guest = here, actual: List[int] = actual) -> None:
-            # The guest follows as fast as it can, and has not come far when it is told otherwise.
-            actual.append(guest.qmp("query-balloon")["actual"] // MIB)
-            guest.qmp("balloon", value=(600 if len(actual) % 10 < 5 else 1024) * MIB)
-
+        actual: List[int] = []
+        swing = functools.partial(swing_balloon, here, actual)
         for _ in range(8):
             swing()
             time.sleep(0.05)
