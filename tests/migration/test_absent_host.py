@@ -197,6 +197,8 @@ def test_huge_pages(lab: Lab, measured: Dict[str, Any]) -> None:
 def test_read_then_written(lab: Lab, measured: Dict[str, Any], backend: str) -> None:
     """Pages that the guest had only read, and reads and writes after the look, arrive."""
     source, machine = bare(lab, mem_backend=backend)
+    # Something to send for a minute, till it is let go.
+    machine.stamp(THERE + PART, 1024, 1)
     for page in range(64):
         assert machine.read(HERE + page * PAGE) == [0]
     # The premise: the page table has something there.
