@@ -17,7 +17,7 @@ SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug images debian-image run migrate demo \
+.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug images other-guests debian-image run migrate demo \
 	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches clean distclean
 
 help: ## list the targets
@@ -52,6 +52,9 @@ images: deps ## make the guest's initramfs and the bare-metal guest
 	@scripts/make-initramfs
 	@scripts/make-bare-metal
 
+other-guests: deps ## get guests that are not ours from Debian: memtest86+, GRUB, iPXE, its kernel
+	@scripts/make-other-guests
+
 debian-image: deps ## make a Debian guest image with gcc, make and sysbench
 	@scripts/make-debian-image
 
@@ -84,10 +87,10 @@ unit: qemu ## run the C unit tests
 check: qemu qemu-debug qemu-stock kernel images ## ten minutes of tests: the quick ones that catch most
 	@FPH_RESULTS=check.json /usr/bin/python3 -m pytest -m check tests
 
-test: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images debian-image ## run all tests
+test: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images other-guests debian-image ## run all tests
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
-test-long: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images debian-image ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
+test-long: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images other-guests debian-image ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
 	@FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/campaigns.py
 	@FPH_RESULTS=sweep.json FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug /usr/bin/python3 -m pytest -m 'integrity and not long' tests
 	@FPH_RESULTS=long.json /usr/bin/python3 -m pytest -m long tests

@@ -183,6 +183,8 @@ class Guest:
     def _software(self) -> List[str]:
         """QEMU's arguments for what runs in the guest."""
         spec = self.spec
+        if spec.software is not None:
+            return list(spec.software)
         if spec.firmware:
             return ["-bios", str(spec.firmware)]
         root = "root=/dev/vda rw init=/sbin/guest-init" if spec.disk else ""

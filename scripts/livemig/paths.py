@@ -44,9 +44,13 @@ def qemu_binary(build: str) -> Path:
 
 
 def kernel_image(build: str) -> Path:
-    """The guest kernel of a build: 'ours', 'stock', or 'debug', which is ours with all checks."""
+    """The guest kernel of a build.
+
+    It is 'ours', 'stock', 'debug', which is ours with all checks, or 'debian', Debian's own.
+    """
     build = _in_place_of_ours(build, "FPH_KERNEL")
-    return require(cache_dir() / f"kernel-{build}" / "bzImage", f"scripts/build-kernel {build}")
+    make_it = "make-other-guests" if build == "debian" else f"build-kernel {build}"
+    return require(cache_dir() / f"kernel-{build}" / "bzImage", f"scripts/{make_it}")
 
 
 def is_quick(kernel: str) -> bool:
@@ -62,6 +66,11 @@ def initramfs() -> Path:
 def bare_metal(name: str) -> Path:
     """The bare-metal guest (a .bin) or a library that goes with it (a .so)."""
     return require(cache_dir() / "images" / "bare-metal" / name, "scripts/make-bare-metal")
+
+
+def other_guest(name: str) -> Path:
+    """A program of Debian's that runs without a system."""
+    return require(cache_dir() / "images" / "others" / name, "scripts/make-other-guests")
 
 
 def debian_image() -> Path:

@@ -108,6 +108,8 @@ class GuestSpec:
     kernel: str = "ours"
     # A program to run in place of the BIOS, and of a kernel and all that follows.
     firmware: Optional[Path] = None
+    # Or arguments for QEMU that say what to run, in their place; none: firmware alone.
+    software: Optional[Tuple[str, ...]] = None
     # Properties of virtio-balloon-pci; None leaves the device out.
     balloon: Optional[str] = ARRAYS
     # NUMA nodes that share the memory and the vCPUs out.
