@@ -110,15 +110,20 @@ def test_swapped_free_memory(lab: Lab, measured: Dict[str, Any], hints: bool) ->
         workload.stamp(source, STAMP_MIB)
         workload.dirty_and_free(source, freed)
         page_out(source)
-        before = usage(source)["Swap"]
+        before = usage(source)
         # The premise
-        assert before >= 0.8 * freed * MIB
+        assert before["Swap"] >= 0.8 * freed * MIB
         destination = lab.incoming(guest)
         result = migrate(source, destination, ABSENT_AND_HINTS if hints else ABSENT)
-        after = usage(source)["Swap"]
-        measured.update(swapped=before, left=after, ms=result.total_ms)
+        left = usage(source)["Swap"]
+        skipped = hints_of(result).skipped_bytes
+        measured.update(swapped=before["Swap"], left=left, skipped=skipped, ms=result.total_ms)
         assert_absent_used(result, MIB)
-        assert (after >= 0.8 * freed * MIB) == hints
+        if hints:
+            # What was hinted and not in memory; the guest may use some of it again.
+            assert left >= skipped - before["Rss"] - 16 * MIB >= freed * MIB // 2
+        else:
+            assert left <= 16 * MIB
         assert_intact(destination)
 
 
@@ -193,6 +198,7 @@ def test_huge_pages(lab: Lab, measured: Dict[str, Any]) -> None:
     assert mask[(HERE + 2 * MIB) // PAGE : (HERE + 4 * MIB) // PAGE].all()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("backend", [PRIVATE, SHARED], ids=["private", "shared"])
 def test_read_then_written(lab: Lab, measured: Dict[str, Any], backend: str) -> None:
     """Pages that the guest had only read, and reads and writes after the look, arrive."""
@@ -217,6 +223,7 @@ def test_read_then_written(lab: Lab, measured: Dict[str, Any], backend: str) -> 
     assert absent_pages(source)[THERE // PAGE :][:64].all()
 
 
+@pytest.mark.check
 def test_memory_of_another_process(lab: Lab, measured: Dict[str, Any]) -> None:
     """What another process has written into shared memory arrives, in our page table or not."""
     with memory.memory_files("source") as (file,):
@@ -238,7 +245,6 @@ def test_memory_of_another_process(lab: Lab, measured: Dict[str, Any]) -> None:
                     for addr in range(THERE + PART, RAM_BYTES, 64 * PAGE):
                         other.seek(addr)
                         other.write(bytes(PAGE))
-                    other.truncate(RAM_BYTES)
 
         thread = threading.Thread(target=populate)
         thread.start()
@@ -407,6 +413,7 @@ def test_files_need_no_page_table(lab: Lab) -> None:
     assert absent.absent_bytes == RAM_BYTES - there
 
 
+@pytest.mark.check
 def test_old_kernel(lab: Lab, measured: Dict[str, Any]) -> None:
     """Before Linux 6.7, which has no PAGEMAP_SCAN, the same is found, page by page."""
     found = {}
