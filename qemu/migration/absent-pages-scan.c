@@ -97,7 +97,7 @@ static bool scan_mapping(const AbsentPagesMemory *mem, int pagemap,
     return true;
 }
 
-/* For Linux before 6.7.  It hides the zero page from unprivileged processes. */
+/* For Linux before 6.7.  Here, the zero page is a page like any other. */
 static bool read_mapping(const AbsentPagesMemory *mem, int pagemap,
                          uint64_t *start, uint64_t end,
                          AbsentPagesRun *runs, unsigned *n, unsigned max)
