@@ -939,6 +939,8 @@ static GString *hint_cmdline(FuzzTarget *t)
         " -device virtio-balloon-pci,addr=%d,disable-legacy=on,"
         "free-page-hint=on,free-page-hint-arrays=on,free-page-reporting=on"
         " -global migration.free-page-hint-wait=60000"
+        /* It is the guest that is tried, at once and alone */
+        " -global migration.skip-absent-pages=off"
         " -global migration.x-max-bandwidth=0", firmware,
         (int)(RAM_SIZE / MiB), (int)DIMM_SIZE, (int)DIMM_SIZE,
         (uint64_t)DIMM_ADDR, (uint64_t)(DIMM_ADDR + DIMM_SIZE), SLOT);
