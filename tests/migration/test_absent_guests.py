@@ -197,7 +197,8 @@ def test_memory_tester(lab: Lab, measured: Dict[str, Any]) -> None:
     source = oracle.start()
     destination = oracle.arrival()
     wait_screen(source, tester.until)
-    slow = ABSENT.with_parameters(max_bandwidth=8 * MIB, downtime_limit=1)
+    # So slow that one page keeps it from being stopped, and that much is written in round 1.
+    slow = ABSENT.with_parameters(max_bandwidth=2 * MIB, downtime_limit=1)
     start(source, destination, slow)
     # The premise: it had not come to all of its memory yet, and has now.
     wait_for(lambda: hints_of(query(source)).redirtied_bytes > 0, "nothing is written")
