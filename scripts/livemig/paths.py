@@ -44,14 +44,15 @@ def qemu_binary(build: str) -> Path:
 
 
 def kernel_image(build: str) -> Path:
-    """The guest kernel of a build: 'ours', 'stock', or 'debug', which is ours with all checks."""
+    """The guest kernel of a build: 'ours', 'stock', 'debug' (ours with all checks), or 'kvm'."""
     build = _in_place_of_ours(build, "FPH_KERNEL")
-    return require(cache_dir() / f"kernel-{build}" / "bzImage", f"scripts/build-kernel {build}")
+    image = "vmlinux" if build == "kvm" else "bzImage"
+    return require(cache_dir() / f"kernel-{build}" / image, f"scripts/build-kernel {build}")
 
 
 def is_quick(kernel: str) -> bool:
-    """Whether a kernel boots in seconds, as those do that do not check themselves."""
-    return _in_place_of_ours(kernel, "FPH_KERNEL") != "debug"
+    """Whether a kernel boots in seconds: not if it checks itself, or is interpreted."""
+    return _in_place_of_ours(kernel, "FPH_KERNEL") not in ("debug", "kvm")
 
 
 def initramfs() -> Path:

@@ -94,6 +94,8 @@ class GuestSpec:
     accel: str = ACCEL
     cpu: str = CPU
     kernel: str = "ours"
+    # Without, a driver in the kernel is the agent, and memstamp.
+    user_space: bool = True
     # A program to run in place of the BIOS, and of a kernel and all that follows.
     firmware: Optional[Path] = None
     # Properties of virtio-balloon-pci; None leaves the device out.
