@@ -17,7 +17,7 @@ SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug images other-guests debian-image run migrate demo \
+.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image run migrate demo \
 	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches clean distclean
 
 help: ## list the targets
@@ -47,6 +47,9 @@ kernel-stock: fetch ## build the unpatched guest kernel, to compare with
 
 kernel-debug: fetch ## build the guest kernel with lockdep, KASAN and more, for tests
 	@scripts/build-kernel debug
+
+kernel-kvm: fetch ## build the guest kernel for tests under KVM, also where it is interpreted
+	@scripts/build-kernel kvm
 
 images: deps ## make the guest's initramfs and the bare-metal guest
 	@scripts/make-initramfs
@@ -83,14 +86,14 @@ bench-report: ## the report of what was measured so far: out/bench/report.html
 unit: qemu ## run the C unit tests
 	@for test in free-page-hint absent-pages; do $(FPH_CACHE)/qemu-ours/build/tests/unit/test-$$test || exit; done
 
-# No debug kernel, no Debian image: what builds and boots slowly.
+# No debug kernel, none for KVM, no Debian image: what builds and boots slowly.
 check: qemu qemu-debug qemu-stock kernel images ## ten minutes of tests: the quick ones that catch most
 	@FPH_RESULTS=check.json /usr/bin/python3 -m pytest -m check tests
 
 test: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images other-guests debian-image ## run all tests
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
-test-long: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images other-guests debian-image ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
+test-long: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
 	@FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/campaigns.py
 	@FPH_RESULTS=sweep.json FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug /usr/bin/python3 -m pytest -m 'integrity and not long' tests
 	@FPH_RESULTS=long.json /usr/bin/python3 -m pytest -m long tests

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 from livemig import paths
 from livemig.errors import GuestError
-from livemig.serial import Agent, Port
+from livemig.serial import Agent, DriverAgent, Port
 from livemig.spec import GuestSpec
 
 paths.add_qemu_python()
@@ -89,7 +89,7 @@ class Guest:
     def _connect_ports(self) -> None:
         self.console = Port(f"console of {self.name}", self._listener)
         self._agent_port = Port(f"agent of {self.name}")
-        self.agent = Agent(self._agent_port)
+        self.agent = (Agent if self.spec.user_space else DriverAgent)(self._agent_port)
 
     # Life
 
@@ -192,6 +192,8 @@ class Guest:
         cmdline = ["console=ttyS0", "panic=-1", "no_timer_check", root, *spec.cmdline]
         args = ["-kernel", str(paths.kernel_image(spec.kernel))]
         args += ["-append", " ".join(word for word in cmdline if word)]
+        if not spec.user_space:
+            return args
         if spec.disk:
             args += ["-drive", f"file={spec.disk},format=raw,if=none,id=root,cache=writeback"]
             args += ["-device", "virtio-blk-pci,drive=root"]

@@ -46,16 +46,17 @@ def qemu_binary(build: str) -> Path:
 def kernel_image(build: str) -> Path:
     """The guest kernel of a build.
 
-    It is 'ours', 'stock', 'debug', which is ours with all checks, or 'debian', Debian's own.
+    It is 'ours', 'stock', 'debug', which is ours with all checks, 'kvm', or 'debian', Debian's own.
     """
     build = _in_place_of_ours(build, "FPH_KERNEL")
     make_it = "make-other-guests" if build == "debian" else f"build-kernel {build}"
-    return require(cache_dir() / f"kernel-{build}" / "bzImage", f"scripts/{make_it}")
+    image = "vmlinux" if build == "kvm" else "bzImage"
+    return require(cache_dir() / f"kernel-{build}" / image, f"scripts/{make_it}")
 
 
 def is_quick(kernel: str) -> bool:
-    """Whether a kernel boots in seconds, as those do that do not check themselves."""
-    return _in_place_of_ours(kernel, "FPH_KERNEL") != "debug"
+    """Whether a kernel boots in seconds: not if it checks itself, or is interpreted."""
+    return _in_place_of_ours(kernel, "FPH_KERNEL") not in ("debug", "kvm")
 
 
 def initramfs() -> Path:

@@ -106,6 +106,8 @@ class GuestSpec:
     accel: str = ACCEL
     cpu: str = CPU
     kernel: str = "ours"
+    # Without, a driver in the kernel is the agent, and memstamp.
+    user_space: bool = True
     # A program to run in place of the BIOS, and of a kernel and all that follows.
     firmware: Optional[Path] = None
     # Or arguments for QEMU that say what to run, in their place; none: firmware alone.

@@ -30,8 +30,12 @@ ABSENT = bool(os.environ.get("FPH_ABSENT"))
 
 RESULTS: List[Dict[str, Any]] = []
 
-# What a QEMU with sanitizers says when it finds something.
-SANITIZERS = re.compile(r"^.*(?:runtime error|ERROR: AddressSanitizer).*$", re.MULTILINE)
+# What a QEMU with sanitizers says when it finds something, but for how QEMU 10.0 reads a vmlinux.
+SANITIZERS = re.compile(
+    r"^(?!.*/x86-common\.c:\d+:\d+: runtime error: load of misaligned).*"
+    r"(?:runtime error|ERROR: AddressSanitizer).*$",
+    re.MULTILINE,
+)
 
 
 def pytest_configure() -> None:

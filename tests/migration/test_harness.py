@@ -23,7 +23,7 @@ from livemig.migration import MigrationResult, cancel, migrate
 from livemig.spec import MODES
 
 PAGE = 4096
-# As memstamp.c has it: the first word of every page.
+# As stamp.h has it: the first word of every page.
 MAGIC = (0x46504853544D5031).to_bytes(8, "little")
 ISSUE_FIELDS = (
     "mode scenario total_ms downtime_ms sent_bytes normal_pages zero_pages hinted_bytes "
