@@ -146,7 +146,7 @@ def test_every_way(lab: Lab, totals: Counter[str]) -> None:
             journey.move(way, name)
         journey.here.close()
     assert totals["migrations"] == MIGRATIONS
-    # The premises: the guest took back and wrote what it had hinted, and had pages that were absent.
+    # The premises: the guest took back and wrote what it had hinted; something was absent.
     assert totals["redirtied_mib"] > 0 and totals["absent_mib"] > 0
 
 
