@@ -215,6 +215,9 @@ MUTANTS = {
     "M50-scan-without-deadline": ("L4", "NO_LOG LIFE=2 ABSENT NO_ASK M50"),
     "M51-hint-of-absent-page-counted-again": ("S4_counter_is_popcount", f"{KVM} ABSENT M51"),
     "M52-absent-page-is-not-remembered": ("L6", f"{SWITCHED} M52"),
+    "M53-hinted-pages-deferred-too": (LOST, f"{KVM} M53"),
+    "M53-absent-pages-deferred-too": (EQUAL, f"{ABSENT} M53"),
+    "M54-deferred-before-the-hints": (LOST, f"{KVM} M54"),
 }
 
 # For "make check": a rule of each hazard in docs/correctness.md, and those that are found at once.
@@ -237,6 +240,7 @@ QUICK_MUTANTS = (
     "M27-start-does-not-serve-queue",
     "M43-scanned-before-arming",
     "M46-swapped-taken-for-absent",
+    "M53-hinted-pages-deferred-too",
 )
 
 # Where the model has to get to. L4 has no part in it, but LIFE is for such.
@@ -263,6 +267,7 @@ REACHED = {
     "stopped_vm_scanned": f"{ABSENT} STOP_ONCE",
     "populated_meanwhile": ABSENT,
     "given_back_meanwhile": ABSENT,
+    "sent_once": KVM,
 }
 
 # Only manual protection leaves pages writable that the log has no trace of.

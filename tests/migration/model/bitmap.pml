@@ -12,6 +12,7 @@ inline with_bitmap_mutex()
 
 inline migration_bitmap_sync(v) { with_bitmap_mutex() }
 inline free_page_hint_arm(v) { with_bitmap_mutex() }
+inline free_page_hint_defer() { with_bitmap_mutex() }
 inline free_page_hint_apply(page) { with_bitmap_mutex() }
 
 /* The link can stall here, for good; a cancel shuts the socket down. */
@@ -205,6 +206,37 @@ inline free_page_hint_arm(v)
 	note_epoch();
 #endif
 	v = NONE
+}
+
+/*
+ * Puts the deferred clear off again, for pages that are to be sent: whatever is
+ * written to them until then is sent once. Others stay armed.
+ */
+#if defined(M53)
+#define DEFERRED(p) 1
+#else
+#define DEFERRED(p) bmap[p]
+#endif
+
+inline free_page_hint_defer()
+{
+#ifdef KVM_MANUAL
+	lock(bitmap_mutex);
+	/* memory_region_defer_clear_dirty_bitmap() */
+	d_step {
+		!slots_lock ->
+		for_each_page(i) {
+			if
+			:: DEFERRED(i) && kdirty[i] && !dirty_bmap[i] -> MARK(sent_once)
+			:: else
+			fi;
+			dirty_bmap[i] = dirty_bmap[i] || DEFERRED(i)
+		}
+	}
+	d_step { clear_bmap = 1; unlock(bitmap_mutex) }
+#else
+	skip
+#endif
 }
 
 #if defined(M5)

@@ -72,6 +72,7 @@ hidden byte never_reached;
 #define absent_page_hinted 20
 #define populated_meanwhile 21
 #define given_back_meanwhile 22
+#define sent_once 23
 #ifndef REACHED
 #define REACHED 0
 #endif

@@ -57,7 +57,7 @@
  *   HOSTILE      a guest that never stops sending
  *   CHECK_ARMED  S3 too; mutants leave it out, so that they have to break S1
  *
- * Mutants: M1 to M52, each a rule left out; test_model.py has the list.
+ * Mutants: M1 to M54, each a rule left out; test_model.py has the list.
  *
  * Properties
  *

@@ -124,10 +124,16 @@ inline free_page_hint_round(asked, page)
 #endif
 		free_page_hint_ask(asked);
 #endif
+#ifdef M54
+		free_page_hint_defer();
+#endif
 		if
 		:: asked -> free_page_hint_collect(page)
 		:: else
 		fi;
+#ifndef M54
+		free_page_hint_defer();
+#endif
 		free_page_hint_finish(asked)
 	:: else -> bql_unlock()
 	fi
