@@ -6,6 +6,10 @@
  * made after that can therefore clear the page's bit, as long as no such merge
  * came in between.  That is all that keeps the writes.
  *
+ * What nobody hinted need not be armed: free_page_hint_ram_defer() makes that
+ * as it was.  Else pages that the guest writes before they are sent for the
+ * first time would be sent twice, because of hints.
+ *
  * Whatever a guest hints, bitmap_mutex and RCU are held for a bounded amount of
  * work at a time, so that whoever wants to stop the round need not wait.
  *
@@ -38,6 +42,12 @@
 
 /* Pages armed in one hold of RCU, or a chunk if that is more: 1 GiB */
 #define ARM_PAGES (256 * KiB)
+
+/*
+ * Pages whose log's clear is deferred again in one hold of bitmap_mutex: that
+ * many are half a millisecond of work if every second one is hinted.
+ */
+#define DEFER_PAGES (64 * KiB)
 
 static struct {
     /* Protected by bitmap_mutex.  Counts the merges of the dirty log. */
@@ -209,10 +219,25 @@ static void arm_tlbs(void)
     bql_unlock();
 }
 
+/* A block that goes away later is found to be missing; none comes. */
+static GPtrArray *listed_blocks(void)
+{
+    GPtrArray *blocks = g_ptr_array_new();
+    RAMBlock *rb;
+
+    RCU_READ_LOCK_GUARD();
+
+    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+        if (rb->hint) {
+            g_ptr_array_add(blocks, rb);
+        }
+    }
+    return blocks;
+}
+
 bool free_page_hint_ram_arm(void)
 {
-    g_autoptr(GPtrArray) blocks = g_ptr_array_new();
-    RAMBlock *rb;
+    g_autoptr(GPtrArray) blocks = listed_blocks();
     unsigned i;
 
     /* First: a merge from here on needs the deferred clear done again */
@@ -220,14 +245,6 @@ bool free_page_hint_ram_arm(void)
     ram_hint.armed_epoch = ram_hint.epoch;
     ram_bitmap_unlock();
 
-    /* A block that goes away is found to be missing; none comes */
-    WITH_RCU_READ_LOCK_GUARD() {
-        RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
-            if (rb->hint) {
-                g_ptr_array_add(blocks, rb);
-            }
-        }
-    }
     for (i = 0; i < blocks->len; i++) {
         uint64_t page = 0, npages;
 
@@ -249,6 +266,46 @@ void free_page_hint_ram_scanned(void)
 {
     if (FREE_PAGE_HINT_DEBUG) {
         free_page_hint_debug_scanned();
+    }
+}
+
+/*
+ * Returns the number of pages from @page on that are done, 0 if there are none.
+ */
+static uint64_t defer_pages(RAMBlock *rb, uint64_t page)
+{
+    uint64_t npages;
+
+    RCU_READ_LOCK_GUARD();
+
+    if (!free_page_hint_ram_listed(rb) || page >= block_pages(rb) ||
+        !rb->clear_bmap) {
+        return 0;
+    }
+    npages = MIN(block_pages(rb) - page, DEFER_PAGES);
+    ram_bitmap_lock();
+    memory_region_defer_clear_dirty_bitmap(rb->mr,
+                                           page << qemu_target_page_bits(),
+                                           npages << qemu_target_page_bits(),
+                                           rb->bmap);
+    bitmap_set(rb->clear_bmap, page >> rb->clear_bmap_shift,
+               DIV_ROUND_UP(npages, 1ULL << rb->clear_bmap_shift));
+    ram_bitmap_unlock();
+    return npages;
+}
+
+void free_page_hint_ram_defer(void)
+{
+    g_autoptr(GPtrArray) blocks = listed_blocks();
+    unsigned i;
+
+    for (i = 0; i < blocks->len; i++) {
+        uint64_t page = 0, npages;
+
+        while ((npages = defer_pages(g_ptr_array_index(blocks, i), page)) &&
+               !free_page_hint_cancelled()) {
+            page += npages;
+        }
     }
 }
 

@@ -32,6 +32,13 @@ bool free_page_hint_ram_arm(void);
 void free_page_hint_ram_scanned(void);
 
 /*
+ * The round is over: of pages that are to be sent, forget all writes until
+ * then, as without hints.  Gives up once free_page_hint_cancelled().  Called
+ * without locks.
+ */
+void free_page_hint_ram_defer(void);
+
+/*
  * Apply some of @runs: as many as a hold of bitmap_mutex allows, see
  * free_page_hint_clear_runs().  They are stale if the dirty log was merged
  * since free_page_hint_ram_arm().  Called without locks, with an empty @tally.
@@ -65,6 +72,9 @@ void free_page_hint_ram_check(void);
 
 /* @npages more are armed.  Returns false if the round is to end. */
 bool free_page_hint_armed(uint64_t npages);
+
+/* Nobody wants this migration any more. */
+bool free_page_hint_cancelled(void);
 
 /* Count pages that the guest wrote, or a postcopy destination asked for. */
 void free_page_hint_count(uint64_t redirtied, uint64_t requested);

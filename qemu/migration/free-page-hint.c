@@ -211,7 +211,7 @@ static bool free_page_hint_over(void)
 }
 
 /* What a scan does not need, such as a guest that answers, does not end it. */
-static bool free_page_hint_cancelled(void)
+bool free_page_hint_cancelled(void)
 {
     return migrate_get_current()->state != MIGRATION_STATUS_ACTIVE;
 }
@@ -236,6 +236,14 @@ static bool free_page_hint_arm(void)
         trace_free_page_hint_arm(hint.stats.armed_bytes, hint.stats.arm_time);
     }
     return armed;
+}
+
+static void free_page_hint_defer(void)
+{
+    int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+
+    free_page_hint_ram_defer();
+    trace_free_page_hint_defer(us_since(start));
 }
 
 FreePageHintReason free_page_hint_scan_over(void)
@@ -492,6 +500,7 @@ void free_page_hint_round(void)
     if (hint.scans) {
         hint.scan_ops->end();
     }
+    free_page_hint_defer();
     free_page_hint_finish();
 }
 

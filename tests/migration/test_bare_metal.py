@@ -208,6 +208,48 @@ def test_writes_survive_whenever_they_come(lab: Lab, measured: Dict[str, Any], c
         assert guest.machine.wrong_pages(strips("in round 1")[0], 1, guest.seeds["in round 1"]) == 0
 
 
+@pytest.mark.parametrize("shift", (6, 18, 31))
+@pytest.mark.parametrize("qemu", ("ours", "debug"))
+def test_what_is_written_before_it_is_sent_is_sent_once(
+    lab: Lab, measured: Dict[str, Any], qemu: str, shift: int
+) -> None:
+    """Arming has no price: pages that were not hinted, and written since, go over the link once.
+
+    As without hints, when the log of a chunk is cleared only before its first page is sent. Where
+    it cannot be deferred, they are sent twice without hints too.
+    """
+    case = Case("", "kvm", shift=shift)
+    with metal(lab, qemu=qemu, **spec_changes(case)) as guest:
+        guest.write_all()
+        destination = guest.incoming()
+        start(guest.source, destination, held())
+        cmd_id = guest.balloon.wait_asked()
+        written = ("kept", "kept too", "after the ask", "after the hint was added")
+        for part in written:
+            guest.write(part)
+        guest.balloon.send_array(cmd_id, PAGE, [*addrs_of("free"), *pages_of("in round 1")])
+        guest.balloon.queue.wait_returned()
+        wait_hinted(guest.source, STRIP_BYTES + len(pages_of("in round 1")) * PAGE)
+        # Hinted, and written: it is armed to the end, in each chunk.
+        guest.write("in round 1")
+        guest.balloon.send_end(cmd_id)
+        wait_ended(guest.source)
+        result = let_go(guest.source, destination)
+
+        assert not any(guest.lost(part) for part in PARTS if part != "free")
+        assert not memory.compare(guest.source, destination).lost
+        hints = hints_of(result)
+        # The premise: it was seen. What was absent and was written counts too.
+        assert hints.redirtied_bytes >= len(pages_of("in round 1")) * PAGE
+        skipped = hints.skipped_bytes + (result.absent.absent_bytes if result.absent else 0)
+        once = (result.raw["ram"]["total"] - skipped + hints.redirtied_bytes) // PAGE
+        twice = result.normal_pages + result.zero_pages - once
+        pages = sum(len(pages_of(part)) for part in written)
+        measured.update(written=pages, twice=twice)
+        # What the program itself writes to.
+        assert 0 <= twice < pages // 10
+
+
 # Which request is answered
 
 
