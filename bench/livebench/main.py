@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Sequence
 
-from livebench import density, micro, plan, report, statistics, store, summary
+from livebench import arming, density, micro, plan, report, statistics, store, summary
 from livebench.modes import MAKERS, MODES, RESTING, Mode
 from livebench.scenarios import SCENARIOS, Scenario, matching
 from livebench.store import Store
@@ -16,6 +16,7 @@ from livemig.errors import LivemigError
 from livemig.options import size_mib
 
 QUICK_RUNS = 3
+ARMING_MIB = 2048
 MICRO_MIB = 64 * 1024
 # What an export into this repository may have.
 EXPORT_MIB = 2
@@ -133,6 +134,18 @@ def command_micro(args: argparse.Namespace) -> int:
     return 0
 
 
+def command_arming(args: argparse.Namespace) -> int:
+    """Measure what arming costs under KVM."""
+    if args.mem and args.mem & (args.mem - 1):
+        raise LivemigError("--mem: a power of two is wanted here")
+    found = arming.run(args.mem or ARMING_MIB, args.runs or QUICK_RUNS, args.qemu, args.out)
+    for backing, way, spreads in arming.rows(found):
+        print(f"{backing}, {way}:")
+        for name, spread in spreads.items():
+            print(f"  {name:16} {spread.median:10.1f} ({spread.low:.1f}-{spread.high:.1f})")
+    return 0
+
+
 def command_list(_args: argparse.Namespace) -> int:
     """List scenarios and modes."""
     for scenario in SCENARIOS.values():
@@ -222,6 +235,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ("run", command_run),
         ("report", command_report),
         ("micro", command_micro),
+        ("arming", command_arming),
         ("density", command_density),
         ("list", command_list),
         ("compare", command_compare),
@@ -232,7 +246,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         one.add_argument(
             "--out", type=Path, default=store.OUT, metavar="DIR", help="default: out/bench"
         )
-        if name in ("run", "micro", "density"):
+        if name == "arming":
+            one.add_argument("--runs", type=int, metavar="N", help=f"default: {QUICK_RUNS}")
+            one.add_argument(
+                "--qemu",
+                nargs="+",
+                default=["ours"],
+                choices=["ours", "before"],
+                help="builds to compare; default: ours",
+            )
+        if name in ("run", "micro", "density", "arming"):
             one.add_argument(
                 "--mem", type=size_mib, metavar="SIZE", help="for trying: smaller guests"
             )

@@ -25,6 +25,8 @@ MIB = 1 << 20
 SPEC_CPU = f"{CPU},-arch-capabilities"
 
 ANSWER_SECONDS = 30
+# What the guest counts time in, as units of its time stamp counter: 1 << CLOCK_SHIFT there.
+CLOCK_UNIT = 1024
 # Words in a command line at most: MAX_WORDS in bare-metal.c.
 LINE_WORDS = 192
 
@@ -92,6 +94,18 @@ class Machine:
     def wrong_pages(self, addr: int, pages: int, seed: int) -> int:
         """How many pages do not hold what stamp() wrote."""
         return self.command("check", addr, pages, seed)[0]
+
+    def clock(self) -> int:
+        """The time stamp counter, in units of CLOCK_UNIT, of which 32 bits are there."""
+        return self.command("clock")[0]
+
+    def dirty(self, addr: int, pages: int, ticks: int) -> int:
+        """Begin to write to pages, one in so many units of the time stamp counter.
+
+        Machine.stop() ends it, and returns how many were written and the longest time in which the
+        guest did not get on.
+        """
+        return self.start("dirty", addr, pages, ticks)
 
     # Ports
 

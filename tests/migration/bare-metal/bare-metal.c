@@ -20,6 +20,11 @@
  *                                put HEAD on the ring as fast as it comes back, and write A and B
  *                                to memory in turn meanwhile; until a character comes; print how
  *                                often
+ *   clock                        print the time stamp counter, in units of 1024
+ *   dirty ADDR PAGES TICKS       write to one of so many pages (a power of two) every so many units
+ *                                of the time stamp counter, to all of them before one comes again;
+ *                                until a character comes; print how often, and the longest time in
+ *                                which the guest did not get on, in units of 1024
  *
  * Each answer is a line: values and "ok", or "bad". READY is printed at the start.
  */
@@ -40,6 +45,7 @@
 
 #define POLL_PAUSES 200
 #define FLOOD_LOOPS 1000
+#define CLOCK_SHIFT 10
 
 static inline void out8(uint16_t port, uint8_t value)
 {
@@ -279,6 +285,41 @@ static void flood(const uint32_t *v, bool change)
 	print_value(times);
 }
 
+static inline uint64_t clock(void)
+{
+	uint32_t low, high;
+
+	asm volatile("rdtsc" : "=a"(low), "=d"(high));
+	return (uint64_t)high << 32 | low;
+}
+
+static void dirty(uint32_t addr, uint32_t pages, uint32_t ticks)
+{
+	uint64_t now = clock(), next = now, last, longest = 0;
+	uint32_t times = 0, page = 0;
+	unsigned int i;
+
+	do {
+		/* The look at the port is no part of what is measured. */
+		last = clock();
+		for (i = 0; i < FLOOD_LOOPS; i++) {
+			now = clock();
+			if (now - last > longest)
+				longest = now - last;
+			last = now;
+			if (now < next)
+				continue;
+			*(volatile uint32_t *)(uintptr_t)(addr + page * PAGE) = ++times;
+			/* A generator of full period: Numerical Recipes, "quick and dirty". */
+			page = (page * 1664525u + 1013904223u) & (pages - 1);
+			next += ticks;
+		}
+	} while (!pressed());
+	get();
+	print_value(times);
+	print_value(longest >> CLOCK_SHIFT);
+}
+
 static bool run(const struct command *c)
 {
 	const uint32_t *v = c->v;
@@ -318,6 +359,10 @@ static bool run(const struct command *c)
 		}
 	} else if (is(c, "flood", 6)) {
 		flood(v, c->n >= 9);
+	} else if (is(c, "clock", 0)) {
+		print_value(clock() >> CLOCK_SHIFT);
+	} else if (is(c, "dirty", 3)) {
+		dirty(v[0], v[1], v[2]);
 	} else {
 		return false;
 	}

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What arming costs under KVM: to whom, and how much is sent because of it.
+
+The guest is the bare-metal one. It writes to all of its memory, then to one page of it after
+another, at a given rate, and notes the longest time in which it did not get on. It runs in user
+mode, so that its writes are real ones, and its page faults too, also where KVM interprets what
+kernels do.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+
+from livebench import hostinfo
+from livebench.statistics import Spread
+from livebench.store import write_json
+from livemig import baremetal, paths
+from livemig.baremetal import Machine, trouble_with_kvm
+from livemig.errors import NotPossibleHere
+from livemig.guest import Guest
+from livemig.migration import MigrationResult, cancel, finish, query, start
+from livemig.spec import MigrationSpec
+
+MIB = 1 << 20
+PAGE = 4096
+# Where the guest's program and its stack are not.
+FIRST = 16 * MIB
+# Of its memory, it does not write to this.
+REST_MIB = 64
+# So much is written in a second.
+RATE_MIB = 20
+# The log is cleared in chunks of 32 MiB: as many of 2 GiB as there are of 64 GiB by default.
+CHUNKS = ("-global", "migration.x-clear-bitmap-shift=13")
+# The link, in a second.
+LINK_MIB = 200
+# How long the guest is watched when its log is armed, and without a migration.
+WATCH_SECONDS = 2.0
+# Slow enough that nothing but arming happens to the guest meanwhile.
+HELD_BACK = MIB
+HUGE_PAGE_MIB = 2
+NR_HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+# What KVM counts when a guest's write or read has to wait for it.
+FAULTS = "pf_taken"
+
+
+@dataclass(frozen=True)
+class Backing:
+    """What the guest's memory is made of."""
+
+    about: str
+    mem_backend: str = "memory-backend-ram"
+    preload: Optional[str] = None
+
+
+BACKINGS: Mapping[str, Backing] = {
+    "4k": Backing("private memory, pages of 4 KiB", preload="no-huge-pages.so"),
+    "thp": Backing("private memory, transparent huge pages"),
+    "hugetlb": Backing(
+        "hugetlb pages of 2 MiB", "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=off"
+    ),
+}
+
+# What the source does first; QEMU before it deferred the clear again has the same switches.
+OFF = {"free-page-hint": False, "skip-absent-pages": False}
+ARMED = {"free-page-hint": False, "skip-absent-pages": True}
+
+
+@contextlib.contextmanager
+def _huge_pages(mib: int) -> Iterator[None]:
+    """Huge pages for so much memory, until the context ends."""
+    before = int(NR_HUGEPAGES.read_text(encoding="ascii"))
+    wanted = before + mib // HUGE_PAGE_MIB
+    try:
+        NR_HUGEPAGES.write_text(str(wanted), encoding="ascii")
+        have = int(NR_HUGEPAGES.read_text(encoding="ascii"))
+        if have < wanted:
+            raise NotPossibleHere(f"the host has {have} huge pages of {wanted}")
+        yield
+    finally:
+        NR_HUGEPAGES.write_text(str(before), encoding="ascii")
+
+
+def _faults(guest: Guest) -> int:
+    """Page faults of all vCPUs that KVM had to look at."""
+    return sum(
+        stat["value"]
+        for vcpu in guest.qmp("query-stats", target="vcpu")
+        for stat in vcpu["stats"]
+        if stat["name"] == FAULTS
+    )
+
+
+class Writer:
+    """The guest, and its clock."""
+
+    def __init__(self, guest: Guest, set_mib: int):
+        self.guest = guest
+        self.machine = Machine(guest)
+        self._pages = set_mib * MIB // PAGE
+        self.machine.wait_ready()
+        self.machine.stamp(FIRST, self._pages, 1)
+        begin, ticks = time.monotonic(), self.machine.clock()
+        time.sleep(1)
+        passed = (self.machine.clock() - ticks) % (1 << 32) * baremetal.CLOCK_UNIT
+        self._hz = passed / (time.monotonic() - begin)
+
+    def begin(self) -> int:
+        """Let it write; returns what ends it."""
+        return self.machine.dirty(FIRST, self._pages, int(self._hz / (RATE_MIB * MIB / PAGE)))
+
+    def end(self, offset: int) -> Tuple[int, float]:
+        """How many pages it wrote, and for how long it did not get on, in ms."""
+        written, ticks = self.machine.stop(offset)
+        return written, ticks * baremetal.CLOCK_UNIT / self._hz * 1000
+
+
+def _how(capabilities: Mapping[str, bool], bandwidth: int) -> MigrationSpec:
+    parameters = {"max-bandwidth": bandwidth, "downtime-limit": 300}
+    return MigrationSpec(capabilities=capabilities, parameters=parameters)
+
+
+def _wait_armed(source: Guest) -> MigrationResult:
+    """Round 0 is over, if there is one, and RAM is being sent."""
+    while True:
+        result = query(source)
+        ended = not result.hints or result.hints.state in ("idle", "ended")
+        if ended and result.sent_bytes:
+            return result
+        time.sleep(0.01)
+
+
+def _watch(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Dict[str, float]:
+    """What the guest sees of the beginning of a migration, which is cancelled then."""
+    offset = writer.begin()
+    faults = _faults(writer.guest)
+    start(writer.guest, there, _how(capabilities, HELD_BACK))
+    result = _wait_armed(writer.guest)
+    time.sleep(WATCH_SECONDS)
+    faults = _faults(writer.guest) - faults
+    written, gap_ms = writer.end(offset)
+    cancel(writer.guest)
+    values = {"gap_ms": gap_ms, "faults": float(faults), "written": float(written)}
+    if result.hints and result.hints.armed_bytes:
+        gib = result.hints.armed_bytes / MIB / 1024
+        values["arm_us_per_gib"] = result.hints.arm_time / gib
+    return values
+
+
+def _send(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Dict[str, float]:
+    """What a whole migration sends."""
+    writer.begin()
+    start(writer.guest, there, _how(capabilities, LINK_MIB * MIB))
+    result = finish(writer.guest, there)
+    return {
+        "sent_mib": result.sent_bytes / MIB,
+        "pages": float(result.normal_pages),
+        "rounds": float(result.rounds),
+        "downtime_ms": float(result.downtime_ms),
+        "total_ms": float(result.total_ms),
+    }
+
+
+def _run(
+    name: str, set_mib: int, qemu: str, capabilities: Mapping[str, bool], logs: Path
+) -> Dict[str, float]:
+    """One guest: watched, and then migrated."""
+    backing = BACKINGS[name]
+    spec = baremetal.spec(
+        mem_mib=set_mib + REST_MIB,
+        accel="kvm",
+        args=CHUNKS,
+        qemu=qemu,
+        mem_backend=backing.mem_backend,
+        preload=backing.preload and paths.bare_metal(backing.preload),
+    )
+    with Guest(spec, "source", logs=logs) as source:
+        writer = Writer(source, set_mib)
+        offset = writer.begin()
+        time.sleep(WATCH_SECONDS)
+        _, before_ms = writer.end(offset)
+        values = {"gap_before_ms": before_ms}
+        for part in (_watch, _send):
+            with Guest(spec, "destination", logs=logs, incoming=True) as there:
+                values.update(part(writer, there, capabilities))
+    return values
+
+
+def ways(qemus: Sequence[str]) -> Dict[str, Tuple[str, Mapping[str, bool]]]:
+    """What is compared: no round 0, and one, with each QEMU."""
+    armed = {f"armed-{qemu}": (qemu, ARMED) for qemu in qemus}
+    return {"off": (qemus[0], OFF), **armed}
+
+
+def run(set_mib: int, runs: int, qemus: Sequence[str], out: Path) -> List[Dict[str, Any]]:
+    """All of them, interleaved; a guest writes to @set_mib, a power of two.
+
+    Raises NotPossibleHere where there is no KVM.
+    """
+    trouble = trouble_with_kvm()
+    if trouble:
+        raise NotPossibleHere(trouble)
+    found: List[Dict[str, Any]] = []
+    for index in range(1, runs + 1):
+        for backing in BACKINGS:
+            for way, (qemu, capabilities) in ways(qemus).items():
+                logs = paths.OUT / "logs" / "bench" / f"arming-{backing}-{way}-{index}"
+                with contextlib.ExitStack() as stack:
+                    if backing == "hugetlb":
+                        stack.enter_context(_huge_pages(2 * (set_mib + REST_MIB)))
+                    values = _run(backing, set_mib, qemu, capabilities, logs)
+                found.append({"backing": backing, "way": way, "run": index, **values})
+                print(f"bench: {backing}, {way}, run {index}: {values['sent_mib']:.0f} MiB sent")
+    write_json(out / "arming.json", [{"host": hostinfo.facts(), "set_mib": set_mib}, *found])
+    return found
+
+
+def rows(found: Sequence[Mapping[str, Any]]) -> List[Tuple[str, str, Dict[str, Spread]]]:
+    """Backing, way, and the spread of each figure."""
+    keys = dict.fromkeys((run["backing"], run["way"]) for run in found)
+    table = []
+    for backing, way in keys:
+        own = [run for run in found if (run["backing"], run["way"]) == (backing, way)]
+        names = [name for name in own[0] if name not in ("backing", "way", "run")]
+        spreads = {name: Spread.from_values([run[name] for run in own]) for name in names}
+        table.append((backing, way, spreads))
+    return table
