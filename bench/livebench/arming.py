@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What arming costs under KVM: to whom, and how much is sent because of it.
 
-The guest is the bare-metal one. It writes to all of its memory, then to one page of it after
+One guest is the bare-metal one. It writes to all of its memory, then to one page of it after
 another, at a given rate, and notes the longest time in which it did not get on. It runs in user
 mode, so that its writes are real ones, and its page faults too, also where KVM interprets what
-kernels do.
+kernels do. The other is Linux, and hints.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 from livebench import hostinfo
 from livebench.statistics import Spread
 from livebench.store import write_json
-from livemig import baremetal, paths
+from livemig import baremetal, kvm, paths, workload
 from livemig.baremetal import Machine, trouble_with_kvm
-from livemig.errors import NotPossibleHere
+from livemig.errors import LivemigError, NotPossibleHere
 from livemig.guest import Guest
 from livemig.migration import MigrationResult, cancel, finish, query, start
 from livemig.spec import MigrationSpec
@@ -31,6 +31,11 @@ FIRST = 16 * MIB
 REST_MIB = 64
 # So much is written in a second.
 RATE_MIB = 20
+# The Linux guest: what it has, what it writes to once, and all the time; the link, in a second.
+LINUX_MIB = 512
+LINUX_STAMPED_MIB = 256
+LINUX_CHURN_MIB = 64
+LINUX_LINK_MIB = 40
 # The log is cleared in chunks of 32 MiB: as many of 2 GiB as there are of 64 GiB by default.
 CHUNKS = ("-global", "migration.x-clear-bitmap-shift=13")
 # The link, in a second.
@@ -65,6 +70,8 @@ BACKINGS: Mapping[str, Backing] = {
 # What the source does first; QEMU before it deferred the clear again has the same switches.
 OFF = {"free-page-hint": False, "skip-absent-pages": False}
 ARMED = {"free-page-hint": False, "skip-absent-pages": True}
+HINTS = {"free-page-hint": True, "skip-absent-pages": True}
+LINUX = "linux"
 
 
 @contextlib.contextmanager
@@ -153,6 +160,10 @@ def _send(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Dic
     writer.begin()
     start(writer.guest, there, _how(capabilities, LINK_MIB * MIB))
     result = finish(writer.guest, there)
+    return _sent(result)
+
+
+def _sent(result: MigrationResult) -> Dict[str, float]:
     return {
         "sent_mib": result.sent_bytes / MIB,
         "pages": float(result.normal_pages),
@@ -162,7 +173,7 @@ def _send(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Dic
     }
 
 
-def _run(
+def run_metal(
     name: str, set_mib: int, qemu: str, capabilities: Mapping[str, bool], logs: Path
 ) -> Dict[str, float]:
     """One guest: watched, and then migrated."""
@@ -187,10 +198,26 @@ def _run(
     return values
 
 
-def ways(qemus: Sequence[str]) -> Dict[str, Tuple[str, Mapping[str, bool]]]:
+def run_linux(qemu: str, capabilities: Mapping[str, bool], logs: Path) -> Dict[str, float]:
+    """A Linux guest that writes to a part of its memory as fast as it can, and has little free."""
+    spec = kvm.spec(mem_mib=LINUX_MIB, qemu=qemu, args=CHUNKS)
+    with Guest(spec, "source", logs=logs) as source:
+        source.wait_ready()
+        workload.stamp(source, LINUX_STAMPED_MIB)
+        workload.stamp(source, LINUX_CHURN_MIB, churn=True, name="churn")
+        with Guest(spec, "destination", logs=logs, incoming=True) as there:
+            start(source, there, _how(capabilities, LINUX_LINK_MIB * MIB))
+            result = finish(source, there)
+            for name in ("default", "churn"):
+                if not workload.verify(there, name).good:
+                    raise LivemigError("the guest did not find its memory as it was")
+    return _sent(result)
+
+
+def ways(what: str, qemus: Sequence[str]) -> Dict[str, Tuple[str, Mapping[str, bool]]]:
     """What is compared: no round 0, and one, with each QEMU."""
-    armed = {f"armed-{qemu}": (qemu, ARMED) for qemu in qemus}
-    return {"off": (qemus[0], OFF), **armed}
+    how = HINTS if what == LINUX else ARMED
+    return {"off": (qemus[0], OFF), **{f"armed-{qemu}": (qemu, how) for qemu in qemus}}
 
 
 def run(set_mib: int, runs: int, qemus: Sequence[str], out: Path) -> List[Dict[str, Any]]:
@@ -203,26 +230,28 @@ def run(set_mib: int, runs: int, qemus: Sequence[str], out: Path) -> List[Dict[s
         raise NotPossibleHere(trouble)
     found: List[Dict[str, Any]] = []
     for index in range(1, runs + 1):
-        for backing in BACKINGS:
-            for way, (qemu, capabilities) in ways(qemus).items():
-                logs = paths.OUT / "logs" / "bench" / f"arming-{backing}-{way}-{index}"
+        for what in (*BACKINGS, LINUX):
+            for way, (qemu, capabilities) in ways(what, qemus).items():
+                logs = paths.OUT / "logs" / "bench" / f"arming-{what}-{way}-{index}"
                 with contextlib.ExitStack() as stack:
-                    if backing == "hugetlb":
+                    if what == "hugetlb":
                         stack.enter_context(_huge_pages(2 * (set_mib + REST_MIB)))
-                    values = _run(backing, set_mib, qemu, capabilities, logs)
-                found.append({"backing": backing, "way": way, "run": index, **values})
-                print(f"bench: {backing}, {way}, run {index}: {values['sent_mib']:.0f} MiB sent")
+                    if what == LINUX:
+                        values = run_linux(qemu, capabilities, logs)
+                    else:
+                        values = run_metal(what, set_mib, qemu, capabilities, logs)
+                found.append({"what": what, "way": way, "run": index, **values})
+                print(f"bench: {what}, {way}, run {index}: {values['sent_mib']:.0f} MiB sent")
     write_json(out / "arming.json", [{"host": hostinfo.facts(), "set_mib": set_mib}, *found])
     return found
 
 
 def rows(found: Sequence[Mapping[str, Any]]) -> List[Tuple[str, str, Dict[str, Spread]]]:
-    """Backing, way, and the spread of each figure."""
-    keys = dict.fromkeys((run["backing"], run["way"]) for run in found)
+    """Guest, way, and the spread of each figure."""
     table = []
-    for backing, way in keys:
-        own = [run for run in found if (run["backing"], run["way"]) == (backing, way)]
-        names = [name for name in own[0] if name not in ("backing", "way", "run")]
+    for what, way in dict.fromkeys((run["what"], run["way"]) for run in found):
+        own = [run for run in found if (run["what"], run["way"]) == (what, way)]
+        names = [name for name in own[0] if name not in ("what", "way", "run")]
         spreads = {name: Spread.from_values([run[name] for run in own]) for name in names}
-        table.append((backing, way, spreads))
+        table.append((what, way, spreads))
     return table

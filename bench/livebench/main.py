@@ -139,8 +139,8 @@ def command_arming(args: argparse.Namespace) -> int:
     if args.mem and args.mem & (args.mem - 1):
         raise LivemigError("--mem: a power of two is wanted here")
     found = arming.run(args.mem or ARMING_MIB, args.runs or QUICK_RUNS, args.qemu, args.out)
-    for backing, way, spreads in arming.rows(found):
-        print(f"{backing}, {way}:")
+    for what, way, spreads in arming.rows(found):
+        print(f"{what}, {way}:")
         for name, spread in spreads.items():
             print(f"  {name:16} {spread.median:10.1f} ({spread.low:.1f}-{spread.high:.1f})")
     return 0
