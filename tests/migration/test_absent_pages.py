@@ -394,8 +394,8 @@ def test_linux_guest(lab: Lab, measured: Dict[str, Any], hints: bool) -> None:
         absent=looked.absent_bytes, skipped=told.skipped_bytes, again=told.redirtied_bytes
     )
     seen = oracle.check()
-    # What the guest never touched, and what it wrote and freed.
-    assert looked.absent_bytes >= 256 * MIB
+    # What the guest never touched, which is less with the debug kernel, and what it wrote and freed.
+    assert looked.absent_bytes >= 192 * MIB
     if hints:
         assert told.skipped_bytes >= 400 * MIB
         assert told.hinted_bytes > told.skipped_bytes
