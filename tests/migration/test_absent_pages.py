@@ -394,7 +394,7 @@ def test_linux_guest(lab: Lab, measured: Dict[str, Any], hints: bool) -> None:
         absent=looked.absent_bytes, skipped=told.skipped_bytes, again=told.redirtied_bytes
     )
     seen = oracle.check()
-    # What the guest never touched, which is less with the debug kernel, and what it wrote and freed.
+    # What the guest never touched, which is less with the debug kernel.
     assert looked.absent_bytes >= 192 * MIB
     if hints:
         assert told.skipped_bytes >= 400 * MIB
