@@ -18,7 +18,7 @@ SHELL_FILES = scripts/common.sh scripts/suites.sh packaging/guest/load-balloon p
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image guest-deb run migrate demo \
+.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image guest-deb trial-deb host-source run migrate demo \
 	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches clean distclean
 
 help: ## list the targets
@@ -65,6 +65,12 @@ debian-image: deps ## make a Debian guest image with gcc, make and sysbench
 guest-deb: deps ## build the guest package for Debian's kernels: out/release
 	@scripts/fetch-drivers
 	@scripts/build-guest-deb
+
+trial-deb: qemu ## pack our QEMU, to try it beside Debian's: out/release
+	@scripts/build-trial-deb
+
+host-source: fetch ## make Debian's QEMU source package with our series in it: out/release
+	@scripts/build-host-source
 
 run: qemu kernel images ## run a guest and get its shell
 	@scripts/guest

@@ -244,5 +244,7 @@ def test_ended_while(lab: Lab, state: str, how: str) -> None:
         assert hints.skipped_bytes == len(free) * PAGE
         assert hints.stale_bytes == len(HINTED_PAGES) * PAGE
         seen = memory.compare(guest.source, destination)
-        assert (seen.lost, seen.kept) == ((), len(free))
+        assert not seen.lost
+        # With absent pages on, they were kept back too.
+        assert seen.kept > len(free) if ABSENT else seen.kept == len(free)
         assert sum(guest.lost(part) for part in PARTS) == len(free)
