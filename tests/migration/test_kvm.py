@@ -67,9 +67,10 @@ def test_arrays(guest: Resident, measured: Dict[str, Any], way: str) -> None:
 
 
 # Where writes are interpreted, each takes an entry, and one instruction may write 512 times. KVM
-# only looks between instructions whether the ring is full. Once it ran over, QEMU and KVM seem not to
-# agree any more on where it begins: it stays full, and the guest hardly gets on. So this guest
-# writes so little that what QEMU takes out each second never fills it. See test_bare_metal for more.
+# only looks between instructions whether the ring is full. Once it ran over, QEMU and KVM seem not
+# to agree any more on where it begins: it stays full, and the guest hardly gets on. So this guest
+# writes so little that what QEMU takes out each second never fills it. See test_bare_metal for
+# more.
 @pytest.mark.long
 def test_dirty_ring(lab: Lab, measured: Dict[str, Any]) -> None:
     """With a dirty ring, arrays of hints take out what is free, and nothing that is written."""
