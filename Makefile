@@ -101,7 +101,7 @@ unit: qemu ## run the C unit tests
 check: qemu qemu-debug qemu-stock kernel images ## ten minutes of tests: the quick ones that catch most
 	@FPH_RESULTS=check.json /usr/bin/python3 -m pytest -m check tests
 
-test: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug images other-guests debian-image ## run all tests
+test: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## run all tests
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
 test-long: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n

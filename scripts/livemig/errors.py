@@ -10,6 +10,10 @@ class MissingArtifact(LivemigError):
     """A binary or an image has not been built."""
 
 
+class BadSetting(LivemigError):
+    """An environment variable has a value that cannot be used."""
+
+
 class NotEnoughMemory(LivemigError):
     """The host has less memory than the guests will need."""
 

@@ -2,19 +2,29 @@
 """Where built things are. All of it is in the cache, which FPH_CACHE moves.
 
 FPH_QEMU and FPH_KERNEL name builds to be used in the place of ours: FPH_QEMU=debug runs all tests
-with sanitizers, FPH_KERNEL=debug with a guest kernel that checks itself.
+with sanitizers, FPH_KERNEL=debug with a guest kernel that checks itself. FPH_GUEST_KERNEL is the
+path of any other guest kernel to be used in the place of ours; a modules.cpio.gz beside it goes
+behind the initramfs.
 """
 
 import os
 import sys
 from pathlib import Path
+from typing import Optional
 
-from livemig.errors import MissingArtifact
+from livemig.errors import BadSetting, MissingArtifact
 
 REPO = Path(__file__).resolve().parents[2]
 OUT = REPO / "out"
 
 BUILDS = ("ours", "stock")
+
+# In a bzImage, see Documentation/arch/x86/boot.rst of Linux: a magic number, flags of which the
+# lowest says that it is no zImage, and flags of which the lowest says that it has 64 bits.
+HEADER_MAGIC = slice(0x202, 0x206)
+HEADER_LOADFLAGS = 0x211
+HEADER_XLOADFLAGS = 0x236
+HEADER_BYTES = 0x240
 
 
 def cache_dir() -> Path:
@@ -43,11 +53,36 @@ def qemu_binary(build: str) -> Path:
     return require(path, f"scripts/build-qemu {build}")
 
 
+def guest_kernel() -> Optional[Path]:
+    """The kernel that FPH_GUEST_KERNEL names, if it does. Raises BadSetting if it is not usable."""
+    if not os.environ.get("FPH_GUEST_KERNEL"):
+        return None
+    path = Path(os.environ["FPH_GUEST_KERNEL"]).absolute()
+    about = f"FPH_GUEST_KERNEL={path}"
+    if os.environ.get("FPH_KERNEL"):
+        raise BadSetting(f"{about} and FPH_KERNEL are both set: unset one of them")
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+    except OSError as err:
+        raise BadSetting(f"{about}: {err.strerror}") from err
+    if (
+        len(header) < HEADER_BYTES
+        or header[HEADER_MAGIC] != b"HdrS"
+        or not header[HEADER_LOADFLAGS] & header[HEADER_XLOADFLAGS] & 1
+    ):
+        raise BadSetting(f"{about} is not a bzImage of x86-64")
+    return path
+
+
 def kernel_image(build: str) -> Path:
     """The guest kernel of a build.
 
     It is 'ours', 'stock', 'debug', which is ours with all checks, 'kvm', or 'debian', Debian's own.
     """
+    other = guest_kernel()
+    if build == "ours" and other:
+        return other
     build = _in_place_of_ours(build, "FPH_KERNEL")
     make_it = "make-other-guests" if build == "debian" else f"build-kernel {build}"
     image = "vmlinux" if build == "kvm" else "bzImage"
@@ -55,7 +90,9 @@ def kernel_image(build: str) -> Path:
 
 
 def is_quick(kernel: str) -> bool:
-    """Whether a kernel boots in seconds: not if it checks itself, or is interpreted."""
+    """Whether a kernel boots in seconds: not if it checks itself, is interpreted, or is unknown."""
+    if kernel == "ours" and guest_kernel():
+        return False
     return _in_place_of_ours(kernel, "FPH_KERNEL") not in ("debug", "kvm")
 
 

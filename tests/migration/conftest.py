@@ -14,19 +14,24 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 # pylint: disable=wrong-import-position
 from livemig import paths, workload  # noqa: E402
+from livemig.errors import BadSetting  # noqa: E402
 from livemig.guest import BOOT_SECONDS, Guest  # noqa: E402
 from livemig.spec import GuestSpec  # noqa: E402
 
 # Most tests are about hints: what those skip should not depend on what was absent before. With
 # FPH_ABSENT=1 everything runs with both.
 ABSENT = bool(os.environ.get("FPH_ABSENT"))
+
+# Where a guest's kernel reports the features that it agreed on with the balloon, and their bits.
+DRIVER = "/sys/bus/virtio/drivers/virtio_balloon"
+FEATURES = {"free-page-hint=on": 3, "free-page-hint-arrays=on": 23, "free-page-reporting=on": 5}
 
 RESULTS: List[Dict[str, Any]] = []
 
@@ -41,6 +46,22 @@ SANITIZERS = re.compile(
 def pytest_configure() -> None:
     """End in order when told to, as after Ctrl-C: else directories of guests are left."""
     signal.signal(signal.SIGTERM, lambda number, _: pytest.exit("terminated", 128 + number))
+    try:
+        paths.guest_kernel()
+    except BadSetting as err:
+        raise pytest.UsageError(str(err)) from err
+
+
+def missing_in_kernel(guest: Guest) -> Optional[str]:
+    """What a guest's kernel lacks of what its balloon offers it, as the kernel itself reports."""
+    status, features = guest.agent.exec(f"cat {DRIVER}/virtio*/features")
+    if status:
+        return "driver for the balloon"
+    offered = (guest.spec.balloon or "").split(",")
+    for option, bit in FEATURES.items():
+        if option in offered and features[bit] != "1":
+            return f"{option} in its driver for the balloon"
+    return None
 
 
 class Lab:
@@ -65,6 +86,11 @@ class Lab:
         """Start a guest and wait until it has booted."""
         guest = self.launch(spec, name)
         guest.wait_ready(BOOT_SECONDS * (1 if paths.is_quick(spec.kernel) else 5))
+        # Nobody knows what somebody else's kernel has before it runs.
+        if spec.kernel == "ours" and spec.balloon and paths.guest_kernel():
+            missing = missing_in_kernel(guest)
+            if missing:
+                pytest.skip(f"the kernel of FPH_GUEST_KERNEL has no {missing}")
         return guest
 
     def incoming(self, spec: GuestSpec, name: str = "destination", running: bool = True) -> Guest:

@@ -20,7 +20,7 @@ from livemig import demo, guest, host, memory, paths, report, workload
 from livemig.errors import GuestError, MigrationError
 from livemig.guest import Guest
 from livemig.migration import MigrationResult, cancel, migrate
-from livemig.spec import MODES
+from livemig.spec import BLOCKS, MODES
 
 PAGE = 4096
 # As stamp.h has it: the first word of every page.
@@ -347,6 +347,44 @@ def test_missing_build(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     environment = {**os.environ, "FPH_CACHE": str(tmp_path)}
     assert subprocess.run(command, env=environment, check=False, timeout=60).returncode != 0
     assert "is missing: run scripts/build-" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["missing", "no-kernel", "short", "twice"])
+def test_unusable_guest_kernel(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], what: str
+) -> None:
+    """A guest kernel that cannot be used is refused in one line, by commands and by tests."""
+    kernel = tmp_path / "kernel"
+    good = paths.require(paths.cache_dir() / "kernel-stock" / "bzImage", "make kernel-stock")
+    if what != "missing":
+        contents = {"no-kernel": bytes(4096), "short": b"x", "twice": good.read_bytes()}
+        kernel.write_bytes(contents[what])
+    why = {
+        "missing": ": No such file or directory",
+        "twice": " and FPH_KERNEL are both set: unset one of them",
+    }.get(what, " is not a bzImage of x86-64")
+    environment = {**os.environ, "FPH_GUEST_KERNEL": str(kernel)}
+    environment["FPH_KERNEL"] = "stock" if what == "twice" else ""
+    for command, prefix in (
+        ([str(paths.REPO / "scripts" / "guest")], "guest: error: "),
+        (
+            [sys.executable, "-m", "pytest", str(Path(__file__).with_name("test_unit.py"))],
+            "ERROR: ",
+        ),
+    ):
+        assert subprocess.run(command, env=environment, check=False, timeout=60).returncode != 0
+        assert capfd.readouterr().err.strip() == f"{prefix}FPH_GUEST_KERNEL={kernel}{why}"
+
+
+def test_another_guest_kernel(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's guest kernel takes the place of ours, but in tests of what it does not have."""
+    stock = paths.kernel_image("stock")
+    monkeypatch.setenv("FPH_GUEST_KERNEL", str(stock))
+    monkeypatch.delenv("FPH_KERNEL", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no free-page-hint-arrays=on in"):
+        lab.boot(SMALL)
+    other = lab.boot(SMALL.but(balloon=BLOCKS), "other")
+    assert str(stock) in other.arguments()
 
 
 def test_closed_guest_says_so() -> None:
