@@ -353,7 +353,7 @@ def test_screendump(lab: Lab, measured: Dict[str, Any], tmp_path: Path) -> None:
     start_churn(source)
     destination = oracle.arrival()
     start(source, destination, migration(downtime_limit=1, max_bandwidth=100 * MIB))
-    pictures = {"arming": 0, "asked": 0, "reporting": 0, "ended": 0}
+    pictures = {"arming": 0, "scanning": 0, "asked": 0, "reporting": 0, "ended": 0}
     while query(source).rounds < 4:
         source.qmp("screendump", filename=str(tmp_path / "screen"))
         pictures[hints_of(query(source)).state] += 1
