@@ -78,14 +78,15 @@ def guest_kernel() -> Optional[Path]:
 def kernel_image(build: str) -> Path:
     """The guest kernel of a build.
 
-    It is 'ours', 'stock', 'debug', which is ours with all checks, 'kvm', or 'debian', Debian's own.
+    It is 'ours', 'stock', 'debug', which is ours with all checks, 'kvm' and 'kvm-stock', which run
+    without user space, or 'debian', Debian's own.
     """
     other = guest_kernel()
     if build == "ours" and other:
         return other
     build = _in_place_of_ours(build, "FPH_KERNEL")
     make_it = "make-other-guests" if build == "debian" else f"build-kernel {build}"
-    image = "vmlinux" if build == "kvm" else "bzImage"
+    image = "vmlinux" if build.startswith("kvm") else "bzImage"
     return require(cache_dir() / f"kernel-{build}" / image, f"scripts/{make_it}")
 
 
@@ -93,7 +94,7 @@ def is_quick(kernel: str) -> bool:
     """Whether a kernel boots in seconds: not if it checks itself, is interpreted, or is unknown."""
     if kernel == "ours" and guest_kernel():
         return False
-    return _in_place_of_ours(kernel, "FPH_KERNEL") not in ("debug", "kvm")
+    return _in_place_of_ours(kernel, "FPH_KERNEL") not in ("debug", "kvm", "kvm-stock")
 
 
 def initramfs() -> Path:

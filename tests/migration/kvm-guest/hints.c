@@ -20,7 +20,9 @@
 #include <linux/string.h>
 #include <linux/virtio.h>
 #include <linux/virtio_balloon.h>
+#ifdef CONFIG_VIRTIO_BALLOON_HINT
 #include <linux/virtio_balloon_hint.h>
+#endif
 
 #include "memstamp.h"
 
@@ -89,6 +91,7 @@ static void add_block(phys_addr_t addr, size_t bytes)
 	pages_hinted += PFN_DOWN(bytes);
 }
 
+#ifdef CONFIG_VIRTIO_BALLOON_HINT
 /* What is taken was rewritten too early for that counter. */
 static void take(unsigned int order)
 {
@@ -111,6 +114,12 @@ static void look_at_array(const struct virtio_balloon_hint_header *header,
 	if (nr)
 		take(ilog2(size) - PAGE_SHIFT);
 }
+#else
+/* A stock driver has none. */
+static void look_at_array(const void *message, size_t len)
+{
+}
+#endif
 
 void memstamp_queued(struct virtqueue *vq, struct scatterlist *sg,
 		     unsigned int out)
