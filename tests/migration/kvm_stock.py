@@ -5,7 +5,12 @@ The stock driver allocates each block that it hints, and its shrinker hands bloc
 is short. One that is written again before QEMU has looked at its hint is not free any more, but
 stock QEMU takes it for free: see "The lost write of upstream's hints" in docs/correctness.md. Here
 nobody helps: no message is held up, and the host is as busy as it is. The guest boots once, and is
-restored from a file for each try.
+restored from a file for each try. FPH_TRIES says how many there are. By hand:
+
+    scripts/build-kernel kvm-stock && /usr/bin/python3 -m pytest -s tests/migration/kvm_stock.py
+
+What comes out is counted: hinted pages, those of them that were written again while the first round
+went on, tries in which the guest found a page wrong, and such pages.
 """
 
 import os
@@ -23,8 +28,6 @@ from livemig.baremetal import trouble_with_kvm
 from livemig.guest import Guest
 from livemig.migration import finish, restore, save, start
 from livemig.spec import BLOCKS, MODES, GuestSpec
-
-pytestmark = pytest.mark.long
 
 TRIES = int(os.environ.get("FPH_TRIES", "10"))
 MIB = 1 << 20
@@ -83,7 +86,10 @@ def move_under_pressure(source: Guest, destination: Guest) -> Seen:
 def test_short_of_memory(
     lab: Lab, saved: Path, measured: Dict[str, Any], qemu: str, shift: int
 ) -> None:
-    """A guest whose shrinker hands hinted blocks back loses nothing, unless QEMU is a stock one."""
+    """A guest whose shrinker hands hinted blocks back loses nothing, unless QEMU is a stock one.
+
+    No premise is asserted: how much is written again in time is what is to be found out.
+    """
     measured.update(tries=TRIES, losing=0, lost=0, hinted=0, rewritten=0)
     for number in range(TRIES):
         source = lab.incoming(spec(qemu, shift), "source")
@@ -99,6 +105,5 @@ def test_short_of_memory(
         measured["rewritten"] += seen.rewritten
         source.close()
         destination.close()
-    # The premise.
-    assert measured["rewritten"] > 0
+    print(measured)
     assert qemu == "stock" or not measured["lost"]
