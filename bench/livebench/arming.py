@@ -62,6 +62,7 @@ class Backing:
 BACKINGS: Mapping[str, Backing] = {
     "4k": Backing("private memory, pages of 4 KiB", preload="no-huge-pages.so"),
     "thp": Backing("private memory, transparent huge pages"),
+    "memfd": Backing("a memfd", "memory-backend-memfd,share=on"),
     "hugetlb": Backing(
         "hugetlb pages of 2 MiB", "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=off"
     ),
@@ -164,7 +165,13 @@ def _send(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Dic
 
 
 def _sent(result: MigrationResult) -> Dict[str, float]:
+    looked = {}
+    if result.absent and result.absent.scan_time:
+        looked["scan_ms"] = result.absent.scan_time / 1000
+        looked["absent_mib"] = result.absent.absent_bytes / MIB
+        looked["scan_percent"] = looked["scan_ms"] / result.total_ms * 100
     return {
+        **looked,
         "sent_mib": result.sent_bytes / MIB,
         "pages": float(result.normal_pages),
         "rounds": float(result.rounds),

@@ -142,7 +142,7 @@ def command_arming(args: argparse.Namespace) -> int:
     for what, way, spreads in arming.rows(found):
         print(f"{what}, {way}:")
         for name, spread in spreads.items():
-            print(f"  {name:16} {spread.median:10.1f} ({spread.low:.1f}-{spread.high:.1f})")
+            print(f"  {name:16} {spread.median:10.4g} ({spread.low:.4g}-{spread.high:.4g})")
     return 0
 
 
