@@ -13,11 +13,13 @@ BENCH_OPTIONS = $(if $(SCENARIO),--scenario $(foreach name,$(SCENARIO),'$(name)'
 	$(if $(FRESH),--fresh)
 CODE_DIRS = $(wildcard .ci scripts tests bench)
 PYTHON_FILES = $(shell find $(CODE_DIRS) -name '*.py'; grep -rlI '^\#!/usr/bin/python3' $(CODE_DIRS))
-SHELL_FILES = scripts/common.sh $(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
+SHELL_FILES = scripts/common.sh scripts/suites.sh packaging/guest/load-balloon packaging/guest/dkms/check-space \
+	packaging/guest/dkms/dkms.conf \
+	$(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image run migrate demo \
+.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image guest-deb run migrate demo \
 	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches clean distclean
 
 help: ## list the targets
@@ -60,6 +62,10 @@ other-guests: deps ## get guests that are not ours from Debian: memtest86+, GRUB
 
 debian-image: deps ## make a Debian guest image with gcc, make and sysbench
 	@scripts/make-debian-image
+
+guest-deb: deps ## build the guest package for Debian's kernels: out/release
+	@scripts/fetch-drivers
+	@scripts/build-guest-deb
 
 run: qemu kernel images ## run a guest and get its shell
 	@scripts/guest

@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the new files use, where a kernel has it by another name or not at all
+ *
+ * Included in front of every file.
+ */
+#ifndef _FREE_PAGE_HINT_COMPAT_H
+#define _FREE_PAGE_HINT_COMPAT_H
+
+#include <linux/minmax.h>
+#include <linux/mmzone.h>
+
+/* Before 6.8. MAX_ORDER was one more then. */
+#ifndef MAX_PAGE_ORDER
+#define MAX_PAGE_ORDER	(MAX_ORDER - 1)
+#endif
+
+/* Before 6.11, and the stable kernels that took it over. */
+#ifndef MIN
+#define MIN(a, b)	((a) < (b) ? (a) : (b))
+#endif
+
+/*
+ * Declared in mm/ only since 7.x, and never exported: calls are compiled, but
+ * not made. See free_page_hint_drain().
+ */
+struct zone;
+void drain_all_pages(struct zone *zone);
+
+#endif /* _FREE_PAGE_HINT_COMPAT_H */

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# Shared by the bash scripts beside it, after common.sh: an apt that knows other suites of Debian than
+# this machine's, without a change to the machine's own. Needs no root.
+# shellcheck shell=bash
+
+# archive_of SUITE: where this machine's apt gets main of a suite of its own from.
+archive_of() {
+    # shellcheck disable=SC2016 # apt expands these
+    apt-get indextargets --no-release-info --format '$(RELEASE) $(COMPONENT) $(CREATED_BY) $(REPO_URI)' |
+        sed -n "s/^$1 main Packages //p" | grep -m 1 .
+}
+
+# suite_entry SUITE: a line for sources.list. The mirror is the one of bookworm, or of its security
+# updates.
+suite_entry() {
+    local mine=bookworm archive
+    [[ $1 != *-security ]] || mine=bookworm-security
+    archive=$(archive_of $mine) || die "apt has no entry for $mine main: add Debian's own to /etc/apt first"
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive $1 main"
+}
+
+# use_suites SUITE...: from here on, apt-get and apt-cache of this script know these suites only. Their
+# lists, in $FPH_CACHE/apt, are read again when they are a day old.
+use_suites() {
+    local dir suite
+    dir=$FPH_CACHE/apt/$(IFS=+ && echo "$*")
+    mkdir -p "$dir"/{lists,archives,etc,state}
+    for suite; do suite_entry "$suite"; done >"$dir/sources"
+    cat >"$dir/conf" <<EOF
+Dir::State "$dir/state";
+Dir::State::lists "$dir/lists";
+Dir::State::status "/dev/null";
+Dir::Cache "$dir";
+Dir::Cache::archives "$dir/archives";
+Dir::Etc::sourcelist "$dir/sources";
+Dir::Etc::sourceparts "$dir/etc";
+Dir::Etc::preferences "/dev/null";
+Dir::Etc::preferencesparts "$dir/etc";
+Acquire::Languages "none";
+Acquire::Retries "3";
+APT::Sandbox::User "root";
+EOF
+    export APT_CONFIG=$dir/conf
+    if [ -z "$(find "$dir/read" -mtime -1 2>/dev/null)" ]; then
+        apt-get -q -o APT::Update::Error-Mode=any update >"$dir/log" 2>&1 ||
+            die "cannot read the package lists of $*, is the network there?" \
+                "$(grep -m 1 '^[EW]: ' "$dir/log"). Log: $dir/log"
+        touch "$dir/read"
+    fi
+}
