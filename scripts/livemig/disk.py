@@ -6,20 +6,20 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import ContextManager, Iterator
+from typing import ContextManager, Iterator, Optional
 
 from livemig import paths
 from livemig.errors import LivemigError
 
 
 @contextlib.contextmanager
-def disk_copy(image: Path) -> Iterator[Path]:
-    """A copy of a disk image that a guest may write to.
+def disk_copy(image: Path, directory: Optional[Path] = None) -> Iterator[Path]:
+    """A copy of a disk image that a guest may write to, beside it or in another directory.
 
     It has no name in the file system, so that it is gone with us however we end. Source and
     destination open the same file: QEMU hands its lock over at the end of a migration.
     """
-    handle, name = tempfile.mkstemp(dir=image.parent, prefix="disk.")
+    handle, name = tempfile.mkstemp(dir=directory or image.parent, prefix="disk.")
     with os.fdopen(handle, "r+b") as copy:
         try:
             # In place: the copy is the file that is open.

@@ -117,6 +117,19 @@ def debian_image() -> Path:
     return require(cache_dir() / "images" / "debian.ext4", "scripts/make-debian-image")
 
 
+def stock_guest(suite: str) -> Path:
+    """The directory of a Debian guest with a kernel of its own: see scripts/make-stock-guest."""
+    made = require(cache_dir() / "images" / f"stock-{suite}" / "stamp", "make stock-guests")
+    return made.parent
+
+
+def guest_deb() -> Path:
+    """The guest package."""
+    version = (REPO / "VERSION").read_text(encoding="ascii").strip()
+    name = f"free-page-hint-dkms_{version}_all.deb"
+    return require(OUT / "release" / name, "make guest-deb")
+
+
 def add_qemu_python() -> None:
     """Make the packages `qemu.machine` and `qemu.qmp` of QEMU's source importable."""
     path = require(cache_dir() / "src" / "qemu" / "python", "scripts/fetch qemu")
