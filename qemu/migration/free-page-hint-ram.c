@@ -44,8 +44,8 @@
 #define ARM_PAGES (256 * KiB)
 
 /*
- * Pages whose log's clear is deferred again in one hold of bitmap_mutex: that
- * many are half a millisecond of work if every second one is hinted.
+ * Pages whose log's clear is deferred again in one hold of bitmap_mutex: 32 Ki
+ * runs of bits at most, if every second page is hinted.
  */
 #define DEFER_PAGES (64 * KiB)
 
