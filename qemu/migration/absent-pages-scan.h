@@ -16,7 +16,10 @@ typedef enum AbsentPagesProof {
     ABSENT_PAGES_MAPPING = 1,
     /* The file has a hole there: in memfd and tmpfs, swapped pages are data */
     ABSENT_PAGES_FILE = 2,
-    /* Either may have what a reader would see */
+    /*
+     * Either may have what a reader would see.  Of a shared mapping, the file
+     * alone is proof: looking at the mapping before it only saves time.
+     */
     ABSENT_PAGES_BOTH = ABSENT_PAGES_MAPPING | ABSENT_PAGES_FILE,
 } AbsentPagesProof;
 
@@ -45,8 +48,8 @@ int absent_pages_open(void);
 /**
  * absent_pages_find: find absent pages
  *
- * Takes at most about 12 ns for each populated page and a microsecond for each
- * run; populates nothing.
+ * Takes at most about 12 ns for each page that is mapped, and a microsecond for
+ * each run and for each page that is in the file only; populates nothing.
  *
  * @mem: the memory
  * @pagemap: from absent_pages_open(); used with ABSENT_PAGES_MAPPING
@@ -57,7 +60,8 @@ int absent_pages_open(void);
  *        in what the next call finds
  * @max: of @runs, at least 1
  *
- * Returns the number of runs, or -1 with errno if the host does not tell.
+ * Returns the number of runs, which may be none although there is more to look
+ * at, or -1 with errno if the host does not tell.
  */
 int absent_pages_find(const AbsentPagesMemory *mem, int pagemap,
                       uint64_t *start, uint64_t end,

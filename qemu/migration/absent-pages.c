@@ -87,7 +87,7 @@ static AbsentPagesProof file_proof(RAMBlock *rb)
     }
     switch ((unsigned long)fs.f_type) {
     case TMPFS_MAGIC:
-        return shared ? ABSENT_PAGES_FILE : ABSENT_PAGES_BOTH;
+        return ABSENT_PAGES_BOTH;
     case HUGETLBFS_MAGIC:
         /* It says that all of a file is data, but knows if nothing is */
         return shared || st.st_blocks ? ABSENT_PAGES_NO_PROOF :
@@ -168,6 +168,9 @@ static FreePageHintReason absent_pages_unavailable(void)
             },
         };
 
+        if (absent.pagemap < 0 && qemu_ram_is_shared(rb)) {
+            block.mem.proof &= ~ABSENT_PAGES_MAPPING;
+        }
         trace_absent_pages_block(rb->idstr, proof_names[block.mem.proof]);
         if ((block.mem.proof & ABSENT_PAGES_MAPPING) && absent.pagemap < 0) {
             denied = true;

@@ -165,10 +165,10 @@ class Kind:
 KINDS = {
     "private": Kind("memory-backend-ram", "mapping"),
     "prealloc": Kind("memory-backend-ram,prealloc=on", "mapping", populated=True),
-    "memfd": Kind("memory-backend-memfd,share=on", "file"),
+    "memfd": Kind("memory-backend-memfd,share=on", "mapping and file"),
     "private-memfd": Kind("memory-backend-memfd,share=off", "mapping and file"),
-    "shm": Kind("memory-backend-shm", "file"),
-    "tmpfs": Kind("memory-backend-file,share=on", "file", "/dev/shm"),
+    "shm": Kind("memory-backend-shm", "mapping and file"),
+    "tmpfs": Kind("memory-backend-file,share=on", "mapping and file", "/dev/shm"),
     "private-tmpfs": Kind("memory-backend-file,share=off", "mapping and file", "/dev/shm"),
     "disk": Kind("memory-backend-file,share=on", "nothing", "."),
     "private-disk": Kind("memory-backend-file,share=off", "nothing", "."),

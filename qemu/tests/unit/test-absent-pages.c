@@ -10,14 +10,28 @@
 #include "qapi/error.h"
 #include "../../migration/absent-pages-scan.h"
 
-#define PAGES 1024
+/* More than are looked up in a file in one call */
+#define PAGES 4096
 #define RANDOM_STEPS 300
 
 static size_t page_size;
 static int pagemap;
 
+typedef struct Kind {
+    const char *name;
+    AbsentPagesProof proof;
+    bool shared;
+} Kind;
+
+static const Kind private = { "private", ABSENT_PAGES_MAPPING, false };
+static const Kind shared_file = { "shared-file", ABSENT_PAGES_BOTH, true };
+/* The page table is denied */
+static const Kind file_only = { "file-only", ABSENT_PAGES_FILE, true };
+static const Kind private_file = { "private-file", ABSENT_PAGES_BOTH, false };
+
 typedef struct Memory {
     AbsentPagesMemory mem;
+    bool shared;
     /* Another mapping, as another process would have it */
     uint8_t *other;
     bool absent[PAGES];
@@ -34,17 +48,20 @@ static uint8_t *map(int flags, int fd)
     return host;
 }
 
-static void memory_init(Memory *m, AbsentPagesProof proof)
+static void memory_init(Memory *m, const Kind *kind)
 {
     unsigned i;
 
-    *m = (Memory) { .mem = { .proof = proof, .fd = -1 } };
-    if (proof & ABSENT_PAGES_FILE) {
+    *m = (Memory) {
+        .mem = { .proof = kind->proof, .fd = -1 },
+        .shared = kind->shared,
+    };
+    if (kind->proof & ABSENT_PAGES_FILE) {
         m->mem.fd = qemu_memfd_create("test", PAGES * page_size, false, 0, 0,
                                       &error_abort);
         m->other = map(MAP_SHARED, m->mem.fd);
     }
-    m->mem.host = map((proof == ABSENT_PAGES_FILE ? MAP_SHARED : MAP_PRIVATE) |
+    m->mem.host = map((m->shared ? MAP_SHARED : MAP_PRIVATE) |
                       (m->mem.fd < 0 ? MAP_ANONYMOUS : 0), m->mem.fd);
     for (i = 0; i < PAGES; i++) {
         m->absent[i] = true;
@@ -106,7 +123,7 @@ static void check_all(Memory *m)
 
 static void discard(Memory *m, unsigned page, unsigned n)
 {
-    if (m->mem.proof == ABSENT_PAGES_FILE) {
+    if (m->shared) {
         g_assert(!fallocate(m->mem.fd,
                             FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                             page * page_size, n * page_size));
@@ -125,7 +142,7 @@ static void test_random(gconstpointer data)
     Memory m;
     unsigned step, i;
 
-    memory_init(&m, GPOINTER_TO_INT(data));
+    memory_init(&m, data);
     check_all(&m);
     for (step = 0; step < RANDOM_STEPS; step++) {
         unsigned page = g_test_rand_int_range(0, PAGES);
@@ -140,7 +157,7 @@ static void test_random(gconstpointer data)
                 m.mem.host[i * page_size] = 1;
             }
             m.absent[i] = !write &&
-                          (m.absent[i] || m.mem.proof != ABSENT_PAGES_BOTH);
+                          (m.absent[i] || m.shared || m.mem.fd < 0);
         }
         check(&m, pagemap, 0, PAGES, g_test_rand_int_range(1, PAGES));
     }
@@ -154,7 +171,7 @@ static void test_fragmented(gconstpointer data)
     Memory m;
     unsigned i;
 
-    memory_init(&m, GPOINTER_TO_INT(data));
+    memory_init(&m, data);
     for (i = 0; i < PAGES; i += 2) {
         m.mem.host[i * page_size] = 1;
         m.absent[i] = false;
@@ -169,7 +186,7 @@ static void test_read(void)
     Memory m;
     unsigned i;
 
-    memory_init(&m, ABSENT_PAGES_MAPPING);
+    memory_init(&m, &private);
     for (i = 0; i < PAGES; i += 3) {
         g_assert_true(buffer_is_zero(m.mem.host + i * page_size, page_size));
     }
@@ -183,8 +200,8 @@ static void test_others(gconstpointer data)
     Memory m;
     unsigned i;
 
-    memory_init(&m, GPOINTER_TO_INT(data));
-    for (i = 100; i < 200; i++) {
+    memory_init(&m, data);
+    for (i = 100; i < PAGES - 100; i++) {
         m.other[i * page_size] = 1;
         m.absent[i] = false;
     }
@@ -198,7 +215,7 @@ static void test_private_file(void)
     Memory m;
     unsigned i;
 
-    memory_init(&m, ABSENT_PAGES_BOTH);
+    memory_init(&m, &private_file);
     for (i = 0; i < 50; i++) {
         m.other[i * page_size] = 1;
         m.mem.host[(i + 25) * page_size] = 1;
@@ -214,7 +231,7 @@ static void test_file_offset(void)
     Memory m;
     unsigned i;
 
-    memory_init(&m, ABSENT_PAGES_FILE);
+    memory_init(&m, &shared_file);
     m.mem.fd_offset = 10 * page_size;
     for (i = 0; i < 5; i++) {
         m.other[(30 + i) * page_size] = 1;
@@ -243,7 +260,7 @@ static void test_no_scan(void)
     uint64_t entry;
     unsigned i;
 
-    memory_init(&m, ABSENT_PAGES_MAPPING);
+    memory_init(&m, &private);
     for (i = 0; i < PAGES; i++) {
         entry = entries[g_test_rand_int_range(0, ARRAY_SIZE(entries))];
         m.absent[i] = !(entry >> 62);
@@ -266,7 +283,7 @@ static void test_errors(void)
     Memory m;
     int fd = qemu_memfd_create("pagemap", 0, false, 0, 0, &error_abort);
 
-    memory_init(&m, ABSENT_PAGES_MAPPING);
+    memory_init(&m, &private);
     g_assert_cmpint(absent_pages_find(&m.mem, -1, &start, page_size, &run, 1),
                     ==, -1);
     /* A pagemap that ends before the memory */
@@ -274,7 +291,7 @@ static void test_errors(void)
                     ==, -1);
     memory_destroy(&m);
 
-    memory_init(&m, ABSENT_PAGES_BOTH);
+    memory_init(&m, &private_file);
     close(m.mem.fd);
     m.mem.fd = -1;
     g_assert_cmpint(absent_pages_find(&m.mem, pagemap, &start, page_size,
@@ -285,13 +302,8 @@ static void test_errors(void)
 
 int main(int argc, char **argv)
 {
-    static const struct {
-        const char *name;
-        AbsentPagesProof proof;
-    } kinds[] = {
-        { "private", ABSENT_PAGES_MAPPING },
-        { "shared-file", ABSENT_PAGES_FILE },
-        { "private-file", ABSENT_PAGES_BOTH },
+    static const Kind *const kinds[] = {
+        &private, &shared_file, &file_only, &private_file,
     };
     unsigned i;
 
@@ -303,18 +315,18 @@ int main(int argc, char **argv)
         return g_test_run();
     }
     for (i = 0; i < ARRAY_SIZE(kinds); i++) {
-        gconstpointer proof = GINT_TO_POINTER(kinds[i].proof);
+        const Kind *kind = kinds[i];
         g_autofree char *random = g_strconcat("/absent-pages/random/",
-                                              kinds[i].name, NULL);
+                                              kind->name, NULL);
         g_autofree char *fragmented = g_strconcat("/absent-pages/fragmented/",
-                                                  kinds[i].name, NULL);
+                                                  kind->name, NULL);
         g_autofree char *others = g_strconcat("/absent-pages/others/",
-                                              kinds[i].name, NULL);
+                                              kind->name, NULL);
 
-        g_test_add_data_func(random, proof, test_random);
-        g_test_add_data_func(fragmented, proof, test_fragmented);
-        if (kinds[i].proof & ABSENT_PAGES_FILE) {
-            g_test_add_data_func(others, proof, test_others);
+        g_test_add_data_func(random, kind, test_random);
+        g_test_add_data_func(fragmented, kind, test_fragmented);
+        if (kind->proof & ABSENT_PAGES_FILE) {
+            g_test_add_data_func(others, kind, test_others);
         }
     }
     g_test_add_func("/absent-pages/read", test_read);
