@@ -489,6 +489,9 @@ void free_page_hint_round(void)
             free_page_hint_scan();
         }
         free_page_hint_ram_scanned();
+    } else if (hint.scans) {
+        QEMU_LOCK_GUARD(&hint.lock);
+        hint.scan_reason = FREE_PAGE_HINT_REASON_CANCELLED;
     }
 
     bql_lock();

@@ -16,9 +16,10 @@ from conftest import Lab
 from metal import FIRST_ID, TO_NOWHERE, ask_meanwhile, hints_now, set_up, tcg_at_least
 from metal import usable, wait_ended
 
+from livemig import paths
 from livemig.baremetal import MIB, PAGE, Balloon, Descriptor, Machine, chain, spec
 from livemig.guest import Guest
-from livemig.migration import cancel, status_is
+from livemig.migration import cancel, query, set_capabilities, status_is
 
 GIB = 1 << 30
 MEM_MIB = 256 << 10
@@ -26,6 +27,8 @@ MEM_MIB = 256 << 10
 ABOVE = 4 * GIB
 LOW_GIB = 2
 HIGH_BYTES = MEM_MIB * MIB - LOW_GIB * GIB
+# Armed in pieces of 1 GiB.
+ARMED_MIB = 4096
 WAIT_MS = 500
 # What the guest keeps.
 KEPT = 16 * MIB
@@ -228,6 +231,32 @@ def test_cancel_is_not_kept_waiting(
             cancelled_ms=(done - asked) * 1000,
             messages=hints.messages,
         )
+
+
+def test_cancelled_while_arming(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A migration that is cancelled before the log is armed looks for nothing, and says why."""
+    armed = spec(
+        ARMED_MIB,
+        accel=usable("kvm"),
+        trace=ASK,
+        preload=paths.bare_metal("slow-clear.so"),
+    )
+    source = lab.launch(armed, "source")
+    Machine(source).wait_ready()
+    set_up(source)
+    set_capabilities(source, {"skip-absent-pages": True})
+    source.qmp("migrate", uri=TO_NOWHERE)
+    while (state := hints_now(source).state) != "arming":
+        assert state == "idle"
+    cancel(source)
+    result = query(source)
+    assert result.hints and result.absent
+    measured.update(armed_mib=result.hints.armed_bytes // MIB)
+    # The premise: it did not come to an end.
+    assert result.hints.armed_bytes < ARMED_MIB * MIB
+    assert (result.hints.reason, result.absent.reason) == ("no-driver", "cancelled")
+    assert (result.absent.scan_time, result.absent.absent_bytes) == (0, 0)
+    assert ASK not in source.trace_log.read_text()
 
 
 @tcg_at_least
