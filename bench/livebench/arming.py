@@ -4,14 +4,14 @@
 One guest is the bare-metal one. It writes to all of its memory, then to one page of it after
 another, at a given rate, and notes the longest time in which it did not get on. It runs in user
 mode, so that its writes are real ones, and its page faults too, also where KVM interprets what
-kernels do. The other is Linux, and hints.
+kernels do. The other is Linux, and hints; it rewrites a part of its memory as fast as it can.
 """
 
 import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple
 
 from livebench import hostinfo
 from livebench.statistics import Spread
@@ -35,6 +35,7 @@ RATE_MIB = 20
 LINUX_MIB = 512
 LINUX_STAMPED_MIB = 256
 LINUX_CHURN_MIB = 64
+CHURN = "churn"
 LINUX_LINK_MIB = 40
 # The log is cleared in chunks of 32 MiB: as many of 2 GiB as there are of 64 GiB by default.
 CHUNKS = ("-global", "migration.x-clear-bitmap-shift=13")
@@ -100,8 +101,20 @@ def _faults(guest: Guest) -> int:
     )
 
 
-class Writer:
-    """The guest, and its clock."""
+class Writer(Protocol):
+    """A guest that writes all the time."""
+
+    guest: Guest
+
+    def begin(self) -> None:
+        """From here on it is watched."""
+
+    def end(self) -> Tuple[int, float]:
+        """How many pages it wrote, and for how long it did not get on, in ms."""
+
+
+class MetalWriter:
+    """The bare-metal guest, and its clock."""
 
     def __init__(self, guest: Guest, set_mib: int):
         self.guest = guest
@@ -112,16 +125,39 @@ class Writer:
         begin, ticks = time.monotonic(), self.machine.clock()
         time.sleep(1)
         passed = (self.machine.clock() - ticks) % (1 << 32) * baremetal.CLOCK_UNIT
+        # What ends its writing.
+        self._writing: Optional[int] = None
         self._hz = passed / (time.monotonic() - begin)
 
-    def begin(self) -> int:
-        """Let it write; returns what ends it."""
-        return self.machine.dirty(FIRST, self._pages, int(self._hz / (RATE_MIB * MIB / PAGE)))
+    def begin(self) -> None:
+        """Let it write."""
+        interval = int(self._hz / (RATE_MIB * MIB / PAGE))
+        self._writing = self.machine.dirty(FIRST, self._pages, interval)
 
-    def end(self, offset: int) -> Tuple[int, float]:
+    def end(self) -> Tuple[int, float]:
         """How many pages it wrote, and for how long it did not get on, in ms."""
-        written, ticks = self.machine.stop(offset)
+        assert self._writing is not None
+        written, ticks = self.machine.stop(self._writing)
         return written, ticks * baremetal.CLOCK_UNIT / self._hz * 1000
+
+
+class LinuxWriter:
+    """A Linux guest that rewrites a part of its memory, and has little free."""
+
+    def __init__(self, guest: Guest):
+        self.guest = guest
+        guest.wait_ready()
+        workload.stamp(guest, LINUX_STAMPED_MIB)
+        workload.stamp(guest, LINUX_CHURN_MIB, churn=True, name=CHURN)
+
+    def begin(self) -> None:
+        """Forget what was; it writes in any case."""
+        workload.gap(self.guest, CHURN)
+
+    def end(self) -> Tuple[int, float]:
+        """How many pages it wrote, and for how long it did not get on, in ms."""
+        gap = workload.gap(self.guest, CHURN)
+        return gap.pages, gap.longest_us / 1000
 
 
 def _how(capabilities: Mapping[str, bool], bandwidth: int) -> MigrationSpec:
@@ -139,15 +175,22 @@ def _wait_armed(source: Guest) -> MigrationResult:
         time.sleep(0.01)
 
 
+def _undisturbed(writer: Writer) -> Dict[str, float]:
+    """How long the guest does not get on without a migration."""
+    writer.begin()
+    time.sleep(WATCH_SECONDS)
+    return {"gap_before_ms": writer.end()[1]}
+
+
 def _watch(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Dict[str, float]:
     """What the guest sees of the beginning of a migration, which is cancelled then."""
-    offset = writer.begin()
+    writer.begin()
     faults = _faults(writer.guest)
     start(writer.guest, there, _how(capabilities, HELD_BACK))
     result = _wait_armed(writer.guest)
     time.sleep(WATCH_SECONDS)
     faults = _faults(writer.guest) - faults
-    written, gap_ms = writer.end(offset)
+    written, gap_ms = writer.end()
     cancel(writer.guest)
     values = {"gap_ms": gap_ms, "faults": float(faults), "written": float(written)}
     if result.hints and result.hints.armed_bytes:
@@ -156,12 +199,13 @@ def _watch(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Di
     return values
 
 
-def _send(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Dict[str, float]:
+def _send(
+    writer: Writer, there: Guest, capabilities: Mapping[str, bool], link_mib: int = LINK_MIB
+) -> Dict[str, float]:
     """What a whole migration sends."""
     writer.begin()
-    start(writer.guest, there, _how(capabilities, LINK_MIB * MIB))
-    result = finish(writer.guest, there)
-    return _sent(result)
+    start(writer.guest, there, _how(capabilities, link_mib * MIB))
+    return _sent(finish(writer.guest, there))
 
 
 def _sent(result: MigrationResult) -> Dict[str, float]:
@@ -194,11 +238,7 @@ def run_metal(
         preload=backing.preload and paths.bare_metal(backing.preload),
     )
     with Guest(spec, "source", logs=logs) as source:
-        writer = Writer(source, set_mib)
-        offset = writer.begin()
-        time.sleep(WATCH_SECONDS)
-        _, before_ms = writer.end(offset)
-        values = {"gap_before_ms": before_ms}
+        values = _undisturbed(writer := MetalWriter(source, set_mib))
         for part in (_watch, _send):
             with Guest(spec, "destination", logs=logs, incoming=True) as there:
                 values.update(part(writer, there, capabilities))
@@ -209,16 +249,15 @@ def run_linux(qemu: str, capabilities: Mapping[str, bool], logs: Path) -> Dict[s
     """A Linux guest that writes to a part of its memory as fast as it can, and has little free."""
     spec = kvm.spec(mem_mib=LINUX_MIB, qemu=qemu, args=CHUNKS)
     with Guest(spec, "source", logs=logs) as source:
-        source.wait_ready()
-        workload.stamp(source, LINUX_STAMPED_MIB)
-        workload.stamp(source, LINUX_CHURN_MIB, churn=True, name="churn")
+        values = _undisturbed(writer := LinuxWriter(source))
         with Guest(spec, "destination", logs=logs, incoming=True) as there:
-            start(source, there, _how(capabilities, LINUX_LINK_MIB * MIB))
-            result = finish(source, there)
-            for name in ("default", "churn"):
+            values.update(_watch(writer, there, capabilities))
+        with Guest(spec, "destination", logs=logs, incoming=True) as there:
+            values.update(_send(writer, there, capabilities, LINUX_LINK_MIB))
+            for name in ("default", CHURN):
                 if not workload.verify(there, name).good:
                     raise LivemigError("the guest did not find its memory as it was")
-    return _sent(result)
+    return values
 
 
 def ways(what: str, qemus: Sequence[str]) -> Dict[str, Tuple[str, Mapping[str, bool]]]:

@@ -61,6 +61,23 @@ def verify(guest: Guest, name: str = "default", timeout: float = 120) -> Verdict
     return Verdict(*numbers, first=match.group(6))
 
 
+@dataclass(frozen=True)
+class Gap:
+    """How memory that is rewritten all the time got on since it was last asked."""
+
+    longest_us: int
+    pages: int
+
+
+def gap(guest: Guest, name: str) -> Gap:
+    """Ask for the longest time between two steps of 16 pages; in guests for KVM only."""
+    output = guest.agent.run(f"memstamp gap --name {name}")
+    match = re.search(r"^gap=(\d+) written=(\d+)$", output, re.MULTILINE)
+    if not match:
+        raise GuestError(f"{guest.name}: memstamp does not answer: {output!r}")
+    return Gap(*map(int, match.groups()))
+
+
 def dirty_and_free(guest: Guest, mib: int) -> None:
     """Fill memory of the guest with data and free it."""
     guest.agent.run(f"dirtyfree {mib} {guest.spec.vcpus}", timeout=600)

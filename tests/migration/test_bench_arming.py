@@ -26,6 +26,20 @@ def test_arming_is_measured(tmp_path: Path, way: str) -> None:
     assert (values["faults"] > values["written"] / 2) == (way != "off")
 
 
+@pytest.mark.parametrize("way", ["off", "armed-ours"])
+def test_linux_guest_is_measured(tmp_path: Path, way: str) -> None:
+    """Of the Linux guest, the same is counted, and it finds its memory as it was.
+
+    But there is no page fault to count where its writes are interpreted.
+    """
+    usable("kvm")
+    qemu, capabilities = arming.ways(arming.LINUX, ["ours"])[way]
+    values = arming.run_linux(qemu, capabilities, tmp_path)
+    assert values["sent_mib"] > arming.LINUX_STAMPED_MIB
+    assert values["written"] > 0 and values["gap_ms"] > 0 and values["gap_before_ms"] > 0
+    assert ("arm_us_per_gib" in values) == (way != "off")
+
+
 def test_set_is_a_power_of_two() -> None:
     """A set of pages that the guest cannot walk is refused in a line."""
     done = bench("arming", "--mem", "768M")

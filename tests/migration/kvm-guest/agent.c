@@ -67,6 +67,8 @@ static int agent_memstamp(int argc, char **argv, char *answer)
 	if (!strcmp(argv[0], "stop"))
 		return memstamp_verify(argc - 1, argv + 1, true, answer,
 				       ANSWER_BYTES);
+	if (!strcmp(argv[0], "gap"))
+		return memstamp_gap(argc - 1, argv + 1, answer, ANSWER_BYTES);
 	if (!strcmp(argv[0], "hints")) {
 		memstamp_print_hints(answer, ANSWER_BYTES);
 		return 0;

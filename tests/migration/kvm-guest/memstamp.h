@@ -29,6 +29,7 @@ void memstamp_written(struct page *page);
 int memstamp_start(int argc, char **argv, char *answer, size_t size);
 int memstamp_verify(int argc, char **argv, bool stop, char *answer,
 		    size_t size);
+int memstamp_gap(int argc, char **argv, char *answer, size_t size);
 int memstamp_dirty_and_free(u64 mib, char *answer, size_t size);
 
 /* A new report begins: what was taken in the last one is given back. */

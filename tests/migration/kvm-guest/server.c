@@ -11,6 +11,7 @@
 #include <linux/err.h>
 #include <linux/gfp.h>
 #include <linux/kthread.h>
+#include <linux/ktime.h>
 #include <linux/list.h>
 #include <linux/log2.h>
 #include <linux/minmax.h>
@@ -49,6 +50,11 @@ struct server {
 	u64 cursor;
 	struct page *cursor_block;
 	unsigned int cursor_page;
+	/* When it last began a step, and the longest time between two. */
+	ktime_t stepped;
+	s64 gap_us;
+	/* Pages that were rewritten. */
+	u64 rewritten;
 	/* Memory that is taken from the allocator and given back. */
 	struct area *chunks;
 	u64 max_chunks;
@@ -171,13 +177,17 @@ static void cursor_to_start(struct server *s)
 
 static void rewrite_step(struct server *s)
 {
+	ktime_t now = ktime_get();
 	unsigned int i;
 
+	s->gap_us = max(s->gap_us, ktime_us_delta(now, s->stepped));
+	s->stepped = now;
 	for (i = 0; i < STEP_PAGES; i++) {
 		struct page *page = s->cursor_block + s->cursor_page;
 
 		check_page(s, page, s->cursor, s->pass - 1);
 		write_page(page, s->cursor, s->pass);
+		s->rewritten++;
 		if (++s->cursor == s->main.pages) {
 			cursor_to_start(s);
 			s->pass++;
@@ -358,6 +368,7 @@ static struct server *new_server(const struct stamp_options *options)
 
 	area_write(&s->main, s->pass - 1);
 	cursor_to_start(s);
+	s->stepped = ktime_get();
 	return s;
 }
 
@@ -444,6 +455,29 @@ int memstamp_verify(int argc, char **argv, bool stop, char *answer, size_t size)
 	}
 
 	return status;
+}
+
+/*
+ * How a server that churns got on since it was last asked: the longest time
+ * between two steps, in microseconds, and the pages that it rewrote.
+ */
+int memstamp_gap(int argc, char **argv, char *answer, size_t size)
+{
+	struct stamp_options options;
+	struct server *s;
+
+	if (!stamp_parse(&options, argc, argv))
+		return -EINVAL;
+	s = find_server(options.name);
+	if (!s || !s->task)
+		return -ENOENT;
+
+	guard(mutex)(&s->lock);
+	snprintf(answer, size, "gap=%lld written=%llu\n", s->gap_us,
+		 s->rewritten);
+	s->gap_us = 0;
+	s->rewritten = 0;
+	return 0;
 }
 
 /* One word makes a page one that must be sent, if it were not free. */
