@@ -26,6 +26,8 @@ def test_arming_is_measured(tmp_path: Path, way: str) -> None:
     assert (values["faults"] > values["written"] / 2) == (way != "off")
 
 
+# Booting, and moving at a guest's own pace.
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["off", "armed-ours"])
 def test_linux_guest_is_measured(tmp_path: Path, way: str) -> None:
     """Of the Linux guest, the same is counted, and it finds its memory as it was.
