@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, Optional
+from typing import Any, Iterable, Iterator, List, Optional, Sequence
 
 import pytest
 from conftest import ABSENT
@@ -43,12 +43,13 @@ def patient(mode: Mode) -> MigrationSpec:
     return migration_for_mode(mode).with_parameters(free_page_hint_wait=PATIENT_MS)
 
 
-def in_check(cases: Iterable[Any], *names: str) -> List[Any]:
-    """The cases of a test, of which those with these names belong to "make check"."""
+def in_check(cases: Iterable[Any], *names: str, long: Sequence[str] = ()) -> List[Any]:
+    """The cases of a test, of which these belong to "make check", or to "make test-long" only."""
     known = {case if isinstance(case, str) else case.name: case for case in cases}
-    assert set(names) <= set(known), f"no such case: {set(names) - set(known)}"
+    named = {**dict.fromkeys(names, pytest.mark.check), **dict.fromkeys(long, pytest.mark.long)}
+    assert set(named) <= set(known), f"no such case: {set(named) - set(known)}"
     return [
-        pytest.param(case, id=name, marks=[pytest.mark.check] if name in names else [])
+        pytest.param(case, id=name, marks=[named[name]] if name in named else [])
         for name, case in known.items()
     ]
 

@@ -188,6 +188,7 @@ def test_firmware(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     wait_screen(destination, other.answer)
 
 
+@pytest.mark.long
 def test_memory_tester(lab: Lab, measured: Dict[str, Any]) -> None:
     """A tester that is writing and reading all memory while it migrates finds no error in it."""
     software = ("-kernel", "{}", "-append", "console=ttyS0,115200 nobench")

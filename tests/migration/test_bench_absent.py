@@ -186,6 +186,7 @@ def small(own: density.Resting, **changes: Any) -> Scenario:
     return Scenario(own, tuple(RESTING), mem_mib=512, vcpus=1, **changes)
 
 
+@pytest.mark.long
 def test_one_burst(tmp_path: Path, measured: Dict[str, Any]) -> None:
     """With reporting, a guest's memory is back some time after a burst; without, it is not."""
     scenario = small(density.Burst(percent=50, seconds=15, loop_seconds=2))
@@ -200,6 +201,7 @@ def test_one_burst(tmp_path: Path, measured: Dict[str, Any]) -> None:
     assert "half_s" not in found["plain"] and 0 < found["reporting"]["half_s"] <= 15
 
 
+@pytest.mark.long
 def test_one_crowd(tmp_path: Path, measured: Dict[str, Any]) -> None:
     """Guests come until their memory exceeds the limit, and those before the last one count."""
     scenario = small(density.Crowd(limit_mib=800, burst_mib=256))

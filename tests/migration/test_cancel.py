@@ -130,7 +130,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("name", in_check(STATES, "round-1"))
+@pytest.mark.parametrize("name", in_check(STATES, "round-1", long=("later-round",)))
 def test_ended_early(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """After migrations that ended in this state the guest is whole, and hints are used anew."""
     state = STATES[name]

@@ -257,6 +257,7 @@ def test_unplug(lab: Lab) -> None:
     assert_watched(destination)
 
 
+@pytest.mark.long
 def test_kexec(lab: Lab) -> None:
     """A kernel that is started by kexec with arrays of the old one in flight gets its own hints."""
     image = paths.kernel_image("debug")
@@ -405,6 +406,7 @@ def fail_pages_of_driver(guest: Guest, options: Dict[str, int]) -> None:
     set_fault(guest, "fail_page_alloc", **{**where, **default, **options})
 
 
+@pytest.mark.long
 def test_no_memory_for_reports(lab: Lab, measured: Dict[str, Any]) -> None:
     """A driver that gets less memory than it wants, or none, makes do with that, and frees it."""
     source = boot(lab)
@@ -440,6 +442,7 @@ def test_no_memory_for_reports(lab: Lab, measured: Dict[str, Any]) -> None:
 ERRORS = (5, 12, 28)
 
 
+@pytest.mark.long
 def test_queue_refuses(lab: Lab, measured: Dict[str, Any]) -> None:
     """A message that cannot be put on the queue, whichever it is, ends the report and no more."""
     source = boot(lab)
@@ -477,6 +480,7 @@ def test_queue_refuses(lab: Lab, measured: Dict[str, Any]) -> None:
 NOT_OURS = re.compile(r" (?:alloc_tagging_slab_alloc_hook|remove_proc_entry)\+")
 
 
+@pytest.mark.long
 def test_probe_fails(lab: Lab, measured: Dict[str, Any]) -> None:
     """Whichever allocation fails in the driver's probe, that unwinds, and the next one succeeds."""
     lab.trouble_expected = True

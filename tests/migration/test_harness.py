@@ -128,6 +128,7 @@ def fill_holes(file: Path) -> int:
     return filled
 
 
+@pytest.mark.long
 def test_memstamp_sees_memory_that_is_not_clear(lab: Lab) -> None:
     """A guest that clears what it frees does not live with new pages that are not clear.
 

@@ -9,7 +9,7 @@ import os
 from typing import Any, Dict, Iterator
 
 import pytest
-from checks import wait_hints_ended
+from checks import in_check, wait_hints_ended
 from conftest import Lab
 from resident import FREED_MIB, MIB, WAYS, Resident, busy_migration, residents
 
@@ -41,6 +41,8 @@ OF_QEMU_MIB = 16
 
 # Ways in which nothing is hinted: the load and the checks are the same.
 CONTROLS = ("shift-18", "shift-6", "no-manual-protect", "memfd")
+# Ways that only combine what others do, or where that makes no difference but in size.
+VARIED = ("shift-31", "no-manual-protect-shift-6", "absent-shift-6")
 
 
 def assert_busy(measured: Dict[str, Any]) -> None:
@@ -56,7 +58,7 @@ def assert_absent(measured: Dict[str, Any], way: str) -> None:
         assert measured["absent"] > 0
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", in_check(WAYS, long=VARIED))
 def test_arrays(guest: Resident, measured: Dict[str, Any], way: str) -> None:
     """Arrays of hints take out what is free, and nothing that is written before or after."""
     with guest.living_in(**WAYS[way]) as resident:
@@ -89,7 +91,7 @@ def test_dirty_ring(lab: Lab, measured: Dict[str, Any]) -> None:
     assert measured["rewritten"] > 0
 
 
-@pytest.mark.parametrize("way", CONTROLS)
+@pytest.mark.parametrize("way", in_check(CONTROLS, long=("shift-6", "memfd")))
 def test_control(guest: Resident, measured: Dict[str, Any], way: str) -> None:
     """Without hints, memory is equal and intact under the same load, however writes are logged."""
     with guest.living_in(**WAYS[way]) as resident:
@@ -116,6 +118,7 @@ def test_blocks(block_guest: Resident, measured: Dict[str, Any], way: str) -> No
     assert_absent(measured, way)
 
 
+@pytest.mark.long
 def test_blocks_control(block_guest: Resident, measured: Dict[str, Any]) -> None:
     """Without hints, memory of a guest that could hint block by block is equal and intact."""
     with block_guest.living_in() as resident:

@@ -357,7 +357,7 @@ RESETS: Dict[str, Callable[[Guest], object]] = {
 }
 
 
-@pytest.mark.parametrize("how", in_check(RESETS, "reset"))
+@pytest.mark.parametrize("how", in_check(RESETS, "reset", long=("reboot",)))
 def test_boots_again_while_ram_is_sent(lab: Lab, measured: Dict[str, Any], how: str) -> None:
     """A guest that boots again in memory that it had hinted arrives whole."""
     oracle = Oracle(lab, GUEST)
