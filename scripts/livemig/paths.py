@@ -123,11 +123,27 @@ def stock_guest(suite: str) -> Path:
     return made.parent
 
 
+def stock_host() -> Path:
+    """The directory of a Debian host without a QEMU: see scripts/make-stock-host."""
+    made = require(cache_dir() / "images" / "stock-host" / "stamp", "make stock-host")
+    return made.parent
+
+
+def version() -> str:
+    """The version of this project."""
+    return (REPO / "VERSION").read_text(encoding="ascii").strip()
+
+
 def guest_deb() -> Path:
     """The guest package."""
-    version = (REPO / "VERSION").read_text(encoding="ascii").strip()
-    name = f"free-page-hint-dkms_{version}_all.deb"
+    name = f"free-page-hint-dkms_{version()}_all.deb"
     return require(OUT / "release" / name, "make guest-deb")
+
+
+def trial_deb() -> Path:
+    """The package of our QEMU that stands beside Debian's."""
+    name = f"qemu-system-x86-fph_{version()}_amd64.deb"
+    return require(OUT / "release" / name, "make trial-deb")
 
 
 def add_qemu_python() -> None:
