@@ -54,6 +54,8 @@ umount -l /.old
 rmdir /.old
 exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 "$@"
 """
+# For commands that are run as they are documented
+YES = "echo 'APT::Get::Assume-Yes \"true\";' > /etc/apt/apt.conf.d/90yes"
 SECONDS = 1800
 
 
@@ -139,7 +141,7 @@ def debian_root(suite: str) -> "contextlib.AbstractContextManager[DebianRoot]":
     return _root(guest / "root", guest / "pool")
 
 
-def host_root() -> "contextlib.AbstractContextManager[DebianRoot]":
-    """A host's root file system: Debian 12 with libvirt, and Debian's QEMU in its pool."""
-    host = paths.stock_host()
+def host_root(suite: str = "bookworm") -> "contextlib.AbstractContextManager[DebianRoot]":
+    """A host's root file system: Debian with libvirt, and Debian's QEMU in its pool."""
+    host = paths.stock_host(suite)
     return _root(host / "root", host / "pool")

@@ -4,15 +4,13 @@
 The host's libvirt, and its AppArmor profiles, are Debian 12's own.
 """
 
-import os
-from pathlib import Path
-from typing import Any, Dict, Iterator, List, Set
+from typing import Any, Dict, Iterator, Set
 
 import pytest
 from debian_root import DebianRoot, host_root
-from test_libvirt import FREED_MIB, MIB, SPEC, STAMPED_MIB, UNSUPPORTED, Guest, Hosts, two_hosts
+from hosts_in_root import HostsInRoot, InstalledGuest, hosts_in_root
 
-from livemig import paths, workload
+from livemig import paths
 
 pytestmark = pytest.mark.long
 
@@ -136,56 +134,12 @@ def test_killed_install_can_be_resumed(root: DebianRoot, moment: str) -> None:
     assert files(root) == before
 
 
-class HostsInRoot(Hosts):
-    """Two libvirt hosts in a Debian root: one file system, but for what libvirt keeps."""
-
-    def __init__(self, root: DebianRoot, state: Path):
-        super().__init__(state)
-        shared = [paths.REPO, paths.cache_dir(), state.parent]
-        shared += [
-            path.resolve().parent for path in (paths.kernel_image("ours"), paths.initramfs())
-        ]
-        command: List[Any] = [
-            paths.REPO / "scripts/two-hosts",
-            "up",
-            "--state",
-            state,
-            "--owner",
-            os.getpid(),
-        ]
-        done = root.start(shared, "/usr/bin/python3", *map(str, command))
-        if done.returncode == UNSUPPORTED and not os.environ.get("CI"):
-            pytest.skip(done.stdout.strip())
-        assert done.returncode == 0, done.stdout
-
-    def run(self, host: str, command: str) -> str:
-        """Run a shell command on a host, which must succeed; returns its output."""
-        done = self.call(host, "bash", "-euc", command)
-        assert done.returncode == 0, f"{command!r} ended with {done.returncode}: {done.stderr}"
-        return done.stdout.strip()
-
-
 @pytest.fixture(name="hosts")
-def hosts_fixture(root: DebianRoot, tmp_path: Path) -> Iterator[HostsInRoot]:
+def hosts_fixture(root: DebianRoot) -> Iterator[HostsInRoot]:
     """Two such hosts with Debian's QEMU."""
     root.apt("install", "qemu-system-x86")
-    hosts = HostsInRoot(root, tmp_path / "hosts")
-    try:
+    with hosts_in_root(root, paths.kernel_image("ours"), paths.initramfs()) as hosts:
         yield hosts
-    finally:
-        down = two_hosts("down", "--state", hosts.state)
-    assert down.returncode == 0, down.stderr
-
-
-class TrialGuest(Guest):
-    """A guest whose <emulator> is the package's."""
-
-    def __init__(self, on: Hosts, name: str):
-        super().__init__(on, name)
-        xml = self.xml.read_text("utf-8")
-        ours = str(paths.qemu_binary(SPEC.qemu))
-        assert xml.count(ours) == 1
-        self.xml.write_text(xml.replace(ours, PROGRAM), "utf-8")
 
 
 def test_migrates_beside_debians_qemu(hosts: HostsInRoot, measured: Dict[str, Any]) -> None:
@@ -197,23 +151,8 @@ def test_migrates_beside_debians_qemu(hosts: HostsInRoot, measured: Dict[str, An
     assert not before - set(hosts.run("a", FILES).splitlines())
     assert hosts.run("a", f"dpkg --verify qemu-system-x86 {PACKAGE}") == ""
 
-    with TrialGuest(hosts, "trial") as guest:
-        workload.stamp(guest, STAMPED_MIB)
-        guest.fill()
-        result = guest.migrate()
-        guest.check()
-        assert result.hints and result.absent
-        assert result.hints.reason is None and result.hints.complete
-        assert result.hints.hinted_bytes > FREED_MIB * MIB
-        assert result.absent.reason is None and result.absent.absent_bytes
-        # Back, to a host that asks nobody.
-        guest.hmp("migrate_set_capability free-page-hint off")
-        guest.migrate()
-        guest.check()
-        measured["sent_bytes"] = result.sent_bytes
-        measured["hinted_bytes"] = result.hints.hinted_bytes
-        measured["absent_bytes"] = result.absent.absent_bytes
-        measured["total_ms"] = result.total_ms
+    with InstalledGuest(hosts, "trial", PROGRAM) as guest:
+        measured.update(guest.migrates_with_hints())
 
     hosts.run("a", f"DEBIAN_FRONTEND=noninteractive apt-get -q -y purge {PACKAGE}")
     assert set(hosts.run("a", FILES).splitlines()) == before
