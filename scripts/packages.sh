@@ -15,6 +15,11 @@ changelog_entry() {
     printf '\n -- %s  %s\n' "$(sed -n 's/^Maintainer: //p' "$REPO/packaging/guest/debian/control")" "$date"
 }
 
+# host_version: the version of Debian's QEMU with our series in it.
+host_version() {
+    echo "$(dpkg-parsechangelog -l "$(source_dir qemu)/debian/changelog" -S Version)+fph$VERSION"
+}
+
 # log_reason LOG: the line of a log that says most likely why it ended, and where it is.
 log_reason() { echo "$(grep -m 1 -i 'error' "$1" || tail -n 1 "$1"). Log: $1"; }
 
