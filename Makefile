@@ -13,13 +13,13 @@ BENCH_OPTIONS = $(if $(SCENARIO),--scenario $(foreach name,$(SCENARIO),'$(name)'
 	$(if $(FRESH),--fresh)
 CODE_DIRS = $(wildcard .ci scripts tests bench)
 PYTHON_FILES = $(shell find $(CODE_DIRS) -name '*.py'; grep -rlI '^\#!/usr/bin/python3' $(CODE_DIRS))
-SHELL_FILES = scripts/common.sh scripts/suites.sh packaging/guest/load-balloon packaging/guest/dkms/check-space \
-	packaging/guest/dkms/dkms.conf \
+SHELL_FILES = scripts/common.sh scripts/suites.sh scripts/packages.sh packaging/guest/load-balloon packaging/guest/dkms/check-space \
+	packaging/guest/dkms/dkms.conf packaging/trial/debian/qemu-system-x86-fph.postinst \
 	$(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests guest-deb trial-deb host-source run migrate demo \
+.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source release run migrate demo \
 	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches clean distclean
 
 help: ## list the targets
@@ -67,6 +67,10 @@ stock-guests: deps ## make Debian guests with their own kernels, to install the 
 	@scripts/make-stock-guest bookworm
 	@scripts/make-stock-guest trixie
 
+stock-hosts: deps ## make Debian hosts with libvirt, to install our QEMU in
+	@scripts/make-stock-host bookworm
+	@scripts/make-stock-host trixie
+
 guest-deb: deps ## build the guest package for Debian's kernels: out/release
 	@scripts/fetch-drivers
 	@scripts/build-guest-deb
@@ -76,6 +80,9 @@ trial-deb: qemu ## pack our QEMU, to try it beside Debian's: out/release
 
 host-source: fetch ## make Debian's QEMU source package with our series in it: out/release
 	@scripts/build-host-source
+
+release: guest-deb trial-deb host-source ## packages, the series with cover letters, checksums: out/release
+	@scripts/release
 
 run: qemu kernel images ## run a guest and get its shell
 	@scripts/guest
@@ -109,7 +116,7 @@ check: qemu qemu-debug qemu-stock kernel images ## ten minutes of tests: the qui
 test: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## run all tests
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
-test-long: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests guest-deb ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
+test-long: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
 	@FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/campaigns.py
 	@FPH_RESULTS=sweep.json FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug /usr/bin/python3 -m pytest -m 'integrity and not long' tests
 	@FPH_RESULTS=long.json /usr/bin/python3 -m pytest -m long tests

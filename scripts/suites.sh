@@ -48,3 +48,16 @@ EOF
         touch "$dir/read"
     fi
 }
+
+# install_debian SUITE PACKAGES ROOT LOG SUITES...: a minimal Debian with PACKAGES (a,b,c) from SUITES in the
+# directory ROOT. Shows mmdebstrap's steps, logs the rest.
+install_debian() {
+    local suite=$1 packages=$2 root=$3 log=$4 name
+    shift 4
+    for name; do suite_entry "$name"; done >"$log.sources"
+    mmdebstrap --mode=root --variant=minbase --include="$packages" \
+        --aptopt='Acquire::Retries "2"' --aptopt='Acquire::http::Timeout "20"' \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --dpkgopt='path-exclude=/usr/share/man/*' "$suite" "$root" - <"$log.sources" 2>&1 |
+        tee -a "$log" | { grep --line-buffered '^[IE]: ' || true; }
+}

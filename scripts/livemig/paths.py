@@ -10,7 +10,7 @@ behind the initramfs.
 import os
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import List, Optional
 
 from livemig.errors import BadSetting, MissingArtifact
 
@@ -123,11 +123,35 @@ def stock_guest(suite: str) -> Path:
     return made.parent
 
 
+def stock_host(suite: str) -> Path:
+    """The directory of a Debian host without a QEMU: see scripts/make-stock-host."""
+    made = require(cache_dir() / "images" / f"stock-host-{suite}" / "stamp", "make stock-hosts")
+    return made.parent
+
+
+def version() -> str:
+    """The version of this project."""
+    return (REPO / "VERSION").read_text(encoding="ascii").strip()
+
+
 def guest_deb() -> Path:
     """The guest package."""
-    version = (REPO / "VERSION").read_text(encoding="ascii").strip()
-    name = f"free-page-hint-dkms_{version}_all.deb"
+    name = f"free-page-hint-dkms_{version()}_all.deb"
     return require(OUT / "release" / name, "make guest-deb")
+
+
+def trial_deb() -> Path:
+    """The package of our QEMU that stands beside Debian's."""
+    name = f"qemu-system-x86-fph_{version()}_amd64.deb"
+    return require(OUT / "release" / name, "make trial-deb")
+
+
+def host_debs() -> List[Path]:
+    """Debian's QEMU for x86 with our series in it: the program, and what goes with it."""
+    directory = OUT / "release"
+    wanted = ("qemu-system-x86", "qemu-system-common", "qemu-utils")
+    found = [next(directory.glob(f"{name}_*+fph{version()}_amd64.deb"), None) for name in wanted]
+    return [require(path or directory / name, "make host-deb") for path, name in zip(found, wanted)]
 
 
 def add_qemu_python() -> None:

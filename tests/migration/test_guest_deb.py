@@ -15,7 +15,7 @@ from livemig import paths
 pytestmark = pytest.mark.long
 
 PACKAGE = "free-page-hint-dkms"
-VERSION = (paths.REPO / "VERSION").read_text(encoding="ascii").strip()
+VERSION = paths.version()
 DEB = f"/srv/deb/{PACKAGE}_{VERSION}_all.deb"
 MODULES = ("virtio_balloon_hint", "virtio_balloon")
 # Debian's kernels that the package must not touch: not of its lines, or with another scheduler.
@@ -25,6 +25,7 @@ FOREIGN = re.compile(r"^7\.2\.|-rt-")
 @pytest.fixture(params=["bookworm", "trixie"])
 def root(request: pytest.FixtureRequest) -> Iterator[DebianRoot]:
     """A root file system with a kernel, its headers and dkms."""
+    assert paths.guest_deb()
     with debian_root(request.param) as made:
         yield made
 
