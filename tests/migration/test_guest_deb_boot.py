@@ -4,10 +4,12 @@
 Their kernels zero what they allocate (init_on_alloc), as Debian ships them.
 """
 
+import base64
 import contextlib
 import re
+import subprocess
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import pytest
 from checks import WITH_HINTS, assert_hints_used, assert_intact
@@ -30,8 +32,26 @@ PATIENCE = 3600
 BOOT = 1200
 FEATURES = "cat /sys/bus/virtio/drivers/virtio_balloon/virtio*/features"
 VERSION = "/sys/module/virtio_balloon/version"
+# Of the package ovmf: firmware with Secure Boot, variables with an example's key, and that key.
+FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
+VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd")
+KEY = Path("/usr/share/ovmf/PkKek-1-snakeoil.key")
+CERTIFICATE = KEY.with_suffix(".pem")
 # The feature bits of both kinds of hints, from the left.
 BLOCKS_BIT, ARRAYS_BIT = 3, 23
+
+
+def with_secure_boot(spec: GuestSpec, variables: Path) -> GuestSpec:
+    """A guest with UEFI and Secure Boot, which needs SMM to keep the variables safe."""
+    flash = "if=pflash,format=raw"
+    return spec.but(
+        machine="q35,smm=on",
+        args=(
+            *("-global", "driver=cfi.pflash01,property=secure,value=on"),
+            *("-drive", f"{flash},unit=0,readonly=on,file={FIRMWARE}"),
+            *("-drive", f"{flash},unit=1,file={variables}"),
+        ),
+    )
 
 
 class Debian:
@@ -43,14 +63,15 @@ class Debian:
         self._disks = (disk, archive)
         self._boots = 0
 
-    def _spec(self, cmdline: str) -> GuestSpec:
+    def _spec(self, cmdline: str, variables: Optional[Path]) -> GuestSpec:
         software = stock_software(self._suite, *self._disks, cmdline)
-        return GuestSpec(mem_mib=MEM_MIB, vcpus=2, software=software)
+        spec = GuestSpec(mem_mib=MEM_MIB, vcpus=2, software=software)
+        return with_secure_boot(spec, variables) if variables else spec
 
-    def boot(self, cmdline: str = "") -> Guest:
-        """Boot from the disk."""
+    def boot(self, cmdline: str = "", variables: Optional[Path] = None) -> Guest:
+        """Boot from the disk, with Secure Boot if its variables are given."""
         self._boots += 1
-        guest = self._lab.launch(self._spec(cmdline), f"{self._suite}-{self._boots}")
+        guest = self._lab.launch(self._spec(cmdline, variables), f"{self._suite}-{self._boots}")
         guest.wait_ready(BOOT)
         # Drivers are loaded in the background.
         guest.agent.run("udevadm settle --timeout 900", BOOT)
@@ -62,11 +83,17 @@ class Debian:
         guest.wait_event(lambda event: event["event"] == "SHUTDOWN", "end of the guest", BOOT)
         guest.close()
 
-    def migrate(self, guest: Guest) -> Tuple[Guest, Hints, int]:
-        """Migrate with memory that was written and freed; the guest verifies what it keeps."""
+    def migrate(self, guest: Guest) -> Tuple[Guest, Hints, Dict[str, int]]:
+        """Migrate with memory that was written and freed; the guest verifies what it keeps.
+
+        Returns the guest, what became of its hints, and where its free memory was before.
+        """
         workload.dirty_and_free(guest, MEM_MIB // 2)
         workload.stamp(guest, 32)
-        free = workload.free_told_bytes(guest)
+        free = {
+            "free_told_bytes": workload.free_told_bytes(guest),
+            "free_bytes_on_cpus": bytes_on_cpus(guest),
+        }
         there = self._lab.incoming(guest.spec, f"{guest.name}-destination")
         result = migrate(guest, there, WITH_HINTS)
         assert_intact(there)
@@ -96,10 +123,10 @@ def speaks_arrays(guest: Guest) -> bool:
     return arrays
 
 
-def told(hints: Hints, free: int) -> Dict[str, int]:
+def told(hints: Hints, free: Dict[str, int]) -> Dict[str, int]:
     """What a migration measured."""
     return {
-        "free_told_bytes": free,
+        **free,
         "messages": hints.messages,
         "blocks": hints.blocks,
         "hinted_bytes": hints.hinted_bytes,
@@ -172,6 +199,9 @@ def test_migrates_with_arrays_then_purged_with_blocks(
     measured["arrays"] = told(hints, free)
     assert hints.messages < hints.blocks / 10
     assert int(guest.agent.run("cat /sys/kernel/debug/virtio_balloon_hint/*/reports")) == 1
+    for times in range(3):
+        workload.dirty_and_free(guest, MEM_MIB // 2)
+        measured[f"drained-{times}"] = drain_a_cpu(guest)
 
     guest.agent.run(f"DEBIAN_FRONTEND=noninteractive apt-get -q -y purge {PACKAGE}", PATIENCE)
     debian.power_off(guest)
@@ -206,12 +236,67 @@ def test_driver_can_be_unloaded_while_inflated(debian: Debian) -> None:
     assert_intact(guest, "kept")
 
 
+def bytes_on_cpus(guest: Guest) -> int:
+    """The free memory that is in the CPUs' own lists, where the package's walk cannot find it."""
+    counts = re.findall(r"^ +count: +(\d+)$", guest.agent.run("cat /proc/zoneinfo"), re.MULTILINE)
+    return sum(map(int, counts)) * workload.PAGE_BYTES
+
+
+def drain_a_cpu(guest: Guest) -> Dict[str, int]:
+    """How much more there is to hint when CPU 1 has gone offline, and its lists with it."""
+    on_cpus, free = bytes_on_cpus(guest), workload.free_told_bytes(guest)
+    guest.agent.run("echo 0 > /sys/devices/system/cpu/cpu1/online")
+    measured = {
+        "on_cpus_bytes": on_cpus,
+        "left_there_bytes": bytes_on_cpus(guest),
+        "more_to_hint_bytes": workload.free_told_bytes(guest) - free,
+    }
+    guest.agent.run("echo 1 > /sys/devices/system/cpu/cpu1/online")
+    return measured
+
+
+def put(guest: Guest, data: bytes, file: str) -> None:
+    """Write a small file in the guest."""
+    guest.agent.run(f"echo {base64.b64encode(data).decode()} | base64 -d > {file}")
+
+
+def openssl(*arguments: str) -> bytes:
+    """What openssl prints."""
+    return subprocess.run(["openssl", *arguments], stdout=subprocess.PIPE, check=True).stdout
+
+
+def assert_fell_back(guest: Guest) -> None:
+    """The kernel's own driver is used, and one line says why."""
+    assert not speaks_arrays(guest)
+    lines = guest.agent.run("dmesg | grep free-page-hint").splitlines()
+    assert len(lines) == 1 and "own balloon driver is used" in lines[0], lines
+
+
+def test_secure_boot_takes_modules_of_a_trusted_key(debian: Debian) -> None:
+    """With Secure Boot, the stock driver is used until DKMS signs with a key that is trusted."""
+    if not (FIRMWARE.exists() and KEY.exists()):
+        pytest.skip("the firmware for Secure Boot is missing: make deps")
+    with disk_copy(VARIABLES, paths.cache_dir()) as variables:
+        guest = debian.boot(variables=variables)
+        # The premise: this is what Debian's kernels do then.
+        assert "[integrity]" in guest.agent.run("cat /sys/kernel/security/lockdown")
+        assert_fell_back(guest)
+
+        put(guest, openssl("pkey", "-in", str(KEY), "-passin", "pass:snakeoil"), "/root/key")
+        put(guest, openssl("x509", "-in", str(CERTIFICATE), "-outform", "DER"), "/root/key.der")
+        settings = b"mok_signing_key=/root/key\nmok_certificate=/root/key.der\n"
+        put(guest, settings, "/etc/dkms/framework.conf.d/key.conf")
+        guest.agent.run(f"dpkg-reconfigure -f noninteractive {PACKAGE}", PATIENCE)
+        guest.agent.run("modprobe -r virtio_balloon && modprobe virtio_balloon")
+        assert speaks_arrays(guest)
+        assert "[integrity]" in guest.agent.run("cat /sys/kernel/security/lockdown")
+        debian.power_off(guest)
+
+
 def test_kernel_that_refuses_the_signature_uses_its_own_driver(debian: Debian) -> None:
     """Where only trusted signatures count, the stock driver is loaded, and one line says why."""
     guest = debian.boot("module.sig_enforce=1")
     assert guest.agent.run("cat /sys/module/module/parameters/sig_enforce").strip() == "Y"
-    assert not speaks_arrays(guest)
-    lines = guest.agent.run("dmesg | grep free-page-hint").splitlines()
-    assert len(lines) == 1 and "own balloon driver is used" in lines[0], lines
+    assert_fell_back(guest)
     balloon_to(guest, MEM_MIB // 2)
     debian.power_off(guest)

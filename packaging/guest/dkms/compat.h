@@ -10,7 +10,7 @@
 #include <linux/minmax.h>
 #include <linux/mmzone.h>
 
-/* Before 6.8. MAX_ORDER was one more then. */
+/* Before 6.8. Up to 6.3, and there is no line in between here, MAX_ORDER is one more. */
 #ifndef MAX_PAGE_ORDER
 #define MAX_PAGE_ORDER	(MAX_ORDER - 1)
 #endif
