@@ -24,7 +24,8 @@ BASES = $(foreach base,$(BASE),$(or $(patsubst %/patches/$(base),%=$(base),$(wil
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests guest-deb trial-deb host-source run migrate demo \
-	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches clean distclean
+	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches baselines \
+	clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [JOBS=n] [FPH_CACHE=dir]"
@@ -143,6 +144,9 @@ patches: fetch ## export both series for git am: out/patches; those for other ve
 check-patches: fetch ## git am and checkpatch of every patch, and a build at each: BASE="10.2 7.3"
 	@$(if $(BASES),scripts/fetch $(subst kernel=,linux=,$(BASES)))
 	@scripts/check-patches --build $(BASES)
+
+baselines: deps images ## build and test the other versions of QEMU and Linux, and moves between them
+	@scripts/baselines
 
 clean: ## remove the output of runs (out/)
 	rm -rf out .pytest_cache
