@@ -17,10 +17,15 @@ SHELL_FILES = scripts/common.sh scripts/suites.sh scripts/packages.sh packaging/
 	packaging/guest/dkms/dkms.conf packaging/trial/debian/qemu-system-x86-fph.postinst \
 	$(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 
+# The trees that the series of BASE are of: qemu=10.2 kernel=7.3
+BASES = $(foreach base,$(BASE),$(or $(patsubst %/patches/$(base),%=$(base),$(wildcard qemu/patches/$(base) \
+	kernel/patches/$(base))),$(error there are no patches for $(base): see qemu/patches and kernel/patches)))
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source release run migrate demo \
-	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches clean distclean
+	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches baselines \
+	clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [JOBS=n] [FPH_CACHE=dir]"
@@ -139,11 +144,16 @@ lint: deps ## check the style of scripts and Python code
 	@pylint --score=n $(PYTHON_FILES)
 	@echo "lint: clean"
 
-patches: fetch ## export both series for git am: out/patches
-	@scripts/export-patches out/patches
+patches: fetch ## export both series for git am: out/patches; those for other versions: BASE="10.2 7.3"
+	@$(if $(BASES),scripts/fetch $(subst kernel=,linux=,$(BASES)))
+	@scripts/export-patches out/patches $(BASES)
 
-check-patches: fetch ## git am and checkpatch of every patch, and a build at each
-	@scripts/check-patches --build
+check-patches: fetch ## git am and checkpatch of every patch, and a build at each: BASE="10.2 7.3"
+	@$(if $(BASES),scripts/fetch $(subst kernel=,linux=,$(BASES)))
+	@scripts/check-patches --build $(BASES)
+
+baselines: deps images ## build and test the other versions of QEMU and Linux, and moves between them
+	@scripts/baselines
 
 clean: ## remove the output of runs (out/)
 	rm -rf out .pytest_cache

@@ -71,11 +71,41 @@ lock() {
     }
 }
 
-# source_dir qemu|linux: the pristine tree that fetch left in the cache.
+# What is meant if no series of versions is named.
+declare -A DEFAULT_SERIES=([qemu]=10.0 [linux]=6.12 [kernel]=6.12)
+
+# with_series NAME qemu|linux|kernel SERIES: NAME-SERIES, or just NAME for the default series, or if
+# SERIES is empty.
+with_series() {
+    case $3 in
+    '' | "${DEFAULT_SERIES[$2]}") echo "$1" ;;
+    *) echo "$1-$3" ;;
+    esac
+}
+
+# split_series qemu|linux|kernel[=SERIES]: set $name and $series (empty: the default one); fails if it
+# is none of these.
+split_series() {
+    [[ $1 =~ ^(qemu|linux|kernel)(=([0-9]+\.[0-9]+))?$ ]] || return 1
+    # shellcheck disable=SC2034 # for the caller
+    name=${BASH_REMATCH[1]} series=${BASH_REMATCH[3]}
+}
+
+# split_variant qemu|kernel VARIANT[-SERIES] VARIANTS: set $variant, $series (empty: the default one)
+# and $build, the name of the build; fails if it is none of VARIANTS (a pattern).
+split_variant() {
+    [[ $2 =~ ^($3)(-([0-9]+\.[0-9]+))?$ ]] || return 1
+    # shellcheck disable=SC2034 # for the caller
+    variant=${BASH_REMATCH[1]} series=${BASH_REMATCH[3]}
+    # shellcheck disable=SC2034
+    build=$(with_series "$variant" "$1" "$series")
+}
+
+# source_dir qemu|linux [SERIES]: the pristine tree that fetch left in the cache.
 source_dir() {
     local dir
-    dir=$(readlink -e "$FPH_CACHE/src/$1") ||
-        die "no $1 source in $FPH_CACHE/src: run scripts/fetch $1"
+    dir=$(readlink -e "$FPH_CACHE/src/$(with_series "$1" "$1" "${2:-}")") ||
+        die "no $1${2:+ $2} source in $FPH_CACHE/src: run scripts/fetch $1${2:+=$2}"
     echo "$dir"
 }
 
@@ -143,6 +173,27 @@ new_files() {
 content_hash() {
     (cd "$REPO" && find "$@" -type f -print0 | LC_ALL=C sort -z | xargs -0r sha256sum) |
         sha256sum | cut -c1-32
+}
+
+# overlay_hash qemu|kernel TREE PATH...: the hash of an overlay, as it is for the version of TREE, and
+# of other files. What is changed for one version leaves the builds of others alone.
+overlay_hash() {
+    local patches
+    patches=$(patches_dir "$1" "$2")
+    content_hash "$1" "${@:3}" \( -not -path "$1/patches/*" -o -path "${patches#"$REPO"/}/*" \)
+}
+
+# mirror_of SUITE Packages|Sources: where apt gets them from; fails if it is not configured to.
+mirror_of() {
+    # shellcheck disable=SC2016 # apt expands these
+    apt-get indextargets --no-release-info --format '$(RELEASE) $(COMPONENT) $(CREATED_BY) $(REPO_URI)' |
+        sed -n "s/^$1 main $2 //p" | grep -m 1 .
+}
+
+# apt_entry "deb|deb-src ..." MIRROR "SUITE ...": a stanza for apt's lists of sources.
+apt_entry() {
+    printf 'Types: %s\nURIs: %s\nSuites: %s\nComponents: main\nSigned-By: %s\n\n' \
+        "$1" "$2" "$3" /usr/share/keyrings/debian-archive-keyring.gpg
 }
 
 # start_build DIR: make DIR/build and an empty DIR/build.log. What a killed run left half-written is

@@ -3,19 +3,12 @@
 # this machine's, without a change to the machine's own. Needs no root.
 # shellcheck shell=bash
 
-# archive_of SUITE: where this machine's apt gets main of a suite of its own from.
-archive_of() {
-    # shellcheck disable=SC2016 # apt expands these
-    apt-get indextargets --no-release-info --format '$(RELEASE) $(COMPONENT) $(CREATED_BY) $(REPO_URI)' |
-        sed -n "s/^$1 main Packages //p" | grep -m 1 .
-}
-
 # suite_entry SUITE: a line for sources.list. The mirror is the one of bookworm, or of its security
 # updates.
 suite_entry() {
     local mine=bookworm archive
     [[ $1 != *-security ]] || mine=bookworm-security
-    archive=$(archive_of $mine) || die "apt has no entry for $mine main: add Debian's own to /etc/apt first"
+    archive=$(mirror_of $mine Packages) || die "apt has no entry for $mine main: add Debian's own to /etc/apt first"
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive $1 main"
 }
 

@@ -26,6 +26,8 @@
 #include <linux/spinlock.h>
 #include <linux/timekeeping.h>
 
+#include "free_page_hint_compat.h"
+
 #define CREATE_TRACE_POINTS
 #include <trace/events/free_page_hint.h>
 

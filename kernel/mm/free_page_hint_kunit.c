@@ -30,6 +30,8 @@
 #include <linux/vmalloc.h>
 #include <linux/vmstat.h>
 
+#include "free_page_hint_compat.h"
+
 #define TRIES	50
 
 /* A set of blocks, in the order in which they were found. */
@@ -470,8 +472,7 @@ static void never_tells_isolated_blocks(struct kunit *test)
 		pfn = page_to_pfn(page);
 		mt = get_pageblock_migratetype(page);
 		__free_pages(page, MAX_PAGE_ORDER);
-		if (start_isolate_page_range(pfn, pfn + MAX_ORDER_NR_PAGES, mt,
-					     0, GFP_KERNEL))
+		if (isolate_range(pfn, pfn + MAX_ORDER_NR_PAGES, mt))
 			continue;
 
 		/* It may have been split into blocks of a migrate type each. */
@@ -486,7 +487,7 @@ static void never_tells_isolated_blocks(struct kunit *test)
 							  page,
 							  MAX_PAGE_ORDER));
 		}
-		undo_isolate_page_range(pfn, pfn + MAX_ORDER_NR_PAGES, mt);
+		undo_isolate_range(pfn, pfn + MAX_ORDER_NR_PAGES, mt);
 	}
 
 	KUNIT_EXPECT_TRUE(test, was_free);

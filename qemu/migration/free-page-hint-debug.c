@@ -19,6 +19,7 @@
 #include "qemu/error-report.h"
 #include "qemu/rcu.h"
 #include "exec/target_page.h"
+#include "migration/misc.h"
 #include "free-page-hint.h"
 #include "free-page-hint-debug.h"
 #include "migration.h"

@@ -7,7 +7,7 @@
 #ifndef QEMU_MIGRATION_FREE_PAGE_HINT_DEBUG_H
 #define QEMU_MIGRATION_FREE_PAGE_HINT_DEBUG_H
 
-#include "exec/ramblock.h"
+#include "migration/free-page-hint-compat.h"
 
 /*
  * For tests only: --extra-cflags=-DFREE_PAGE_HINT_DEBUG=1.  It reads all RAM

@@ -15,7 +15,7 @@
 
 #include "qemu/bitops.h"
 #include "qapi/qapi-types-migration.h"
-#include "exec/ramblock.h"
+#include "migration/free-page-hint-compat.h"
 #include "migration/free-page-hint-provider.h"
 #include "free-page-hint-ram.h"
 

@@ -5,7 +5,7 @@
 #ifndef QEMU_MIGRATION_RAM_EMPTY_H
 #define QEMU_MIGRATION_RAM_EMPTY_H
 
-#include "exec/ramblock.h"
+#include "migration/free-page-hint-compat.h"
 
 /*
  * Make all RAM that is about to be loaded read as zero.

@@ -12,6 +12,8 @@ from livemig.spec import MigrationSpec
 
 TIMEOUT_SECONDS = 300
 ENDED = ("completed", "failed", "cancelled")
+# Since QEMU 10.2, the first is the state until the destination has loaded its devices.
+POSTCOPY = ("postcopy-device", "postcopy-active")
 
 
 def _fields(cls: Any, data: Mapping[str, Any]) -> Any:

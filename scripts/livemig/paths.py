@@ -4,7 +4,8 @@
 FPH_QEMU and FPH_KERNEL name builds to be used in the place of ours: FPH_QEMU=debug runs all tests
 with sanitizers, FPH_KERNEL=debug with a guest kernel that checks itself. FPH_GUEST_KERNEL is the
 path of any other guest kernel to be used in the place of ours; a modules.cpio.gz beside it goes
-behind the initramfs.
+behind the initramfs. With FPH_QEMU_SERIES=10.2 (FPH_KERNEL_SERIES=7.3) all builds are those for
+that series of versions, such as ours-10.2.
 """
 
 import os
@@ -18,6 +19,8 @@ REPO = Path(__file__).resolve().parents[2]
 OUT = REPO / "out"
 
 BUILDS = ("ours", "stock")
+# What is built for each series of versions.
+FOR_SERIES = (*BUILDS, "debug")
 
 # In a bzImage, see Documentation/arch/x86/boot.rst of Linux: a magic number, flags of which the
 # lowest says that it is no zImage, and flags of which the lowest says that it has 64 bits.
@@ -42,15 +45,25 @@ def require(path: Path, make_it: str) -> Path:
     return path
 
 
-def _in_place_of_ours(build: str, variable: str) -> str:
-    return os.environ.get(variable) or build if build == "ours" else build
+def _chosen(build: str, variable: str) -> str:
+    """What the environment has in the place of a build."""
+    build = os.environ.get(variable) or build if build == "ours" else build
+    series = os.environ.get(f"{variable}_SERIES")
+    return f"{build}-{series}" if series and build in FOR_SERIES else build
+
+
+def qemu_file(build: str, *name: str) -> Path:
+    """A file of a QEMU's build: 'ours', 'stock', or 'debug', which is ours with all checks.
+
+    These are for the default series of versions; 'ours-10.2' is for another one.
+    """
+    build = _chosen(build, "FPH_QEMU")
+    return require(cache_dir().joinpath(f"qemu-{build}", *name), f"scripts/build-qemu {build}")
 
 
 def qemu_binary(build: str) -> Path:
-    """The QEMU of a build: 'ours', 'stock', or 'debug', which is ours with all checks."""
-    build = _in_place_of_ours(build, "FPH_QEMU")
-    path = cache_dir() / f"qemu-{build}" / "bin" / "qemu-system-x86_64"
-    return require(path, f"scripts/build-qemu {build}")
+    """The QEMU of a build."""
+    return qemu_file(build, "bin", "qemu-system-x86_64")
 
 
 def guest_kernel() -> Optional[Path]:
@@ -79,12 +92,12 @@ def kernel_image(build: str) -> Path:
     """The guest kernel of a build.
 
     It is 'ours', 'stock', 'debug', which is ours with all checks, 'kvm' and 'kvm-stock', which run
-    without user space, or 'debian', Debian's own.
+    without user space, or 'debian', Debian's own; and 'ours-7.3' for another series of versions.
     """
     other = guest_kernel()
     if build == "ours" and other:
         return other
-    build = _in_place_of_ours(build, "FPH_KERNEL")
+    build = _chosen(build, "FPH_KERNEL")
     make_it = "make-other-guests" if build == "debian" else f"build-kernel {build}"
     image = "vmlinux" if build.startswith("kvm") else "bzImage"
     return require(cache_dir() / f"kernel-{build}" / image, f"scripts/{make_it}")
@@ -94,7 +107,7 @@ def is_quick(kernel: str) -> bool:
     """Whether a kernel boots in seconds: not if it checks itself, is interpreted, or is unknown."""
     if kernel == "ours" and guest_kernel():
         return False
-    return _in_place_of_ours(kernel, "FPH_KERNEL") not in ("debug", "kvm", "kvm-stock")
+    return _chosen(kernel, "FPH_KERNEL").split("-")[0] not in ("debug", "kvm")
 
 
 def initramfs() -> Path:

@@ -21,7 +21,7 @@ from oracle import Oracle
 from livemig import kvm, memory, paths, workload
 from livemig.baremetal import trouble_with_kvm
 from livemig.guest import Guest
-from livemig.migration import MigrationResult, finish, query, start
+from livemig.migration import POSTCOPY, MigrationResult, finish, query, start
 from livemig.spec import GuestSpec
 
 MIB = 1 << 20
@@ -272,7 +272,7 @@ class Resident:
         # Nobody waits for the answer: its word is nobody's.
         self.there.agent.send(f"unheard dirtyfree {TAKEN_BACK_MIB}")
         while hints and not hints_of(query(self.here)).requested_bytes:
-            assert query(self.here).status == "postcopy-active"
+            assert query(self.here).status in POSTCOPY
             time.sleep(0.1)
         self.here.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
         result = finish(self.here, self.there)

@@ -16,9 +16,12 @@ import pytest
 from conftest import Lab
 from metal import HELD, Metal, held, hints_now, metal, tcg_at_least, wait_ended
 
+from livemig import paths
 from livemig.baremetal import MIB, PAGE, Balloon
+from livemig.errors import MissingArtifact
 from livemig.guest import Guest
-from livemig.migration import MigrationResult, finish, query, set_capabilities, start, status_is
+from livemig.migration import POSTCOPY, MigrationResult, finish, query, set_capabilities, start
+from livemig.migration import status_is
 from livemig.spec import MigrationSpec
 
 MEM_MIB = 256
@@ -34,7 +37,15 @@ USED_PAGES = 48
 WRITTEN = FREE + 64 * MIB
 WRITTEN_PAGES = 256
 
-PREEMPT = {"plain": False, "preempt": True}
+# Capabilities on both sides.
+WAYS = {
+    "plain": {},
+    "preempt": {"postcopy-preempt": True},
+    "multifd": {"multifd": True},
+    "multifd-preempt": {"multifd": True, "postcopy-preempt": True},
+}
+# Has multifd with postcopy.
+MULTIFD_QEMU = "ours-10.2"
 
 
 @dataclass
@@ -62,10 +73,10 @@ class Switched:
         return Path(self.guest.files[1]).stat().st_blocks * 512 // PAGE
 
 
-def _spec(preempt: bool, absent: bool = False) -> MigrationSpec:
+def _spec(way: str, absent: bool = False) -> MigrationSpec:
     return replace(
         held(free_page_hint=not absent, skip_absent_pages=absent),
-        common={"postcopy-ram": True, "postcopy-preempt": preempt},
+        common={"postcopy-ram": True, **WAYS[way]},
     ).with_parameters(max_postcopy_bandwidth=HELD)
 
 
@@ -78,7 +89,7 @@ def _hint(guest: Metal) -> None:
 
 @contextlib.contextmanager
 def switched(
-    lab: Lab, accel: str, preempt: bool, absent: bool = False, **changes: Any
+    lab: Lab, accel: str, way: str, absent: bool = False, **changes: Any
 ) -> Iterator[Switched]:
     """A guest whose free memory was hinted, all of it full of data, switched over in round 1.
 
@@ -90,7 +101,7 @@ def switched(
         guest.machine.stamp(KEPT, KEPT_PAGES, 2)
         there = guest.source.spec.but(mem_file=guest.files[1])
         destination = lab.incoming(there, "destination")
-        start(guest.source, destination, _spec(preempt, absent))
+        start(guest.source, destination, _spec(way, absent))
         if absent:
             wait_ended(guest.source)
             found = query(guest.source).absent
@@ -106,7 +117,7 @@ def switched(
         yield Switched(guest, destination, before)
 
 
-each_way = pytest.mark.parametrize("way", PREEMPT)
+each_way = pytest.mark.parametrize("way", ["plain", "preempt"])
 each_source = pytest.mark.parametrize("absent", [False, True], ids=["hinted", "absent"])
 
 
@@ -117,7 +128,7 @@ def test_nobody_asks(
     lab: Lab, measured: Dict[str, Any], accel: str, way: str, absent: bool
 ) -> None:
     """Hinted pages that nobody asks for are not sent, and not populated; all others arrive."""
-    with switched(lab, accel, PREEMPT[way], absent) as there:
+    with switched(lab, accel, way, absent) as there:
         result = there.let_go()
         hints = hints_now(there.guest.source)
         resident = there.resident_pages()
@@ -139,14 +150,14 @@ def test_asked_for(lab: Lab, measured: Dict[str, Any], accel: str, way: str, abs
 
     A hinted page that was written before the switch comes with what was written.
     """
-    with switched(lab, accel, PREEMPT[way], absent) as there:
+    with switched(lab, accel, way, absent) as there:
         machine = there.guest.machine
         for page in range(0, USED_PAGES, 16):
             assert machine.read(FREE + page * PAGE, 2) == [0, 0]
         machine.stamp(FREE, USED_PAGES, 5)
         assert machine.wrong_pages(WRITTEN, WRITTEN_PAGES, 3) == 0
         # The premise: postcopy is far from its end.
-        assert query(there.guest.source).status == "postcopy-active"
+        assert query(there.guest.source).status in POSTCOPY
         hints = hints_now(there.guest.source)
         assert hints.requested_bytes == USED_PAGES * PAGE
         result = there.let_go()
@@ -159,10 +170,37 @@ def test_asked_for(lab: Lab, measured: Dict[str, Any], accel: str, way: str, abs
 
 
 @tcg_at_least
+@pytest.mark.parametrize("way", ["multifd", "multifd-preempt"])
+def test_asked_for_with_multifd(lab: Lab, measured: Dict[str, Any], accel: str, way: str) -> None:
+    """Also where multifd has sent the rest, a hinted page that is asked for comes as zeros.
+
+    It has contents at the source, and multifd looks for zeros itself, as long as it sends.
+    """
+    try:
+        paths.qemu_binary(MULTIFD_QEMU)
+    except MissingArtifact as err:
+        pytest.skip(str(err))
+    with switched(lab, accel, way, qemu=MULTIFD_QEMU) as there:
+        machine = there.guest.machine
+        for page in range(0, USED_PAGES, 16):
+            assert machine.read(FREE + page * PAGE, 2) == [0, 0]
+        machine.stamp(FREE, USED_PAGES, 5)
+        assert machine.wrong_pages(WRITTEN, WRITTEN_PAGES, 3) == 0
+        assert hints_now(there.guest.source).requested_bytes == USED_PAGES * PAGE
+        result = there.let_go()
+        # The premise: multifd had a part in it.
+        measured["multifd"] = result.raw["ram"]["multifd-bytes"]
+        assert measured["multifd"] > 0
+        assert machine.wrong_pages(FREE, USED_PAGES, 5) == 0
+        assert machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
+        assert machine.read(FREE + USED_PAGES * PAGE, 2) == [0, 0]
+
+
+@tcg_at_least
 @each_way
 def test_asked_for_at_the_end(lab: Lab, measured: Dict[str, Any], accel: str, way: str) -> None:
     """A guest that uses hinted pages while postcopy ends is not left waiting, nor is postcopy."""
-    with switched(lab, accel, PREEMPT[way]) as there:
+    with switched(lab, accel, way) as there:
         machine = there.guest.machine
         using = machine.start("stamp", FREE, FREE_PAGES // 2, 6)
         while hints_now(there.guest.source).requested_bytes == 0:
@@ -185,7 +223,7 @@ def test_asked_for_around_a_cut_link(
     lab: Lab, measured: Dict[str, Any], accel: str, way: str, absent: bool
 ) -> None:
     """After a cut link, hinted pages still come when they are asked for, and only then."""
-    with switched(lab, accel, PREEMPT[way], absent) as there:
+    with switched(lab, accel, way, absent) as there:
         source, destination = there.guest.source, there.destination
         machine = there.guest.machine
         machine.stamp(FREE, USED_PAGES, 5)
@@ -227,7 +265,7 @@ def test_stock_destination(lab: Lab, accel: str, way: str) -> None:
             qemu="stock", mem_file=guest.files[1], trace=None, balloon=f"{blocks},iothread=hints"
         )
         destination = lab.incoming(stock, "destination")
-        start(guest.source, destination, _spec(PREEMPT[way]))
+        start(guest.source, destination, _spec(way))
         cmd_id = guest.balloon.wait_asked()
         guest.balloon.send_command(cmd_id)
         guest.balloon.send_block(FREE, FREE_PAGES * PAGE)
@@ -289,7 +327,7 @@ def test_asked_for_by_a_device(lab: Lab, measured: Dict[str, Any], accel: str) -
         guest.balloon.set(Balloon.QUEUE_PAGE, FREE // PAGE)
         destination = lab.incoming(source.spec.but(mem_file=guest.files[1]), "destination")
         relay = SlowWayBack(lab.logs / "relay", lab.logs / "there")
-        spec = _spec(False)
+        spec = _spec("plain")
         for side in (source, destination):
             set_capabilities(side, {"events": True, **spec.common})
         destination.qmp("migrate-incoming", uri=f"unix:{lab.logs}/there")
@@ -298,13 +336,13 @@ def test_asked_for_by_a_device(lab: Lab, measured: Dict[str, Any], accel: str) -
         _hint(guest)
         relay.open.clear()
         source.qmp("migrate-start-postcopy")
-        source.wait_event(status_is("postcopy-active"), "postcopy", 60)
+        source.wait_event(status_is(*POSTCOPY), "postcopy", 60)
         source.qmp("migrate-set-parameters", max_bandwidth=0, max_postcopy_bandwidth=0)
         # The premise: all is sent, for a while already, and the destination's answers are not here.
         while query(source).raw["ram"]["remaining"]:
             time.sleep(0.1)
         time.sleep(0.5)
-        assert query(source).status == "postcopy-active"
+        assert query(source).status in POSTCOPY
         assert hints_now(source).requested_bytes == 0
         relay.open.set()
         finish(source, destination, timeout=30)

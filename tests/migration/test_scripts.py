@@ -14,7 +14,7 @@ from typing import Any, Dict
 import pytest
 
 from livemig import control, demo, interactive, paths
-from livemig.errors import MigrationError
+from livemig.errors import MigrationError, MissingArtifact
 from livemig.spec import BLOCKS, GuestSpec
 
 SCRIPTS = paths.REPO / "scripts"
@@ -205,3 +205,56 @@ def test_export_spares_what_it_did_not_write(tmp_path: Path, mine: bool) -> None
     else:
         assert done.returncode != 0 and "choose another OUTDIR" in done.stderr
         assert kept.exists()
+
+
+SERIES = sorted(
+    (tree, patches.name)
+    for tree in ("qemu", "kernel")
+    for patches in (paths.REPO / tree / "patches").iterdir()
+)
+
+
+@pytest.mark.parametrize("tree, series", SERIES, ids=["-".join(pair) for pair in SERIES])
+def test_export_of_each_series(tmp_path: Path, tree: str, series: str) -> None:
+    """The patches for each series of versions apply, and all new files are in them."""
+    done = run("export-patches", str(tmp_path), f"{tree}={series}")
+    if "run scripts/fetch" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    (out,) = tmp_path.iterdir()
+    assert out.name in (tree, f"{tree}-{series}")
+    base, *names = (out / "series").read_text().splitlines()
+    assert f"-{series}." in base
+    hooks = [
+        line
+        for line in (paths.REPO / tree / "patches" / series / "series").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    assert len(names) == len(hooks) > 0
+    added = {
+        line
+        for name in names
+        for line in (out / name).read_text().splitlines()
+        if line.startswith("+++ b/")
+    }
+    ours = [path for path in (paths.REPO / tree).rglob("*.[ch]") if path.is_file()]
+    assert {f"+++ b/{path.relative_to(paths.REPO / tree)}" for path in ours} <= added
+
+
+def test_builds_of_a_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A series that the environment names is what tests run with, whatever stands in for ours."""
+    monkeypatch.setenv("FPH_CACHE", str(tmp_path))
+    monkeypatch.setenv("FPH_QEMU_SERIES", "10.2")
+    monkeypatch.setenv("FPH_KERNEL_SERIES", "7.3")
+    for stands_in in ("", "debug"):
+        monkeypatch.setenv("FPH_QEMU", stands_in)
+        for build in ("ours", "stock", "ours-9.9"):
+            expected = {"ours": f"{stands_in or 'ours'}-10.2", "stock": "stock-10.2"}.get(
+                build, build
+            )
+            with pytest.raises(MissingArtifact, match=f"run scripts/build-qemu {expected}$"):
+                paths.qemu_binary(build)
+    for build, made_by in (("ours", "build-kernel ours-7.3"), ("debian", "make-other-guests")):
+        with pytest.raises(MissingArtifact, match=f"run scripts/{made_by}$"):
+            paths.kernel_image(build)
+    assert paths.is_quick("ours") and not paths.is_quick("debug")

@@ -13,10 +13,7 @@ from livemig import paths
 @pytest.mark.parametrize("name", ["test-free-page-hint", "test-absent-pages"])
 def test_c_unit_tests_pass(measured: Dict[str, Any], name: str) -> None:
     """Every case of QEMU's unit tests of the pure parts passes."""
-    binary = paths.require(
-        paths.cache_dir() / "qemu-ours" / "build" / "tests" / "unit" / name,
-        "scripts/build-qemu ours",
-    )
+    binary = paths.qemu_file("ours", "build", "tests", "unit", name)
     done = subprocess.run(
         [binary, "--tap"], capture_output=True, text=True, timeout=300, check=False
     )
