@@ -2,12 +2,26 @@
 """The disks of a benchmark's guests. See bench/make-images."""
 
 import contextlib
-from typing import Iterator, Tuple
+from pathlib import Path
+from typing import ContextManager, Iterator, Tuple
 
 from livebench.workloads import Workload
 from livemig import paths
 from livemig.disk import disk_copy
+from livemig.errors import LivemigError, NotPossibleHere
 from livemig.spec import GuestSpec
+from livemig.stockguest import stock_disk, stock_software
+
+
+def _system(suite: str, packaged: bool) -> ContextManager[Path]:
+    """A copy of a Debian guest's disk, with or without the guest package.
+
+    Raises NotPossibleHere if there is none: making them takes root.
+    """
+    try:
+        return disk_copy(paths.packaged_guest(suite)) if packaged else stock_disk(suite)
+    except LivemigError as err:
+        raise NotPossibleHere(str(err)) from err
 
 
 @contextlib.contextmanager
@@ -16,6 +30,10 @@ def attached(spec: GuestSpec, workload: Workload) -> Iterator[GuestSpec]:
     with contextlib.ExitStack() as stack:
         if workload.debian:
             spec = spec.but(disk=stack.enter_context(disk_copy(paths.debian_image())))
+        if workload.suite:
+            disk = stack.enter_context(_system(workload.suite, spec.kernel == "ours"))
+            words = " ".join(spec.cmdline)
+            spec = spec.but(software=stock_software(workload.suite, disk, cmdline=words))
         if workload.data_disk:
             image = paths.require(
                 paths.cache_dir() / "bench" / workload.data_disk, "bench/make-images"

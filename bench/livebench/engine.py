@@ -139,7 +139,7 @@ def _booted(scenario: Scenario, mode: Mode, logs: Path) -> Iterator[List[Pair]]:
             source = kind(launched, f"source-{number}", logs=logs, listener=console.listener())
             pairs.append(Pair(own, stack.enter_context(source), console, room))
         for pair in pairs:
-            pair.source.wait_ready()
+            pair.source.wait_ready(scenario.workload.boot_seconds)
         for pair in pairs:
             scenario.workload.prepare(pair.source)
         for number, pair in enumerate(pairs):
@@ -184,6 +184,7 @@ def guest_facts(guest: Guest) -> Dict[str, Any]:
         "free_max_order_mib": blocks[-1] * workload.MAX_ORDER_PAGES // 256,
         "meminfo_mib": {key: info[key] for key in ("MemTotal", "MemFree", "MemAvailable")},
         "hint": {line.split()[0]: int(line.split()[1]) for line in files.split("\n") if line},
+        "kernel": guest.agent.run("uname -r").strip(),
         "clocksource": guest.agent.run(f"cat {CLOCKSOURCE}").strip(),
     }
 

@@ -55,6 +55,7 @@ CHAPTERS = (
     Chapter(
         "zeroing", "Guests that zero what they allocate", lambda s: s.get("init_on_alloc"), log=True
     ),
+    Chapter("package", "Debian, without and with the guest package", _workload("bookworm")),
     Chapter("alternate", "Every second page is absent", _workload("alternate"), log=True),
     Chapter("swapped", "Memory that the host has swapped out", lambda s: s.get("swapped")),
 )

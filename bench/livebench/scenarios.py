@@ -13,6 +13,7 @@ from livebench.workloads import (
     SYSBENCH,
     AllocLoop,
     Alternate,
+    Bookworm,
     Compile,
     Fragmented,
     Freed,
@@ -150,7 +151,7 @@ class Scenario:
         # A look at a page of a memfd makes one, and QEMU looks at all.
         whole = self.mem_mib + QEMU_MIB
         there = whole if self.backend == "memfd" else self.workload.host_mib(self.mem_mib)
-        here = whole if self.init_on_alloc else there
+        here = whole if self.init_on_alloc or self.workload.suite else there
         return self.guests * here, self.guests * there
 
     def but(self, mem_mib: Optional[int], vcpus: Optional[int]) -> "Scenario":
@@ -291,6 +292,20 @@ def _declared() -> Iterator[Scenario]:
             init_on_alloc=True,
             targets=targets if gib == 2 else (),
         )
+
+    # And a guest that people have, without and with the guest package.
+    yield Scenario(
+        Bookworm(),
+        ("legacy", "stock-hints", "array", "absent", "array-absent"),
+        runs=3,
+        mem_mib=4 * GIB,
+        vcpus=2,
+        targets=(
+            Target(0.5, "stock-hints"),
+            Target(0, metric="redirtied_mib"),
+            Target(16, metric="rss_source_growth_mib"),
+        ),
+    )
 
     yield from _absent()
 

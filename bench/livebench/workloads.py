@@ -10,7 +10,7 @@ from livebench.console import Console
 from livebench.throughput import Point, Span
 from livemig import workload
 from livemig.errors import GuestError
-from livemig.guest import Guest
+from livemig.guest import BOOT_SECONDS, Guest
 
 # Stamped in each guest before the migration, so that there is something to lose.
 STAMP_MIB = 16
@@ -33,6 +33,10 @@ class Workload:
 
     # Boots Debian from its disk, in place of busybox.
     debian: ClassVar[bool] = False
+    # A Debian with its own kernel, as people have it (scripts/make-stock-guest). Where the mode's
+    # kernel is ours, the guest package is in it (bench/make-packaged-guest).
+    suite: ClassVar[str] = ""
+    boot_seconds: ClassVar[int] = BOOT_SECONDS
     # One of the disks that bench/make-images makes; the guest writes to it or not.
     data_disk: ClassVar[str] = ""
     data_writable: ClassVar[bool] = False
@@ -59,7 +63,7 @@ class Workload:
 
     def host_mib(self, mem_mib: int) -> int:
         """The host's memory that a source, or a destination without hints, needs at most."""
-        debian = DEBIAN_MIB if self.debian else 0
+        debian = DEBIAN_MIB if self.debian or self.suite else 0
         most = STAMP_MIB + self.used_mib(mem_mib) + debian + int(mem_mib * MEMMAP_SHARE)
         return min(most, mem_mib) + QEMU_MIB
 
@@ -83,6 +87,29 @@ class Workload:
 
 
 Idle = Workload
+
+
+@dataclass(frozen=True)
+class Bookworm(Workload):
+    """Debian 12 has booted and is idle; its kernel zeroes what it allocates."""
+
+    suite: ClassVar[str] = "bookworm"
+    boot_seconds: ClassVar[int] = 600
+    guess: ClassVar[int] = 90
+
+    @property
+    def name(self) -> str:
+        return self.suite
+
+    @property
+    def about(self) -> str:
+        return f"Debian {self.suite} as it comes, idle after boot"
+
+    def prepare(self, guest: Guest) -> None:
+        # Whether well or not: something can have failed that is not ours.
+        guest.agent.run("systemctl is-system-running --wait || :", self.boot_seconds)
+        guest.agent.run("udevadm settle --timeout 300", self.boot_seconds)
+        super().prepare(guest)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,13 @@ def version() -> str:
     return (REPO / "VERSION").read_text(encoding="ascii").strip()
 
 
+def packaged_guest(suite: str) -> Path:
+    """The disk of such a guest with the guest package in it."""
+    made = cache_dir() / "bench" / f"{suite}-package.ext4"
+    require(made.with_suffix(".stamp"), f"bench/make-packaged-guest {suite}")
+    return made
+
+
 def guest_deb() -> Path:
     """The guest package."""
     name = f"free-page-hint-dkms_{version()}_all.deb"

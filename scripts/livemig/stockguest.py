@@ -5,7 +5,7 @@ import contextlib
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import ContextManager, Iterator, Tuple
+from typing import ContextManager, Iterator, Optional, Tuple
 
 from livemig import paths
 from livemig.disk import disk_copy
@@ -44,10 +44,13 @@ def stock_disk(suite: str) -> ContextManager[Path]:
     return disk_copy(paths.stock_guest(suite) / "disk.ext4")
 
 
-def stock_software(suite: str, disk: Path, archive: Path, cmdline: str = "") -> Tuple[str, ...]:
+def stock_software(
+    suite: str, disk: Path, archive: Optional[Path] = None, cmdline: str = ""
+) -> Tuple[str, ...]:
     """What GuestSpec.software takes: a Debian guest on its disk.
 
-    Its kernel and initramfs are what is in its /boot; /dev/vdb is a disk that package_disk() made.
+    Its kernel and initramfs are what is in its /boot; /dev/vdb is the archive that package_disk()
+    made, if any.
     """
     made = paths.stock_guest(suite)
     return (
@@ -55,5 +58,5 @@ def stock_software(suite: str, disk: Path, archive: Path, cmdline: str = "") -> 
         # As any guest of tests: see Guest.
         *("-append", f"root=/dev/vda rw console=ttyS0 panic=-1 no_timer_check {cmdline}"),
         *_drive(disk, "root"),
-        *_drive(archive, "archive"),
+        *(_drive(archive, "archive") if archive else ()),
     )
