@@ -23,7 +23,7 @@ BASES = $(foreach base,$(BASE),$(or $(patsubst %/patches/$(base),%=$(base),$(wil
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source release run migrate demo \
+.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source host-deb release run migrate demo \
 	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches baselines \
 	clean distclean
 
@@ -85,6 +85,9 @@ trial-deb: qemu ## pack our QEMU, to try it beside Debian's: out/release
 
 host-source: fetch ## make Debian's QEMU source package with our series in it: out/release
 	@scripts/build-host-source
+
+host-deb: host-source ## build Debian's QEMU packages with our series in them: out/release
+	@scripts/build-host-deb
 
 release: guest-deb trial-deb host-source ## packages, the series with cover letters, checksums: out/release
 	@scripts/release

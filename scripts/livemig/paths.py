@@ -137,7 +137,7 @@ def stock_guest(suite: str) -> Path:
 
 
 def stock_host(suite: str) -> Path:
-    """The directory of a Debian host without a QEMU: see scripts/make-stock-host."""
+    """The directory of a Debian host: see scripts/make-stock-host."""
     made = require(cache_dir() / "images" / f"stock-host-{suite}" / "stamp", "make stock-hosts")
     return made.parent
 

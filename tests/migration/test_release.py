@@ -73,8 +73,8 @@ def test_release_is_complete(repo: Path) -> None:
     sums = (release / "SHA256SUMS").read_text("ascii")
     subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=release, check=True)
     listed = {line.split("  ")[1] for line in sums.splitlines()}
-    files = {str(path.relative_to(release)) for path in release.rglob("*") if path.is_file()}
-    assert files - listed == {"SHA256SUMS", "qemu-system-x86-fph_0.0.1_amd64.deb"}
+    there = {str(path.relative_to(release)) for path in release.rglob("*") if path.is_file()}
+    assert there - listed == {"SHA256SUMS", "qemu-system-x86-fph_0.0.1_amd64.deb"}
 
     bases = [
         path for tree in ("qemu", "kernel") for path in (paths.REPO / tree / "patches").iterdir()
@@ -86,7 +86,9 @@ def test_release_is_complete(repo: Path) -> None:
         cover = (series / "cover-letter").read_text("utf-8")
         assert f"[PATCH 00/{len(patches):02d}] " in cover
         assert re.match(r"From: .* <.*@.*>\nDate: .*\nSubject: ", cover)
-        assert re.search(r"^ \d+ files changed, \d+ insertions", cover, re.MULTILINE)
+        totals = re.findall(r"^ (\d+) files changed, \d+ insertions", cover, re.MULTILINE)
+        files = re.findall(r"^ (\S+) +\| \+\d+ -\d+$", cover, re.MULTILINE)
+        assert totals == [str(len(set(files)))] and len(set(files)) == len(files)
         for patch in patches:
             mail = patch.read_text("utf-8")
             subject = re.search(r"^Subject: \[PATCH\] (.*\n(?: .*\n)*)", mail, re.MULTILINE)
