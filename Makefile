@@ -90,6 +90,8 @@ host-deb: host-source ## build Debian's QEMU packages with our series in them: o
 	@scripts/build-host-deb
 
 release: guest-deb trial-deb host-source ## packages, the series with cover letters, checksums: out/release
+	@for base in $(patsubst qemu/patches/%,qemu=%,$(wildcard qemu/patches/*)) \
+		$(patsubst kernel/patches/%,linux=%,$(wildcard kernel/patches/*)); do scripts/fetch $$base || true; done
 	@scripts/release
 
 run: qemu kernel images ## run a guest and get its shell

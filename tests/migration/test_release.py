@@ -66,7 +66,10 @@ def run(repo: Path) -> "subprocess.CompletedProcess[str]":
 
 
 def test_release_is_complete(repo: Path) -> None:
-    """Each file of a release has its checksum, and each patch its line in a cover letter."""
+    """Each file of a release has its checksum, and each patch its line in a cover letter.
+
+    A series whose base is not there is left out, which is said.
+    """
     done = run(repo)
     assert done.returncode == 0, done.stderr
     release = repo / "out" / "release"
@@ -79,7 +82,13 @@ def test_release_is_complete(repo: Path) -> None:
     bases = [
         path for tree in ("qemu", "kernel") for path in (paths.REPO / tree / "patches").iterdir()
     ]
+    left_out = set(
+        re.findall(r"leaving the series for (\w+) ([\d.]+) out", done.stdout + done.stderr)
+    )
+    assert len(left_out) <= len(bases) - 2
     for base in bases:
+        if (base.parent.parent.name, base.name) in left_out:
+            continue
         series = release / f"series-{paths.version()}" / f"{base.parent.parent.name}-{base.name}"
         patches = sorted(series.glob("*.patch"))
         assert len(patches) == len(list(base.glob("*.patch")))
