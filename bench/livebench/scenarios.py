@@ -312,7 +312,7 @@ def _declared() -> Iterator[Scenario]:
 
 def _absent() -> Iterator[Scenario]:
     # What is left of a large idle guest is its memmap, which compresses.
-    for channels, compression in ((0, ""), (2, "zlib")):
+    for channels, compression in ((0, ""), (2, "zlib"), (2, "zstd")):
         yield Scenario(
             Idle(),
             ("legacy", "array", *ABSENT),

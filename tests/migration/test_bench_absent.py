@@ -36,7 +36,7 @@ def test_absent_pages_are_off_but_where_they_are_compared() -> None:
 
 def test_names_tell_what_is_special() -> None:
     """How the host and the guest's kernel are set up is in a scenario's name and description."""
-    assert {SWAPPED.name, "idle-64g-1gbit-multifd2-zlib"} <= set(SCENARIOS)
+    assert {SWAPPED.name, "idle-64g-1gbit-multifd2-zstd"} <= set(SCENARIOS)
     scenario = SCENARIOS["alternate-4g-2cpu-order0-small"]
     for text in "order 0", "no transparent huge pages", "every second page":
         assert text in scenario.about
@@ -45,9 +45,9 @@ def test_names_tell_what_is_special() -> None:
     assert spec.wrapper == host.NO_HUGE_PAGES
     plain = engine.guest_spec(IDLE, MODES["absent"])
     assert not plain.wrapper and plain.balloon is None
-    link = SCENARIOS["idle-64g-1gbit-multifd2-zlib"]
+    link = SCENARIOS["idle-64g-1gbit-multifd2-zstd"]
     parameters = engine.migration_spec(link, MODES["absent"]).parameters
-    assert parameters["multifd-compression"] == "zlib" and parameters["multifd-channels"] == 2
+    assert parameters["multifd-compression"] == "zstd" and parameters["multifd-channels"] == 2
 
 
 def test_metrics_of_absent_pages() -> None:
