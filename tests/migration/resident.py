@@ -239,6 +239,7 @@ class Resident:
         into: Optional[Dict[str, Any]] = None,
         taken_back: Sequence[int] = (TAKEN_BACK_MIB,),
         rounds: int = ROUNDS,
+        bandwidth: int = BANDWIDTH,
     ) -> MigrationResult:
         """Migrate it while it is at work, into a QEMU of the same kind, or of another one.
 
@@ -247,7 +248,7 @@ class Resident:
         before = self._set_off(hints, into)
         for mib in taken_back:
             workload.dirty_and_free(self.here, mib)
-        self.here.qmp("migrate-set-parameters", max_bandwidth=BANDWIDTH)
+        self.here.qmp("migrate-set-parameters", max_bandwidth=bandwidth)
         wait_rounds(self.here, rounds)
         self.here.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
         result = finish(self.here, self.there)

@@ -156,13 +156,12 @@ def test_cancelled_and_again(guest: Resident, measured: Dict[str, Any]) -> None:
     assert_busy(measured)
 
 
-@pytest.mark.long
 def test_there_and_back(guest: Resident, measured: Dict[str, Any]) -> None:
     """A guest that goes there and back many times keeps all that it has, and hints each time."""
     totals: Dict[str, int] = {}
     with guest.living_in() as resident:
         for _ in range(2 * TRIPS):
-            resident.move(measured)
+            resident.move(measured, rounds=2, bandwidth=64 * MIB)
             assert_busy(measured)
             for name, count in measured.items():
                 totals[name] = totals.get(name, 0) + count
