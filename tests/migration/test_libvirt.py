@@ -461,8 +461,8 @@ def test_to_stock_and_back(hosts: Hosts, tmp_path: Path) -> None:
             if here == binaries[0]:
                 hints = result.hints
                 assert hints and hints.complete and hints.messages == hints.blocks
-                # Block hints do not drain the free lists of the CPUs: up to 16 % of what was freed a
-                # moment ago was not found.
+                # Block hints do not drain the free lists of the CPUs: up to 16 % of what was just
+                # freed was not found.
                 assert hints.skipped_bytes > 0.75 * FREED_MIB * MIB
             guest.check()
             assert there in hosts.virsh(guest.host, "dumpxml", guest.name)
