@@ -43,9 +43,6 @@
  */
 #define CHUNK_BYTES (256 * MiB)
 
-/* Runs that are found in one go */
-#define CHUNK_RUNS 1024
-
 #define REASON_NONE FREE_PAGE_HINT_REASON__MAX
 
 static struct {
@@ -53,16 +50,24 @@ static struct {
     /* Protected by the lock. */
     AbsentPagesInfo stats;
 
-    /* Migration thread only, of a round: see absent_pages_open(), or -1. */
-    int pagemap;
-    /* Migration thread only: the blocks that are looked at. */
-    GArray *blocks;
+    /* Migration thread only: that of a round. */
+    AbsentPagesLook *look;
 } absent;
 
 typedef struct AbsentPagesBlock {
     RAMBlock *rb;
     AbsentPagesMemory mem;
 } AbsentPagesBlock;
+
+struct AbsentPagesLook {
+    /* See absent_pages_open(), or -1. */
+    int pagemap;
+    /* Those in which there is something to find. */
+    GArray *blocks;
+    /* How far it has come: in which of them, and where in that. */
+    unsigned at;
+    uint64_t start;
+};
 
 static const char *const proof_names[] = {
     [ABSENT_PAGES_NO_PROOF] = "nothing",
@@ -124,38 +129,35 @@ static AbsentPagesProof block_proof(RAMBlock *rb)
                                     ABSENT_PAGES_MAPPING;
 }
 
-/* ---- the round: see FreePageHintScanOps ---- */
+/* ---- a look ---- */
 
-static void absent_pages_end(void)
+void absent_pages_look_end(AbsentPagesLook *look)
 {
-    g_clear_pointer(&absent.blocks, g_array_unref);
-    if (absent.pagemap >= 0) {
-        close(absent.pagemap);
-        absent.pagemap = -1;
+    g_array_unref(look->blocks);
+    if (look->pagemap >= 0) {
+        close(look->pagemap);
     }
+    g_free(look);
 }
 
-static FreePageHintReason absent_pages_unavailable(void)
+AbsentPagesLook *absent_pages_look(FreePageHintReason *reason)
 {
+    AbsentPagesLook *look;
     bool denied = false;
     RAMBlock *rb;
 
-    if (!migrate_skip_absent_pages()) {
-        return FREE_PAGE_HINT_REASON_DISABLED;
-    }
-    if (!migrate_free_page_hint_wait()) {
-        return FREE_PAGE_HINT_REASON_NO_WAIT;
-    }
     /* x-ignore-shared: the destination's RAM may be a template, not empty */
     if (!free_page_hint_supported() || migrate_ignore_shared() ||
         current_machine->cgs) {
-        return FREE_PAGE_HINT_REASON_UNSUPPORTED;
+        *reason = FREE_PAGE_HINT_REASON_UNSUPPORTED;
+        return NULL;
     }
 
     RCU_READ_LOCK_GUARD();
 
-    absent.pagemap = absent_pages_open();
-    absent.blocks = g_array_new(false, false, sizeof(AbsentPagesBlock));
+    look = g_new0(AbsentPagesLook, 1);
+    look->pagemap = absent_pages_open();
+    look->blocks = g_array_new(false, false, sizeof(AbsentPagesBlock));
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
         AbsentPagesBlock block = {
             .rb = rb,
@@ -167,33 +169,48 @@ static FreePageHintReason absent_pages_unavailable(void)
             },
         };
 
-        if (absent.pagemap < 0 && qemu_ram_is_shared(rb)) {
+        if (look->pagemap < 0 && qemu_ram_is_shared(rb)) {
             block.mem.proof &= ~ABSENT_PAGES_MAPPING;
         }
         trace_absent_pages_block(rb->idstr, proof_names[block.mem.proof]);
-        if ((block.mem.proof & ABSENT_PAGES_MAPPING) && absent.pagemap < 0) {
+        if ((block.mem.proof & ABSENT_PAGES_MAPPING) && look->pagemap < 0) {
             denied = true;
         } else if (block.mem.proof) {
-            g_array_append_val(absent.blocks, block);
+            g_array_append_val(look->blocks, block);
         }
     }
-    if (absent.blocks->len) {
-        return REASON_NONE;
+    if (look->blocks->len) {
+        *reason = REASON_NONE;
+        return look;
     }
-    absent_pages_end();
-    return denied ? FREE_PAGE_HINT_REASON_DENIED :
-                    FREE_PAGE_HINT_REASON_NO_PROOF;
+    absent_pages_look_end(look);
+    *reason = denied ? FREE_PAGE_HINT_REASON_DENIED :
+                       FREE_PAGE_HINT_REASON_NO_PROOF;
+    return NULL;
+}
+
+/* Called in an RCU critical section. */
+static bool block_listed(RAMBlock *block)
+{
+    RAMBlock *rb;
+
+    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+        if (rb == block) {
+            return true;
+        }
+    }
+    return false;
 }
 
 /*
- * Find some absent runs of a block, at most CHUNK_RUNS, from *@start on, which
- * stays as it is if there is nothing more to look at.  Returns the number of
- * runs, or -1 if the host does not tell.
+ * Find some absent runs of a block from *@start on, which stays as it is if
+ * there is nothing more to look at.  See absent_pages_look_next().
  */
-static int find_runs(const AbsentPagesBlock *block, uint64_t *start,
-                     FreePageHintRun *runs)
+static int find_runs(const AbsentPagesBlock *block, int pagemap,
+                     uint64_t *start, FreePageHintRun *runs)
 {
-    g_autofree AbsentPagesRun *found = g_new(AbsentPagesRun, CHUNK_RUNS);
+    g_autofree AbsentPagesRun *found = g_new(AbsentPagesRun,
+                                             ABSENT_PAGES_LOOK_RUNS);
     unsigned bits = qemu_target_page_bits();
     RAMBlock *rb = block->rb;
     uint64_t end;
@@ -201,14 +218,15 @@ static int find_runs(const AbsentPagesBlock *block, uint64_t *start,
 
     RCU_READ_LOCK_GUARD();
 
-    if (!free_page_hint_ram_listed(rb) || *start >= rb->used_length) {
+    if (!block_listed(rb) || *start >= rb->used_length) {
         return 0;
     }
     end = MIN(rb->used_length, *start + MAX(CHUNK_BYTES, rb->page_size));
-    n = absent_pages_find(&block->mem, absent.pagemap, start, end,
-                          found, CHUNK_RUNS);
+    n = absent_pages_find(&block->mem, pagemap, start, end,
+                          found, ABSENT_PAGES_LOOK_RUNS);
     if (n < 0) {
         trace_absent_pages_denied(rb->idstr, errno);
+        return ABSENT_PAGES_LOOK_DENIED;
     }
     for (i = 0; i < n; i++) {
         uint64_t first = DIV_ROUND_UP(found[i].start, 1ULL << bits);
@@ -222,6 +240,42 @@ static int find_runs(const AbsentPagesBlock *block, uint64_t *start,
         trace_absent_pages_run(rb->idstr, first, runs[i].npages);
     }
     return n;
+}
+
+int absent_pages_look_next(AbsentPagesLook *look, FreePageHintRun *runs)
+{
+    for (; look->at < look->blocks->len; look->at++, look->start = 0) {
+        AbsentPagesBlock *block =
+            &g_array_index(look->blocks, AbsentPagesBlock, look->at);
+        uint64_t before = look->start;
+        int n = find_runs(block, look->pagemap, &look->start, runs);
+
+        if (n < 0 || look->start > before) {
+            return n;
+        }
+    }
+    return ABSENT_PAGES_LOOK_OVER;
+}
+
+/* ---- the round: see FreePageHintScanOps ---- */
+
+static FreePageHintReason absent_pages_unavailable(void)
+{
+    FreePageHintReason reason;
+
+    if (!migrate_skip_absent_pages()) {
+        return FREE_PAGE_HINT_REASON_DISABLED;
+    }
+    if (!migrate_free_page_hint_wait()) {
+        return FREE_PAGE_HINT_REASON_NO_WAIT;
+    }
+    absent.look = absent_pages_look(&reason);
+    return reason;
+}
+
+static void absent_pages_end(void)
+{
+    g_clear_pointer(&absent.look, absent_pages_look_end);
 }
 
 static void skip_runs(FreePageHintRun *runs, unsigned n)
@@ -240,37 +294,17 @@ static void skip_runs(FreePageHintRun *runs, unsigned n)
     }
 }
 
-/* Returns why the scan ends here, if it does. */
-static FreePageHintReason scan_block(const AbsentPagesBlock *block)
-{
-    g_autofree FreePageHintRun *runs = g_new(FreePageHintRun, CHUNK_RUNS);
-    uint64_t start = 0, before;
-
-    do {
-        FreePageHintReason reason = free_page_hint_scan_over();
-        int n;
-
-        if (reason != REASON_NONE) {
-            return reason;
-        }
-        before = start;
-        n = find_runs(block, &start, runs);
-        if (n < 0) {
-            return FREE_PAGE_HINT_REASON_DENIED;
-        }
-        skip_runs(runs, n);
-    } while (start > before);
-    return REASON_NONE;
-}
-
 static FreePageHintReason absent_pages_scan(void)
 {
+    g_autofree FreePageHintRun *runs = g_new(FreePageHintRun,
+                                             ABSENT_PAGES_LOOK_RUNS);
     int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
-    FreePageHintReason reason = REASON_NONE;
-    unsigned i;
+    FreePageHintReason reason;
+    int n = 0;
 
-    for (i = 0; i < absent.blocks->len && reason == REASON_NONE; i++) {
-        reason = scan_block(&g_array_index(absent.blocks, AbsentPagesBlock, i));
+    while ((reason = free_page_hint_scan_over()) == REASON_NONE &&
+           (n = absent_pages_look_next(absent.look, runs)) >= 0) {
+        skip_runs(runs, n);
     }
     WITH_QEMU_LOCK_GUARD(&absent.lock) {
         absent.stats.scan_time =
@@ -278,7 +312,8 @@ static FreePageHintReason absent_pages_scan(void)
         trace_absent_pages_scan(absent.stats.absent_bytes,
                                 absent.stats.scan_time);
     }
-    return reason;
+    return n == ABSENT_PAGES_LOOK_DENIED ? FREE_PAGE_HINT_REASON_DENIED :
+                                           reason;
 }
 
 static bool absent_pages_populated(RAMBlock *rb, uint64_t first,
@@ -288,15 +323,15 @@ static bool absent_pages_populated(RAMBlock *rb, uint64_t first,
     uint64_t start = first << bits, length = npages << bits;
     unsigned i;
 
-    for (i = 0; i < absent.blocks->len; i++) {
+    for (i = 0; i < absent.look->blocks->len; i++) {
         AbsentPagesBlock *block =
-            &g_array_index(absent.blocks, AbsentPagesBlock, i);
+            &g_array_index(absent.look->blocks, AbsentPagesBlock, i);
         AbsentPagesRun run = {};
 
         if (block->rb == rb) {
             uint64_t next = start;
 
-            return absent_pages_find(&block->mem, absent.pagemap, &next,
+            return absent_pages_find(&block->mem, absent.look->pagemap, &next,
                                      start + length, &run, 1) >= 0 &&
                    run.length < length;
         }
@@ -314,7 +349,6 @@ static const FreePageHintScanOps absent_pages_ops = {
 static void __attribute__((constructor)) absent_pages_init(void)
 {
     qemu_mutex_init(&absent.lock);
-    absent.pagemap = -1;
     free_page_hint_register_scan(&absent_pages_ops);
 }
 
