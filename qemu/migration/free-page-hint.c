@@ -84,6 +84,7 @@ static struct {
 
     /* Set once. */
     const FreePageHintScanOps *scan_ops;
+    const FreePageHintAskerOps *asker_ops;
 
     /* Written with the BQL and the lock, read with either. */
     const FreePageHintProviderOps *ops;
@@ -106,6 +107,17 @@ static void free_page_hint_set_state(FreePageHintState state)
     trace_free_page_hint_state(FreePageHintState_str(hint.state),
                                FreePageHintState_str(state));
     hint.state = state;
+}
+
+/* Called with hint.lock.  The first reason wins. */
+static void free_page_hint_stop(FreePageHintReason reason)
+{
+    if (hint.state != FREE_PAGE_HINT_STATE_IDLE &&
+        hint.state != FREE_PAGE_HINT_STATE_ENDED &&
+        !hint.stats.complete && hint.reason == REASON_NONE) {
+        hint.reason = reason;
+        qemu_cond_signal(&hint.cond);
+    }
 }
 
 static bool free_page_hint_stopped(void)
@@ -141,6 +153,10 @@ static uint64_t bytes_of(uint64_t npages)
 
 void free_page_hint_reset(void)
 {
+    if (hint.asker_ops) {
+        hint.asker_ops->cancel();
+    }
+
     QEMU_LOCK_GUARD(&hint.lock);
 
     free_page_hint_set_state(FREE_PAGE_HINT_STATE_IDLE);
@@ -155,6 +171,21 @@ bool free_page_hint_supported(void)
 {
     return migrate_mode() == MIG_MODE_NORMAL && !migrate_colo() &&
            !migrate_background_snapshot() && (kvm_enabled() || tcg_enabled());
+}
+
+/* Called with the BQL. */
+static FreePageHintReason free_page_hint_unavailable(void)
+{
+    if (!free_page_hint_supported()) {
+        return FREE_PAGE_HINT_REASON_UNSUPPORTED;
+    }
+    if (!runstate_is_running()) {
+        return FREE_PAGE_HINT_REASON_VM_STOPPED;
+    }
+    if (!hint.ops) {
+        return FREE_PAGE_HINT_REASON_NO_DEVICE;
+    }
+    return hint.ops->unavailable(hint.opaque);
 }
 
 /*
@@ -172,16 +203,7 @@ static FreePageHintReason free_page_hint_refusal(void)
     if (!migrate_free_page_hint_wait()) {
         return FREE_PAGE_HINT_REASON_NO_WAIT;
     }
-    if (!free_page_hint_supported()) {
-        return FREE_PAGE_HINT_REASON_UNSUPPORTED;
-    }
-    if (!runstate_is_running()) {
-        return FREE_PAGE_HINT_REASON_VM_STOPPED;
-    }
-    if (!hint.ops) {
-        return FREE_PAGE_HINT_REASON_NO_DEVICE;
-    }
-    return hint.ops->unavailable(hint.opaque);
+    return free_page_hint_unavailable();
 }
 
 /* Called with the BQL. */
@@ -281,7 +303,8 @@ static bool free_page_hint_ask(void)
     }
     /* Again, since the guest ran, and may have been reset, while we armed */
     if (reason != REASON_NONE) {
-        free_page_hint_abort(reason);
+        QEMU_LOCK_GUARD(&hint.lock);
+        free_page_hint_stop(reason);
     }
     if (free_page_hint_stopped()) {
         return false;
@@ -378,7 +401,8 @@ static void free_page_hint_sample(const FreePageHintRun *runs, unsigned n_runs)
     hint.dirtied += free_page_hint_ram_populated(runs, n_runs,
                                                  hint.scan_ops->populated);
     if (hint.dirtied >= DIRTIED_RUNS && hint.dirtied >= hint.sampled / 2) {
-        free_page_hint_abort(FREE_PAGE_HINT_REASON_DIRTIED);
+        QEMU_LOCK_GUARD(&hint.lock);
+        free_page_hint_stop(FREE_PAGE_HINT_REASON_DIRTIED);
     }
 }
 
@@ -507,6 +531,41 @@ void free_page_hint_round(void)
     free_page_hint_finish();
 }
 
+/* ---- who asks without a migration ---- */
+
+void free_page_hint_register_asker(const FreePageHintAskerOps *ops)
+{
+    hint.asker_ops = ops;
+}
+
+FreePageHintReason free_page_hint_provider_ask(uint32_t *id)
+{
+    FreePageHintReason reason = free_page_hint_unavailable();
+
+    if (reason == REASON_NONE && hint.ops->allocates(hint.opaque)) {
+        reason = FREE_PAGE_HINT_REASON_NO_ARRAYS;
+    }
+    if (reason == REASON_NONE) {
+        *id = hint.ops->new_id(hint.opaque);
+        hint.ops->ask(hint.opaque);
+    }
+    return reason;
+}
+
+void free_page_hint_provider_resume(void)
+{
+    if (hint.ops) {
+        hint.ops->resume(hint.opaque);
+    }
+}
+
+void free_page_hint_provider_done(void)
+{
+    if (hint.ops) {
+        hint.ops->done(hint.opaque);
+    }
+}
+
 void free_page_hint_count(uint64_t redirtied, uint64_t requested)
 {
     QEMU_LOCK_GUARD(&hint.lock);
@@ -516,26 +575,20 @@ void free_page_hint_count(uint64_t redirtied, uint64_t requested)
 
 /* ---- from other threads ---- */
 
-/* Called with hint.lock.  The first reason wins. */
-static void free_page_hint_stop(FreePageHintReason reason)
-{
-    if (hint.state != FREE_PAGE_HINT_STATE_IDLE &&
-        hint.state != FREE_PAGE_HINT_STATE_ENDED &&
-        !hint.stats.complete && hint.reason == REASON_NONE) {
-        hint.reason = reason;
-        qemu_cond_signal(&hint.cond);
-    }
-}
-
 void free_page_hint_abort(FreePageHintReason reason)
 {
+    if (hint.asker_ops) {
+        hint.asker_ops->stop(reason);
+    }
+
     QEMU_LOCK_GUARD(&hint.lock);
     free_page_hint_stop(reason);
 }
 
 void free_page_hint_cancel(void)
 {
-    free_page_hint_abort(FREE_PAGE_HINT_REASON_CANCELLED);
+    QEMU_LOCK_GUARD(&hint.lock);
+    free_page_hint_stop(FREE_PAGE_HINT_REASON_CANCELLED);
 }
 
 FreePageHintInfo *free_page_hint_query(void)
@@ -571,21 +624,35 @@ void free_page_hint_register(const FreePageHintProviderOps *ops, void *opaque)
 
 void free_page_hint_unregister(void *opaque)
 {
+    free_page_hint_abort(FREE_PAGE_HINT_REASON_NO_DEVICE);
+
     QEMU_LOCK_GUARD(&hint.lock);
     assert(hint.opaque == opaque);
-    free_page_hint_stop(FREE_PAGE_HINT_REASON_NO_DEVICE);
     hint.ops = NULL;
     hint.opaque = NULL;
 }
 
+static bool asker_wants(uint32_t id)
+{
+    return hint.asker_ops && hint.asker_ops->wanted(id);
+}
+
 bool free_page_hint_wanted(uint32_t id)
 {
+    if (asker_wants(id)) {
+        return true;
+    }
+
     QEMU_LOCK_GUARD(&hint.lock);
     return free_page_hint_current(id);
 }
 
 bool free_page_hint_has_room(unsigned runs)
 {
+    if (hint.asker_ops && !hint.asker_ops->has_room(runs)) {
+        return false;
+    }
+
     QEMU_LOCK_GUARD(&hint.lock);
     if (!hint.queue || runs <= FREE_PAGE_HINT_QUEUE_RUNS - hint.count) {
         return true;
@@ -599,6 +666,11 @@ void free_page_hint_submit(uint32_t id, const FreePageHintRun *runs,
                            uint64_t invalid_bytes)
 {
     unsigned i;
+
+    if (asker_wants(id)) {
+        hint.asker_ops->submit(runs, n_runs, blocks, invalid_bytes);
+        return;
+    }
 
     QEMU_LOCK_GUARD(&hint.lock);
 
@@ -628,6 +700,11 @@ void free_page_hint_submit(uint32_t id, const FreePageHintRun *runs,
 
 void free_page_hint_end(uint32_t id)
 {
+    if (asker_wants(id)) {
+        hint.asker_ops->end();
+        return;
+    }
+
     QEMU_LOCK_GUARD(&hint.lock);
 
     if (!free_page_hint_current(id)) {

@@ -98,6 +98,45 @@ FreePageHintReason free_page_hint_scan_reason(void);
 /* Can round 0 do anything with this machine and this kind of migration? */
 bool free_page_hint_supported(void);
 
+/* ---- for who asks without a migration ---- */
+
+/*
+ * What answers the request of somebody else than a migration.  There is at most
+ * one such request, and none while a migration runs.  All of it is called with
+ * the BQL.
+ */
+typedef struct FreePageHintAskerOps {
+    /* Is @id the request, and not at its end? */
+    bool (*wanted)(uint32_t id);
+    /* See free_page_hint_has_room(). */
+    bool (*has_room)(unsigned runs);
+    /* One message of the guest: see free_page_hint_submit(). */
+    void (*submit)(const FreePageHintRun *runs, unsigned n_runs,
+                   unsigned blocks, uint64_t invalid_bytes);
+    /* The guest's report is complete. */
+    void (*end)(void);
+    /* The guest cannot answer any more, or never could. */
+    void (*stop)(FreePageHintReason reason);
+    /* A migration begins: nothing is asked any more when this returns. */
+    void (*cancel)(void);
+} FreePageHintAskerOps;
+
+/* Called once, before main(). */
+void free_page_hint_register_asker(const FreePageHintAskerOps *ops);
+
+/*
+ * Ask the guest.  Called with the BQL, while no migration runs.  Returns why
+ * that cannot be, or FREE_PAGE_HINT_REASON__MAX and the request's id.  A driver
+ * that would have to allocate the memory that it hints is not asked.
+ */
+FreePageHintReason free_page_hint_provider_ask(uint32_t *id);
+
+/* There is room again, after has_room() has said no.  Called with the BQL. */
+void free_page_hint_provider_resume(void);
+
+/* No more is wanted of the guest.  Called with the BQL. */
+void free_page_hint_provider_done(void);
+
 /* ---- for migration-hmp-cmds.c ---- */
 
 /* Print @info for "info migrate". */

@@ -57,6 +57,7 @@ HOLDS = {
     "tcg-stock-guest-cancel-and-again": "TCG BLOCKS CANCEL MIGRATIONS=2",
     "absent": f"{KVM} ABSENT",
     "absent-queue": "KVM_MANUAL ABSENT",
+    "kvm-estimate": f"{KVM} ESTIMATE",
     "absent-stop-and-go-on": f"{KVM} ABSENT STOP_ONCE",
     "absent-postcopy": f"{KVM} ABSENT POSTCOPY CUTS=1",
     "absent-init-on-free": f"{KVM} ABSENT INIT_ON_FREE",
@@ -218,6 +219,7 @@ MUTANTS = {
     "M53-hinted-pages-deferred-too": (LOST, f"{KVM} M53"),
     "M53-absent-pages-deferred-too": (EQUAL, f"{ABSENT} M53"),
     "M54-deferred-before-the-hints": (LOST, f"{KVM} M54"),
+    "M55-estimate-has-the-id-of-a-migration": (LOST, f"{KVM} ESTIMATE M55"),
 }
 
 # For "make check": a rule of each hazard in docs/correctness.md, and those that are found at once.

@@ -61,9 +61,9 @@ void free_page_hint_register(const FreePageHintProviderOps *ops, void *opaque);
 void free_page_hint_unregister(void *opaque);
 
 /*
- * The functions below may be called by any thread and never block on anything
- * but a lock that is held for a short, bounded time.  In particular none waits
- * for bitmap_mutex.
+ * The functions below are called with the BQL and never block on anything but a
+ * lock that is held for a short, bounded time.  In particular none waits for
+ * bitmap_mutex.
  */
 
 /* Is @id the request that is being answered? */

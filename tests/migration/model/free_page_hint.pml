@@ -40,6 +40,7 @@
  *   DMA          devices that write to memory and mark it dirty after that
  *   TIMER        syncs in the main loop, at any time
  *   CANCEL       cancel at any time; MIGRATIONS=2: and try again
+ *   ESTIMATE     an estimate may be wanted before the migration begins
  *   STOP_ONCE    stop and go on, at any time
  *   POSTCOPY     switchover at any time after round 0
  *   PREEMPT      the return path thread sends what is asked for
@@ -57,7 +58,7 @@
  *   HOSTILE      a guest that never stops sending
  *   CHECK_ARMED  S3 too; mutants leave it out, so that they have to break S1
  *
- * Mutants: M1 to M54, each a rule left out; test_model.py has the list.
+ * Mutants: M1 to M55, each a rule left out; test_model.py has the list.
  *
  * Properties
  *

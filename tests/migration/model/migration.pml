@@ -243,6 +243,35 @@ inline migration_completion(p, unused)
 #include "postcopy.pml"
 #endif
 
+#ifdef ESTIMATE
+bit estimating;
+
+/* With the BQL. */
+inline estimate_cancel()
+{
+	d_step {
+		if
+		:: estimating ->
+			estimating = 0;
+#ifdef M55
+			cmd_id--;
+#endif
+			virtio_balloon_hint_done()
+		:: else
+		fi
+	}
+}
+
+/*
+ * Asks as a migration does, without arming. The answer is not the engine's,
+ * whose state is IDLE; it may come at any time, also in a migration.
+ */
+active proctype calc_free_page_estimate()
+{
+	atomic { !migrating && !bql -> estimating = 1; virtio_balloon_hint_ask() }
+}
+#endif
+
 active proctype migration_thread()
 {
 	byte page = NONE;
@@ -259,6 +288,9 @@ active proctype migration_thread()
 	do
 	:: done < MIGRATIONS ->
 		bql_lock();
+#ifdef ESTIMATE
+		estimate_cancel();
+#endif
 		d_step {
 			migrating = 1;
 			state = IDLE;

@@ -1,0 +1,494 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Free page hints: what a migration would skip, without one
+ *
+ * One look at absent pages and one report of the guest, for whoever plans
+ * migrations.  Nothing is armed or logged, and a migration does not wait for
+ * this: when it begins, the estimate ends.  It is made by a coroutine of the
+ * main loop, so that nobody waits for it who does not want to.
+ *
+ * What is found goes into bitmaps of its own, by the same rules as in a
+ * migration, so that memory that is both absent and free counts once.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/bitmap.h"
+#include "qemu/coroutine.h"
+#include "qemu/main-loop.h"
+#include "qemu/rcu.h"
+#include "qemu/timer.h"
+#include "qemu/units.h"
+#include "block/aio.h"
+#include "block/thread-pool.h"
+#include "exec/target_page.h"
+#include "migration/free-page-hint-compat.h"
+#include "migration/misc.h"
+#include "monitor/hmp.h"
+#include "monitor/monitor.h"
+#include "qapi/error.h"
+#include "qapi/clone-visitor.h"
+#include "qapi/qapi-commands-migration.h"
+#include "qapi/qapi-visit-migration.h"
+#include "system/runstate.h"
+#include "absent-pages.h"
+#include "free-page-hint.h"
+#include "free-page-hint-bitmap.h"
+#include "migration.h"
+#include "options.h"
+#include "ram.h"
+#include "trace.h"
+
+/* Pages of work in one go, a millisecond: see free-page-hint-ram.c */
+#define HOLD_PAGES (4 * MiB)
+
+#define REASON_NONE FREE_PAGE_HINT_REASON__MAX
+
+/* Sizes of free blocks that are told apart: powers of two */
+#define ORDERS 64
+
+typedef struct EstimateBlock {
+    /* Not dereferenced: only to be compared */
+    RAMBlock *rb;
+    FreePageHintMap map;
+} EstimateBlock;
+
+static struct {
+    /* The BQL protects all fields, down to result. */
+    bool running;
+    /* The guest was asked, and is to be told when that is over. */
+    bool asked;
+    uint32_t id;
+    bool complete;
+    FreePageHintReason reason;
+    /* Ring of FREE_PAGE_HINT_QUEUE_RUNS */
+    FreePageHintRun *queue;
+    unsigned head;
+    unsigned count;
+    /* The provider found too little room and waits */
+    bool starved;
+    QemuCoSleep sleep;
+    /* Bytes that the guest called free, by the size of the block */
+    uint64_t orders[ORDERS];
+    /* Bytes per second, or 0 if nobody asked for the time */
+    uint64_t bandwidth;
+    /* Of the latest estimate, NULL while there is none */
+    FreePageEstimate *result;
+
+    /* EstimateBlock; who looks at absent pages has it, then the BQL. */
+    GArray *blocks;
+    /* Set with the BQL, read without: a migration has begun. */
+    bool cancelled;
+} estimate;
+
+/* ---- from the provider: see FreePageHintAskerOps ---- */
+
+static void estimate_wake_bh(void *opaque)
+{
+    qemu_co_sleep_wake(&estimate.sleep);
+}
+
+/* Not at once: whoever calls holds the BQL, but may be in any thread. */
+static void estimate_wake(void)
+{
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), estimate_wake_bh, NULL);
+}
+
+static bool estimate_wanted(uint32_t id)
+{
+    return estimate.asked && id == estimate.id && !estimate.complete &&
+           estimate.reason == REASON_NONE;
+}
+
+static bool estimate_has_room(unsigned runs)
+{
+    if (!estimate.asked ||
+        runs <= FREE_PAGE_HINT_QUEUE_RUNS - estimate.count) {
+        return true;
+    }
+    estimate.starved = true;
+    return false;
+}
+
+static void estimate_submit(const FreePageHintRun *runs, unsigned n_runs,
+                            unsigned blocks, uint64_t invalid_bytes)
+{
+    uint64_t bytes = invalid_bytes;
+    unsigned i;
+
+    assert(n_runs <= FREE_PAGE_HINT_QUEUE_RUNS - estimate.count);
+    for (i = 0; i < n_runs; i++) {
+        bytes += runs[i].npages << qemu_target_page_bits();
+        estimate.queue[(estimate.head + estimate.count) %
+                       FREE_PAGE_HINT_QUEUE_RUNS] = runs[i];
+        estimate.count++;
+    }
+    /* All blocks of a message are of one size */
+    if (blocks && bytes >= blocks) {
+        estimate.orders[63 - clz64(bytes / blocks)] += bytes - invalid_bytes;
+    }
+    estimate_wake();
+}
+
+static void estimate_end(void)
+{
+    estimate.complete = true;
+    estimate_wake();
+}
+
+static void estimate_stop(FreePageHintReason reason)
+{
+    if (estimate.asked && !estimate.complete &&
+        estimate.reason == REASON_NONE) {
+        estimate.reason = reason;
+        estimate_wake();
+    }
+}
+
+/* The guest need not answer any more. */
+static void estimate_done(void)
+{
+    if (estimate.asked) {
+        estimate.asked = false;
+        free_page_hint_provider_done();
+    }
+}
+
+static void estimate_cancel(void)
+{
+    if (estimate.running) {
+        qatomic_set(&estimate.cancelled, true);
+        estimate_stop(FREE_PAGE_HINT_REASON_CANCELLED);
+        estimate_done();
+    }
+}
+
+static const FreePageHintAskerOps estimate_ops = {
+    .wanted = estimate_wanted,
+    .has_room = estimate_has_room,
+    .submit = estimate_submit,
+    .end = estimate_end,
+    .stop = estimate_stop,
+    .cancel = estimate_cancel,
+};
+
+static void __attribute__((constructor)) estimate_init(void)
+{
+    free_page_hint_register_asker(&estimate_ops);
+}
+
+/* ---- bitmaps ---- */
+
+static void estimate_free(void)
+{
+    unsigned i;
+
+    for (i = 0; i < estimate.blocks->len; i++) {
+        FreePageHintMap *map =
+            &g_array_index(estimate.blocks, EstimateBlock, i).map;
+
+        g_free(map->bmap);
+        g_free(map->hinted);
+        g_free(map->groups);
+    }
+    g_clear_pointer(&estimate.blocks, g_array_unref);
+    g_clear_pointer(&estimate.queue, g_free);
+}
+
+static bool estimate_alloc(uint64_t *total)
+{
+    RAMBlock *rb;
+
+    estimate.queue = g_try_new(FreePageHintRun, FREE_PAGE_HINT_QUEUE_RUNS);
+    estimate.blocks = g_array_new(false, false, sizeof(EstimateBlock));
+
+    RCU_READ_LOCK_GUARD();
+
+    RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
+        uint64_t npages = rb->used_length >> qemu_target_page_bits();
+        EstimateBlock block = {
+            .rb = rb,
+            .map = {
+                .bmap = bitmap_try_new(npages),
+                .hinted = bitmap_try_new(npages),
+                .groups = bitmap_try_new(free_page_hint_groups(npages)),
+                .npages = npages,
+                .host_ratio = migrate_postcopy_ram() ?
+                    MAX(1, rb->page_size / qemu_target_page_size()) : 1,
+            },
+        };
+
+        g_array_append_val(estimate.blocks, block);
+        if (!block.map.bmap || !block.map.hinted || !block.map.groups) {
+            return false;
+        }
+        bitmap_set(block.map.bmap, 0, npages);
+        *total += npages << qemu_target_page_bits();
+    }
+    return estimate.queue;
+}
+
+/* Returns how many runs are done. */
+static unsigned estimate_apply(FreePageHintRun *runs, unsigned n_runs,
+                               uint64_t *skipped)
+{
+    FreePageHintTally tally = {};
+    uint64_t budget = HOLD_PAGES;
+    unsigned done = 0;
+
+    while (done < n_runs && budget) {
+        EstimateBlock *block = NULL;
+        unsigned i;
+
+        for (i = 0; i < estimate.blocks->len && !block; i++) {
+            block = &g_array_index(estimate.blocks, EstimateBlock, i);
+            block = block->rb == runs[done].block ? block : NULL;
+        }
+        if (block) {
+            done += free_page_hint_clear_runs(&block->map, &runs[done],
+                                              n_runs - done, &budget, &tally);
+        } else {
+            budget -= MIN(budget, FREE_PAGE_HINT_RUN_PAGES);
+            done++;
+        }
+    }
+    *skipped += tally.cleared << qemu_target_page_bits();
+    return done;
+}
+
+/* ---- the two sources ---- */
+
+typedef struct EstimateLook {
+    AbsentPagesLook *look;
+    FreePageHintReason reason;
+    int64_t deadline_ns;
+    uint64_t absent_bytes;
+} EstimateLook;
+
+/* In a thread of the pool. */
+static int estimate_look(void *opaque)
+{
+    EstimateLook *look = opaque;
+    g_autofree FreePageHintRun *runs = g_new(FreePageHintRun,
+                                             ABSENT_PAGES_LOOK_RUNS);
+    int n;
+
+    rcu_register_thread();
+    while ((n = absent_pages_look_next(look->look, runs)) >= 0) {
+        int done = 0;
+
+        while (done < n) {
+            done += estimate_apply(&runs[done], n - done, &look->absent_bytes);
+        }
+        if (qatomic_read(&estimate.cancelled)) {
+            look->reason = FREE_PAGE_HINT_REASON_CANCELLED;
+            break;
+        }
+        if (qemu_clock_get_ns(QEMU_CLOCK_REALTIME) >= look->deadline_ns) {
+            look->reason = FREE_PAGE_HINT_REASON_TIMEOUT;
+            break;
+        }
+    }
+    if (n == ABSENT_PAGES_LOOK_DENIED) {
+        look->reason = FREE_PAGE_HINT_REASON_DENIED;
+    }
+    rcu_unregister_thread();
+    return 0;
+}
+
+static void coroutine_fn estimate_absent(FreePageEstimate *e, int64_t deadline)
+{
+    EstimateLook look = { .deadline_ns = deadline };
+    int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+
+    look.look = absent_pages_look(&look.reason);
+    if (look.look) {
+        thread_pool_submit_co(estimate_look, &look);
+        absent_pages_look_end(look.look);
+    }
+    e->absent_bytes = look.absent_bytes;
+    e->has_absent_reason = look.reason != REASON_NONE;
+    e->absent_reason = look.reason;
+    e->scan_time = (qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - start) / SCALE_US;
+}
+
+/* Count what is in the queue, for a millisecond at most. */
+static void estimate_drain(FreePageEstimate *e)
+{
+    while (estimate.count) {
+        unsigned n = MIN(estimate.count,
+                         FREE_PAGE_HINT_QUEUE_RUNS - estimate.head);
+        unsigned done = estimate_apply(&estimate.queue[estimate.head], n,
+                                       &e->free_bytes);
+
+        estimate.head = (estimate.head + done) % FREE_PAGE_HINT_QUEUE_RUNS;
+        estimate.count -= done;
+        if (done < n) {
+            break;
+        }
+    }
+    if (estimate.starved && estimate.asked) {
+        estimate.starved = false;
+        free_page_hint_provider_resume();
+    }
+}
+
+static void coroutine_fn estimate_ask(FreePageEstimate *e, int64_t deadline)
+{
+    int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME), now = start;
+
+    estimate.reason = estimate.cancelled ? FREE_PAGE_HINT_REASON_CANCELLED :
+                      now >= deadline ? FREE_PAGE_HINT_REASON_TIMEOUT :
+                      free_page_hint_provider_ask(&estimate.id);
+    estimate.asked = estimate.reason == REASON_NONE;
+    trace_free_page_estimate_ask(estimate.asked ? estimate.id : 0);
+
+    while (estimate.asked && estimate.reason == REASON_NONE &&
+           (!estimate.complete || estimate.count)) {
+        estimate_drain(e);
+        now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+        if (now >= deadline) {
+            estimate_stop(FREE_PAGE_HINT_REASON_TIMEOUT);
+        } else if (estimate.count) {
+            qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, 0);
+        } else if (!estimate.complete) {
+            qemu_co_sleep_ns_wakeable(&estimate.sleep, QEMU_CLOCK_REALTIME,
+                                      deadline - now);
+        }
+    }
+    if (estimate.complete) {
+        e->ask_to_end = (now - start) / SCALE_US;
+    }
+    estimate_done();
+}
+
+/* ---- the commands ---- */
+
+static void estimate_sum(FreePageEstimate *e)
+{
+    unsigned order;
+
+    e->complete = estimate.complete;
+    e->has_reason = estimate.reason != REASON_NONE;
+    e->reason = estimate.reason;
+    for (order = ORDERS; order-- > 0;) {
+        if (estimate.orders[order]) {
+            FreePageEstimateBlocks *blocks = g_new(FreePageEstimateBlocks, 1);
+
+            blocks->block_size = 1ULL << order;
+            blocks->bytes = estimate.orders[order];
+            QAPI_LIST_PREPEND(e->blocks, blocks);
+        }
+    }
+    e->remaining_bytes = e->total_bytes - e->absent_bytes - e->free_bytes;
+    if (estimate.bandwidth) {
+        e->has_round_time = true;
+        e->round_time = e->remaining_bytes * 1000.0 / estimate.bandwidth;
+    }
+    trace_free_page_estimate(e->total_bytes, e->absent_bytes, e->free_bytes,
+                             e->has_reason ?
+                             FreePageHintReason_str(e->reason) : "complete");
+}
+
+static void coroutine_fn estimate_co(void *opaque)
+{
+    int64_t deadline = qemu_clock_get_ns(QEMU_CLOCK_REALTIME) +
+                       (int64_t)migrate_free_page_hint_wait() * SCALE_MS;
+    FreePageEstimate *e = opaque;
+
+    estimate_absent(e, deadline);
+    estimate_ask(e, deadline);
+    estimate_sum(e);
+    estimate_free();
+    estimate.result = e;
+    estimate.running = false;
+}
+
+void qmp_calc_free_page_estimate(bool has_bandwidth, uint64_t bandwidth,
+                                 Error **errp)
+{
+    FreePageEstimate *e;
+
+    if (migration_is_running() || runstate_check(RUN_STATE_INMIGRATE)) {
+        error_setg(errp, "there is no estimate during a migration");
+        return;
+    }
+    if (estimate.running) {
+        error_setg(errp, "an estimate is being made already");
+        return;
+    }
+    if (has_bandwidth && !bandwidth) {
+        error_setg(errp, "parameter 'bandwidth' must not be 0");
+        return;
+    }
+
+    e = g_new0(FreePageEstimate, 1);
+    if (!estimate_alloc(&e->total_bytes)) {
+        error_setg(errp, "not enough memory for an estimate");
+        qapi_free_FreePageEstimate(e);
+        estimate_free();
+        return;
+    }
+    g_clear_pointer(&estimate.result, qapi_free_FreePageEstimate);
+    estimate.running = true;
+    estimate.complete = false;
+    estimate.bandwidth = bandwidth;
+    estimate.head = estimate.count = 0;
+    estimate.starved = false;
+    qatomic_set(&estimate.cancelled, false);
+    memset(estimate.orders, 0, sizeof(estimate.orders));
+    aio_co_enter(qemu_get_aio_context(),
+                 qemu_coroutine_create(estimate_co, e));
+}
+
+FreePageEstimateInfo *qmp_query_free_page_estimate(Error **errp)
+{
+    FreePageEstimateInfo *info = g_new0(FreePageEstimateInfo, 1);
+
+    info->status = estimate.running ? FREE_PAGE_ESTIMATE_STATUS_MEASURING :
+                   estimate.result ? FREE_PAGE_ESTIMATE_STATUS_MEASURED :
+                   FREE_PAGE_ESTIMATE_STATUS_UNSTARTED;
+    if (estimate.result) {
+        info->estimate = QAPI_CLONE(FreePageEstimate, estimate.result);
+    }
+    return info;
+}
+
+void hmp_calc_free_page_estimate(Monitor *mon, const QDict *qdict)
+{
+    Error *err = NULL;
+
+    qmp_calc_free_page_estimate(false, 0, &err);
+    hmp_handle_error(mon, err);
+}
+
+void hmp_info_free_page_estimate(Monitor *mon, const QDict *qdict)
+{
+    const FreePageEstimate *e = estimate.result;
+    FreePageEstimateBlocksList *item;
+
+    if (!e) {
+        monitor_printf(mon, "free page estimate: %s\n",
+                       estimate.running ? "measuring" : "unstarted");
+        return;
+    }
+    monitor_printf(mon, "memory: %" PRIu64 " kbytes\n", e->total_bytes >> 10);
+    monitor_printf(mon, "absent: %" PRIu64 " kbytes, found in %" PRIu64
+                   " us%s%s%s\n", e->absent_bytes >> 10, e->scan_time,
+                   e->has_absent_reason ? " (" : "",
+                   e->has_absent_reason ?
+                   FreePageHintReason_str(e->absent_reason) : "",
+                   e->has_absent_reason ? ")" : "");
+    monitor_printf(mon, "free besides: %" PRIu64 " kbytes, %s%s%s%s in %" PRIu64
+                   " us\n", e->free_bytes >> 10,
+                   e->complete ? "complete" : "incomplete",
+                   e->has_reason ? " (" : "",
+                   e->has_reason ? FreePageHintReason_str(e->reason) : "",
+                   e->has_reason ? ")" : "", e->ask_to_end);
+    for (item = e->blocks; item; item = item->next) {
+        monitor_printf(mon, "free in blocks of %" PRIu64 " kbytes: %" PRIu64
+                       " kbytes\n", item->value->block_size >> 10,
+                       item->value->bytes >> 10);
+    }
+    monitor_printf(mon, "to be sent: %" PRIu64 " kbytes\n",
+                   e->remaining_bytes >> 10);
+}
