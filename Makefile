@@ -23,7 +23,7 @@ BASES = $(foreach base,$(BASE),$(or $(patsubst %/patches/$(base),%=$(base),$(wil
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source host-deb release run migrate demo \
+.PHONY: help deps fetch qemu qemu-stock qemu-checked qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source host-deb release run migrate demo \
 	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches baselines \
 	clean distclean
 
@@ -42,6 +42,9 @@ qemu: fetch ## build QEMU with free page hints
 
 qemu-stock: fetch ## build the unpatched QEMU, to compare with
 	@scripts/build-qemu stock
+
+qemu-checked: fetch ## build QEMU with the checks of hints, for tests
+	@scripts/build-qemu checked
 
 qemu-debug: fetch ## build QEMU with sanitizers and all checks, for tests
 	@scripts/build-qemu debug
@@ -120,13 +123,13 @@ unit: qemu ## run the C unit tests
 	@for test in free-page-hint absent-pages; do $(FPH_CACHE)/qemu-ours/build/tests/unit/test-$$test || exit; done
 
 # No debug kernel, none for KVM, no Debian image: what builds and boots slowly.
-check: qemu qemu-debug qemu-stock kernel images ## ten minutes of tests: the quick ones that catch most
+check: qemu qemu-checked qemu-debug qemu-stock kernel images ## ten minutes of tests: the quick ones that catch most
 	@FPH_RESULTS=check.json /usr/bin/python3 -m pytest -m check tests
 
-test: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## run all tests
+test: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## run all tests
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
-test-long: qemu qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
+test-long: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
 	@FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/campaigns.py
 	@FPH_RESULTS=sweep.json FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug /usr/bin/python3 -m pytest -m 'integrity and not long' tests
 	@FPH_RESULTS=long.json /usr/bin/python3 -m pytest -m long tests

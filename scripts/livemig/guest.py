@@ -164,7 +164,7 @@ class Guest:
             args += ["-D", str(self.trace_log)]
             for events in spec.trace.split():
                 args += ["-trace", events]
-        if spec.skip_absent is not None and spec.qemu.split("-")[0] in ("ours", "debug"):
+        if spec.skip_absent is not None and spec.qemu.split("-")[0] in ("ours", "checked", "debug"):
             setting = "on" if spec.skip_absent else "off"
             args += ["-global", f"migration.skip-absent-pages={setting}"]
         if self._incoming:

@@ -2,9 +2,10 @@
 """Where built things are. All of it is in the cache, which FPH_CACHE moves.
 
 FPH_QEMU and FPH_KERNEL name builds to be used in the place of ours: FPH_QEMU=debug runs all tests
-with sanitizers, FPH_KERNEL=debug with a guest kernel that checks itself. FPH_GUEST_KERNEL is the
-path of any other guest kernel to be used in the place of ours; a modules.cpio.gz beside it goes
-behind the initramfs. With FPH_QEMU_SERIES=10.2 (FPH_KERNEL_SERIES=7.3) all builds are those for
+with sanitizers (also those that take "checked", which is ours with the checks of hints alone),
+FPH_KERNEL=debug with a guest kernel that checks itself. FPH_GUEST_KERNEL is the path of any other
+guest kernel to be used in the place of ours; a modules.cpio.gz beside it goes behind the initramfs.
+With FPH_QEMU_SERIES=10.2 (FPH_KERNEL_SERIES=7.3) all builds are those for
 that series of versions, such as ours-10.2.
 """
 
@@ -20,7 +21,7 @@ OUT = REPO / "out"
 
 BUILDS = ("ours", "stock")
 # What is built for each series of versions.
-FOR_SERIES = (*BUILDS, "debug")
+FOR_SERIES = (*BUILDS, "checked", "debug")
 
 # In a bzImage, see Documentation/arch/x86/boot.rst of Linux: a magic number, flags of which the
 # lowest says that it is no zImage, and flags of which the lowest says that it has 64 bits.
@@ -47,13 +48,13 @@ def require(path: Path, make_it: str) -> Path:
 
 def _chosen(build: str, variable: str) -> str:
     """What the environment has in the place of a build."""
-    build = os.environ.get(variable) or build if build == "ours" else build
+    build = os.environ.get(variable) or build if build in ("ours", "checked") else build
     series = os.environ.get(f"{variable}_SERIES")
     return f"{build}-{series}" if series and build in FOR_SERIES else build
 
 
 def qemu_file(build: str, *name: str) -> Path:
-    """A file of a QEMU's build: 'ours', 'stock', or 'debug', which is ours with all checks.
+    """A file of a QEMU's build: 'ours', 'stock', or 'checked' and 'debug': ours with checks.
 
     These are for the default series of versions; 'ours-10.2' is for another one.
     """

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The oracle: what a migration may leave out, checked without knowledge of the guest.
 
-Three checks in one: QEMU's debug build aborts at the source if a page that is still hinted when the
-guest has stopped was written since the ask; all RAM of source and destination is compared, and
-only such pages may differ, but not those that were absent; the guest verifies its own pages, where
-a test asks it to.
+Three checks in one: a build of QEMU with checks aborts at the source if a page that is still hinted
+when the guest has stopped was written since the ask; all RAM of source and destination is compared,
+and only such pages may differ, but not those that were absent; the guest verifies its own pages,
+where a test asks it to.
 
 After postcopy, the memory can be compared only if the guest did not run at the destination in the
-meantime. Where it did, which is what postcopy is for, the debug build's check at the source (what
-is hinted when the guest has stopped is the same as without postcopy) and the guest itself have to
-do.
+meantime. Where it did, which is what postcopy is for, the check at the source (what is hinted when
+the guest has stopped is the same as without postcopy) and the guest itself have to do.
 
 Control runs, with the same checks and hints switched off, are in test_memory_equal, test_churn,
 test_postcopy, for each way to send in test_features, and, between stock QEMUs, in test_interop.
@@ -44,7 +43,7 @@ class Oracle:
         if spec.qemu == "stock":
             return spec
         events = spec.trace or memory.KEPT_EVENTS
-        return spec.but(qemu="debug", trace=f"{events} {memory.ABSENT_EVENT}")
+        return spec.but(qemu="checked", trace=f"{events} {memory.ABSENT_EVENT}")
 
     def boot(self, **changes: Any) -> Guest:
         """Start the guest that is to be migrated, which may differ from the destination."""

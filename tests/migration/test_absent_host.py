@@ -291,7 +291,7 @@ def test_freed_when_there_is_need(lab: Lab, measured: Dict[str, Any]) -> None:
 # What a guest gives back and takes meanwhile
 
 
-AT_WORK = SMALL.but(kernel="stock", qemu="debug", skip_absent=True)
+AT_WORK = SMALL.but(kernel="stock", qemu="checked", skip_absent=True)
 # It lasts for some rounds, and may stop a guest that writes as fast as it is sent.
 LASTING = ABSENT.with_parameters(max_bandwidth=100 * MIB, downtime_limit=300)
 DISCARDED = "ram_block_discard_range"

@@ -328,7 +328,7 @@ def test_transparent_huge_pages(lab: Lab, measured: Dict[str, Any], huge: bool) 
 def test_shared_memory_that_stays(lab: Lab) -> None:
     """With x-ignore-shared, hints in memory that is not sent are dropped, and all is well."""
     with memory.memory_files("guest") as (file,):
-        spec = SMALL.but(qemu="debug", mem_file=file)
+        spec = SMALL.but(qemu="checked", mem_file=file)
         source = lab.boot(spec)
         fill_and_free(source)
         start_churn(source)
@@ -446,7 +446,7 @@ def test_tls(lab: Lab, tmp_path: Path) -> None:
 
 def test_background_snapshot_is_refused(lab: Lab, tmp_path: Path) -> None:
     """A background snapshot sends each page as it was at its start, and asks for no hints."""
-    source = lab.boot(SMALL.but(qemu="debug"))
+    source = lab.boot(SMALL.but(qemu="checked"))
     fill_and_free(source)
     set_capabilities(source, {"background-snapshot": True, "events": True})
     result = save(source, tmp_path / "snapshot", WITH_HINTS)
@@ -458,7 +458,7 @@ def test_background_snapshot_is_refused(lab: Lab, tmp_path: Path) -> None:
 
 def test_colo_is_refused(lab: Lab) -> None:
     """With COLO, which sends the same memory again and again, the guest is not asked."""
-    spec = SMALL.but(qemu="debug")
+    spec = SMALL.but(qemu="checked")
     source = lab.boot(spec)
     destination = lab.incoming(spec)
     start(source, destination, replace(WITH_HINTS, common={"x-colo": True}))
@@ -471,7 +471,7 @@ def test_savevm(lab: Lab, tmp_path: Path) -> None:
     image = tmp_path / "snapshots.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1G"], check=True)
     drive = ("-drive", f"file={image},if=none,id=snapshots")
-    source = lab.boot(SMALL.but(qemu="debug", args=drive))
+    source = lab.boot(SMALL.but(qemu="checked", args=drive))
     fill_and_free(source)
     start_churn(source)
     assert source.hmp("savevm one") == ""

@@ -62,7 +62,7 @@ def resident_mib(guest: Guest) -> int:
 
 def busy_guest(lab: Lab, **changes: Any) -> Guest:
     """A guest at work, whose QEMU checks when it has stopped that no write is lost."""
-    source = lab.boot(SMALL.but(qemu="debug", **changes))
+    source = lab.boot(SMALL.but(qemu="checked", **changes))
     fill_and_free(source)
     start_churn(source)
     return source

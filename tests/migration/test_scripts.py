@@ -248,10 +248,12 @@ def test_builds_of_a_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("FPH_KERNEL_SERIES", "7.3")
     for stands_in in ("", "debug"):
         monkeypatch.setenv("FPH_QEMU", stands_in)
-        for build in ("ours", "stock", "ours-9.9"):
-            expected = {"ours": f"{stands_in or 'ours'}-10.2", "stock": "stock-10.2"}.get(
-                build, build
-            )
+        for build in ("ours", "checked", "stock", "ours-9.9"):
+            expected = {
+                "ours": f"{stands_in or 'ours'}-10.2",
+                "checked": f"{stands_in or 'checked'}-10.2",
+                "stock": "stock-10.2",
+            }.get(build, build)
             with pytest.raises(MissingArtifact, match=f"run scripts/build-qemu {expected}$"):
                 paths.qemu_binary(build)
     for build, made_by in (("ours", "build-kernel ours-7.3"), ("debian", "make-other-guests")):

@@ -333,7 +333,7 @@ def test_balloon_grows_and_shrinks(lab: Lab, measured: Dict[str, Any]) -> None:
 
     What is in the balloon has no contents, so that only the guest can be asked what was lost.
     """
-    spec = GUEST.but(qemu="debug")
+    spec = GUEST.but(qemu="checked")
     source = lab.boot(spec)
     prepare(source)
     destination = lab.incoming(spec)
