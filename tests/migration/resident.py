@@ -198,10 +198,15 @@ class Resident:
         return [assert_intact(self.here, name) for name in ("default", "churn")[: 1 + self._busy]]
 
     def _set_off(
-        self, hints: bool, into: Optional[Dict[str, Any]], running: bool = False, **spec: Any
+        self,
+        hints: bool,
+        into: Optional[Dict[str, Any]],
+        running: bool = False,
+        freed_mib: int = FREED_MIB,
+        **spec: Any,
     ) -> Seen:
         """Begin a migration that does not end yet; returns what was seen before."""
-        workload.dirty_and_free(self.here, FREED_MIB)
+        workload.dirty_and_free(self.here, freed_mib)
         before = Seen.told_by(self.here)
         if into is not None:
             self._changes = into
@@ -212,13 +217,18 @@ class Resident:
         return before
 
     def _has_come(
-        self, asked: bool, result: MigrationResult, seen_before: Seen, measured: Dict[str, Any]
+        self,
+        asked: bool,
+        result: MigrationResult,
+        seen_before: Seen,
+        measured: Dict[str, Any],
+        freed_mib: int = FREED_MIB,
     ) -> None:
         """Look at what came, and count it. Of what was freed before, hints took out the most."""
         verdicts = self.assert_intact()
         seen = Seen.told_by(self.here).since(seen_before)
         assert seen.reports == int(asked)
-        hints = assert_hints_if(asked, result, FREED_MIB // 2 * MIB)
+        hints = assert_hints_if(asked, result, freed_mib // 2 * MIB)
         measured.update(
             absent=result.absent.absent_bytes // PAGE if result.absent else 0,
             ask_to_end=hints.ask_to_end,
@@ -240,12 +250,13 @@ class Resident:
         taken_back: Sequence[int] = (TAKEN_BACK_MIB,),
         rounds: int = ROUNDS,
         bandwidth: int = BANDWIDTH,
+        freed_mib: int = FREED_MIB,
     ) -> MigrationResult:
         """Migrate it while it is at work, into a QEMU of the same kind, or of another one.
 
         Once all was hinted, it takes back so many MiB at a time.
         """
-        before = self._set_off(hints, into)
+        before = self._set_off(hints, into, freed_mib=freed_mib)
         for mib in taken_back:
             workload.dirty_and_free(self.here, mib)
         self.here.qmp("migrate-set-parameters", max_bandwidth=bandwidth)
@@ -253,7 +264,7 @@ class Resident:
         self.here.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
         result = finish(self.here, self.there)
         measured["kept"] = self.arrived()
-        self._has_come(hints, result, before, measured)
+        self._has_come(hints, result, before, measured, freed_mib)
         return result
 
     def move_in_postcopy(

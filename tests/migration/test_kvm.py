@@ -161,8 +161,8 @@ def test_there_and_back(guest: Resident, measured: Dict[str, Any]) -> None:
     totals: Dict[str, int] = {}
     with guest.living_in() as resident:
         for _ in range(2 * TRIPS):
-            resident.move(measured, rounds=2, bandwidth=64 * MIB)
-            assert_busy(measured)
+            resident.move(measured, taken_back=[4], rounds=1, bandwidth=64 * MIB, freed_mib=16)
             for name, count in measured.items():
                 totals[name] = totals.get(name, 0) + count
     measured.update(totals)
+    assert_busy(measured)
