@@ -33,6 +33,7 @@
 #include "absent-pages.h"
 #include "free-page-hint.h"
 #include "free-page-hint-bitmap.h"
+#include "free-page-hint-queue.h"
 #include "migration.h"
 #include "options.h"
 #include "ram.h"
@@ -40,6 +41,9 @@
 
 /* Pages of work in one go, a millisecond: see free-page-hint-ram.c */
 #define HOLD_PAGES (4 * MiB)
+
+/* Runs taken from the queue in one go */
+#define BATCH 1024
 
 #define REASON_NONE FREE_PAGE_HINT_REASON__MAX
 
@@ -60,12 +64,7 @@ static struct {
     uint32_t id;
     bool complete;
     FreePageHintReason reason;
-    /* Ring of FREE_PAGE_HINT_QUEUE_RUNS */
-    FreePageHintRun *queue;
-    unsigned head;
-    unsigned count;
-    /* The provider found too little room and waits */
-    bool starved;
+    FreePageHintQueue queue;
     QemuCoSleep sleep;
     /* Bytes that the guest called free, by the size of the block */
     uint64_t orders[ORDERS];
@@ -101,12 +100,8 @@ static bool estimate_wanted(uint32_t id)
 
 static bool estimate_has_room(unsigned runs)
 {
-    if (!estimate.asked ||
-        runs <= FREE_PAGE_HINT_QUEUE_RUNS - estimate.count) {
-        return true;
-    }
-    estimate.starved = true;
-    return false;
+    return !estimate.asked ||
+           free_page_hint_queue_has_room(&estimate.queue, runs);
 }
 
 static void estimate_submit(const FreePageHintRun *runs, unsigned n_runs,
@@ -115,12 +110,9 @@ static void estimate_submit(const FreePageHintRun *runs, unsigned n_runs,
     uint64_t bytes = invalid_bytes;
     unsigned i;
 
-    assert(n_runs <= FREE_PAGE_HINT_QUEUE_RUNS - estimate.count);
+    free_page_hint_queue_put(&estimate.queue, runs, n_runs);
     for (i = 0; i < n_runs; i++) {
         bytes += runs[i].npages << qemu_target_page_bits();
-        estimate.queue[(estimate.head + estimate.count) %
-                       FREE_PAGE_HINT_QUEUE_RUNS] = runs[i];
-        estimate.count++;
     }
     /* All blocks of a message are of one size */
     if (blocks && bytes >= blocks) {
@@ -191,14 +183,14 @@ static void estimate_free(void)
         g_free(map->groups);
     }
     g_clear_pointer(&estimate.blocks, g_array_unref);
-    g_clear_pointer(&estimate.queue, g_free);
+    free_page_hint_queue_free(&estimate.queue);
 }
 
 static bool estimate_alloc(uint64_t *total)
 {
+    bool queue = free_page_hint_queue_alloc(&estimate.queue);
     RAMBlock *rb;
 
-    estimate.queue = g_try_new(FreePageHintRun, FREE_PAGE_HINT_QUEUE_RUNS);
     estimate.blocks = g_array_new(false, false, sizeof(EstimateBlock));
 
     RCU_READ_LOCK_GUARD();
@@ -224,7 +216,7 @@ static bool estimate_alloc(uint64_t *total)
         bitmap_set(block.map.bmap, 0, npages);
         *total += npages << qemu_target_page_bits();
     }
-    return estimate.queue;
+    return queue;
 }
 
 /* Returns how many runs are done. */
@@ -311,30 +303,31 @@ static void coroutine_fn estimate_absent(FreePageEstimate *e, int64_t deadline)
     e->scan_time = (qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - start) / SCALE_US;
 }
 
-/* Count what is in the queue, for a millisecond at most. */
-static void estimate_drain(FreePageEstimate *e)
+/*
+ * Count some of what the guest has hinted, for a millisecond at most.  @runs
+ * and @n_runs are what was taken from the queue, and of that @done was counted.
+ */
+static void estimate_collect(FreePageEstimate *e, FreePageHintRun *runs,
+                             unsigned *n_runs, unsigned *done)
 {
-    while (estimate.count) {
-        unsigned n = MIN(estimate.count,
-                         FREE_PAGE_HINT_QUEUE_RUNS - estimate.head);
-        unsigned done = estimate_apply(&estimate.queue[estimate.head], n,
-                                       &e->free_bytes);
+    bool starved;
 
-        estimate.head = (estimate.head + done) % FREE_PAGE_HINT_QUEUE_RUNS;
-        estimate.count -= done;
-        if (done < n) {
-            break;
+    if (*done == *n_runs) {
+        *done = 0;
+        *n_runs = free_page_hint_queue_take(&estimate.queue, runs, BATCH,
+                                            &starved);
+        if (starved && estimate.asked) {
+            free_page_hint_provider_resume();
         }
     }
-    if (estimate.starved && estimate.asked) {
-        estimate.starved = false;
-        free_page_hint_provider_resume();
-    }
+    *done += estimate_apply(&runs[*done], *n_runs - *done, &e->free_bytes);
 }
 
 static void coroutine_fn estimate_ask(FreePageEstimate *e, int64_t deadline)
 {
+    g_autofree FreePageHintRun *runs = g_new(FreePageHintRun, BATCH);
     int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME), now = start;
+    unsigned n_runs = 0, done = 0;
 
     estimate.reason = estimate.cancelled ? FREE_PAGE_HINT_REASON_CANCELLED :
                       now >= deadline ? FREE_PAGE_HINT_REASON_TIMEOUT :
@@ -343,12 +336,12 @@ static void coroutine_fn estimate_ask(FreePageEstimate *e, int64_t deadline)
     trace_free_page_estimate_ask(estimate.asked ? estimate.id : 0);
 
     while (estimate.asked && estimate.reason == REASON_NONE &&
-           (!estimate.complete || estimate.count)) {
-        estimate_drain(e);
+           (!estimate.complete || estimate.queue.count || done < n_runs)) {
+        estimate_collect(e, runs, &n_runs, &done);
         now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
         if (now >= deadline) {
             estimate_stop(FREE_PAGE_HINT_REASON_TIMEOUT);
-        } else if (estimate.count) {
+        } else if (estimate.queue.count || done < n_runs) {
             qemu_co_sleep_ns(QEMU_CLOCK_REALTIME, 0);
         } else if (!estimate.complete) {
             qemu_co_sleep_ns_wakeable(&estimate.sleep, QEMU_CLOCK_REALTIME,
@@ -432,8 +425,6 @@ void qmp_calc_free_page_estimate(bool has_bandwidth, uint64_t bandwidth,
     estimate.running = true;
     estimate.complete = false;
     estimate.bandwidth = bandwidth;
-    estimate.head = estimate.count = 0;
-    estimate.starved = false;
     qatomic_set(&estimate.cancelled, false);
     memset(estimate.orders, 0, sizeof(estimate.orders));
     aio_co_enter(qemu_get_aio_context(),

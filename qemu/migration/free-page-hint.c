@@ -26,6 +26,7 @@
 #include "system/runstate.h"
 #include "system/tcg.h"
 #include "free-page-hint.h"
+#include "free-page-hint-queue.h"
 #include "free-page-hint-ram.h"
 #include "migration.h"
 #include "options.h"
@@ -59,12 +60,8 @@ static struct {
     FreePageHintReason reason;
     /* The request, in states ASKED and REPORTING */
     uint32_t id;
-    /* Ring of FREE_PAGE_HINT_QUEUE_RUNS; only there while a round runs */
-    FreePageHintRun *queue;
-    unsigned head;
-    unsigned count;
-    /* The provider found too little room and waits for resume() */
-    bool starved;
+    /* Only there while a round runs */
+    FreePageHintQueue queue;
     int64_t ask_ns;
     FreePageHintInfo stats;
     /* Why nothing was looked up, or not everything */
@@ -215,11 +212,7 @@ static bool free_page_hint_alloc(void)
 
     QEMU_LOCK_GUARD(&hint.lock);
 
-    hint.queue = g_try_new(FreePageHintRun, FREE_PAGE_HINT_QUEUE_RUNS);
-    hint.head = 0;
-    hint.count = 0;
-    hint.starved = false;
-    return hint.queue != NULL;
+    return free_page_hint_queue_alloc(&hint.queue);
 }
 
 /* Called with hint.lock, by the migration thread. */
@@ -328,16 +321,10 @@ static bool free_page_hint_ask(void)
 /* Take up to @max runs from the queue.  Called with hint.lock. */
 static unsigned free_page_hint_dequeue(FreePageHintRun *runs, unsigned max)
 {
-    unsigned n = MIN(hint.count, max);
-    unsigned i;
+    bool starved;
+    unsigned n = free_page_hint_queue_take(&hint.queue, runs, max, &starved);
 
-    for (i = 0; i < n; i++) {
-        runs[i] = hint.queue[(hint.head + i) % FREE_PAGE_HINT_QUEUE_RUNS];
-    }
-    hint.head = (hint.head + n) % FREE_PAGE_HINT_QUEUE_RUNS;
-    hint.count -= n;
-    if (n && hint.starved && hint.ops) {
-        hint.starved = false;
+    if (starved && hint.ops) {
         hint.ops->resume(hint.opaque);
     }
     return n;
@@ -448,13 +435,8 @@ static void free_page_hint_finish(void)
 
     WITH_QEMU_LOCK_GUARD(&hint.lock) {
         asked = free_page_hint_asking();
-        for (; hint.count; hint.count--, hint.head++) {
-            hint.stats.stale_bytes +=
-                bytes_of(hint.queue[hint.head %
-                                    FREE_PAGE_HINT_QUEUE_RUNS].npages);
-        }
-        g_free(hint.queue);
-        hint.queue = NULL;
+        hint.stats.stale_bytes +=
+            bytes_of(free_page_hint_queue_free(&hint.queue));
         free_page_hint_set_state(FREE_PAGE_HINT_STATE_ENDED);
         trace_free_page_hint_end(hint.reason == REASON_NONE ? "complete" :
                                  FreePageHintReason_str(hint.reason),
@@ -654,11 +636,7 @@ bool free_page_hint_has_room(unsigned runs)
     }
 
     QEMU_LOCK_GUARD(&hint.lock);
-    if (!hint.queue || runs <= FREE_PAGE_HINT_QUEUE_RUNS - hint.count) {
-        return true;
-    }
-    hint.starved = true;
-    return false;
+    return free_page_hint_queue_has_room(&hint.queue, runs);
 }
 
 void free_page_hint_submit(uint32_t id, const FreePageHintRun *runs,
@@ -689,12 +667,7 @@ void free_page_hint_submit(uint32_t id, const FreePageHintRun *runs,
     hint.stats.blocks += blocks;
     hint.stats.invalid_bytes += invalid_bytes;
 
-    assert(n_runs <= FREE_PAGE_HINT_QUEUE_RUNS - hint.count);
-    for (i = 0; i < n_runs; i++) {
-        hint.queue[(hint.head + hint.count) % FREE_PAGE_HINT_QUEUE_RUNS] =
-            runs[i];
-        hint.count++;
-    }
+    free_page_hint_queue_put(&hint.queue, runs, n_runs);
     qemu_cond_signal(&hint.cond);
 }
 
