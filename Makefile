@@ -24,12 +24,12 @@ BASES = $(foreach base,$(BASE),$(or $(patsubst %/patches/$(base),%=$(base),$(wil
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help deps fetch qemu qemu-stock qemu-checked qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source host-deb release run migrate demo \
-	bench bench-quick bench-build bench-report check test unit model test-long hostile fuzz lint patches check-patches baselines \
+	bench bench-quick bench-build bench-report check test arm64 unit model test-long hostile fuzz lint patches check-patches baselines \
 	clean distclean
 
 help: ## list the targets
 	@echo "make TARGET [JOBS=n] [FPH_CACHE=dir]"
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 deps: ## install the Debian packages that are missing (as root)
 	@scripts/install-deps
@@ -133,6 +133,14 @@ test-long: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-de
 	@FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/campaigns.py
 	@FPH_RESULTS=sweep.json FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug /usr/bin/python3 -m pytest -m 'integrity and not long' tests
 	@FPH_RESULTS=long.json /usr/bin/python3 -m pytest -m long tests
+
+# Not a part of "make test": other compilers, other builds.
+arm64: fetch ## build QEMU and guests for arm64 with pages of 4 and of 64 KiB, and test them
+	@scripts/install-deps arm64
+	@scripts/build-qemu arm64
+	@scripts/build-arm64-kernels
+	@scripts/make-arm64-initramfs
+	@FPH_RESULTS=arm64.json /usr/bin/python3 -m pytest -v tests/migration/test_arm64.py
 
 model: fetch ## let spin try every order of the protocol's steps, and find each mutant
 	@/usr/bin/python3 -m pytest -v -s tests/migration/test_model.py

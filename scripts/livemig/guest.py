@@ -31,6 +31,8 @@ Event = Dict[str, Any]
 BOOT_SECONDS = 120
 # No command takes as long, but for one that waits for what will not happen.
 MONITOR_SECONDS = 300
+# Builds of QEMU that have absent pages.
+PATCHED = ("ours", "checked", "debug", "arm64")
 # How long to wait for an event before looking whether the QEMU is still alive.
 LIVENESS_SECONDS = 0.5
 
@@ -164,7 +166,7 @@ class Guest:
             args += ["-D", str(self.trace_log)]
             for events in spec.trace.split():
                 args += ["-trace", events]
-        if spec.skip_absent is not None and spec.qemu.split("-")[0] in ("ours", "checked", "debug"):
+        if spec.skip_absent is not None and spec.qemu.split("-")[0] in PATCHED:
             setting = "on" if spec.skip_absent else "off"
             args += ["-global", f"migration.skip-absent-pages={setting}"]
         if self._incoming:
@@ -189,7 +191,10 @@ class Guest:
             return ["-bios", str(spec.firmware)]
         root = "root=/dev/vda rw init=/sbin/guest-init" if spec.disk else ""
         # On a busy host, too few ticks come in the moment for which the kernel counts them.
-        cmdline = ["console=ttyS0", "panic=-1", "no_timer_check", root, *spec.cmdline]
+        platform = ["console=ttyS0", "no_timer_check"]
+        if paths.is_arm64(spec.kernel):
+            platform = ["console=ttyAMA0"]
+        cmdline = [*platform, "panic=-1", root, *spec.cmdline]
         args = ["-kernel", str(paths.kernel_image(spec.kernel))]
         args += ["-append", " ".join(word for word in cmdline if word)]
         if not spec.user_space:
@@ -205,7 +210,7 @@ class Guest:
         """The initramfs, and behind it the modules of a kernel that has some."""
         modules = paths.kernel_image(self.spec.kernel).with_name("modules.cpio.gz")
         if not modules.exists():
-            return paths.initramfs()
+            return paths.initramfs(self.spec.kernel)
         # A file without a name, as long as the guest lives: QEMU reads it when it starts and when
         # the guest is reset.
         file = self.belongings.enter_context(os.fdopen(os.memfd_create("initrd"), "wb"))

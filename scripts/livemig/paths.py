@@ -62,9 +62,14 @@ def qemu_file(build: str, *name: str) -> Path:
     return require(cache_dir().joinpath(f"qemu-{build}", *name), f"scripts/build-qemu {build}")
 
 
+def is_arm64(build: str) -> bool:
+    """Whether a build, of QEMU or of a kernel, is for guests of arm64 and not of x86-64."""
+    return build.startswith("arm64")
+
+
 def qemu_binary(build: str) -> Path:
-    """The QEMU of a build."""
-    return qemu_file(build, "bin", "qemu-system-x86_64")
+    """The QEMU of a build. That of 'arm64' has the checks of 'checked'."""
+    return qemu_file(build, "bin", f"qemu-system-{'aarch64' if is_arm64(build) else 'x86_64'}")
 
 
 def guest_kernel() -> Optional[Path]:
@@ -94,7 +99,11 @@ def kernel_image(build: str) -> Path:
 
     It is 'ours', 'stock', 'debug', which is ours with all checks, 'kvm' and 'kvm-stock', which run
     without user space, or 'debian', Debian's own; and 'ours-7.3' for another series of versions.
+    'arm64-4k' and 'arm64-64k' are ours for that architecture, with pages of these sizes.
     """
+    if is_arm64(build):
+        image = f"Image-{build.removeprefix('arm64-')}"
+        return require(cache_dir() / "kernel-arm64" / image, "scripts/build-arm64-kernels")
     other = guest_kernel()
     if build == "ours" and other:
         return other
@@ -111,9 +120,12 @@ def is_quick(kernel: str) -> bool:
     return _chosen(kernel, "FPH_KERNEL").split("-")[0] not in ("debug", "kvm")
 
 
-def initramfs() -> Path:
-    """The busybox guest."""
-    return require(cache_dir() / "images" / "initramfs.cpio.gz", "scripts/make-initramfs")
+def initramfs(kernel: str = "ours") -> Path:
+    """The busybox guest of a kernel."""
+    name, make_it = "initramfs", "make-initramfs"
+    if is_arm64(kernel):
+        name, make_it = "initramfs-arm64", "make-arm64-initramfs"
+    return require(cache_dir() / "images" / f"{name}.cpio.gz", f"scripts/{make_it}")
 
 
 def bare_metal(name: str) -> Path:
