@@ -88,7 +88,7 @@ def test_arm64_arrives_intact(
     if hints:
         assert min(blocks) == least_bytes
         assert max(blocks) == LARGEST_MIB[size] * MIB
-        # Most of what was freed, and held data, stayed behind: at most 192 MiB of it are in use again.
+        # Most of what was freed stayed behind, with its data: 192 MiB at most are in use again.
         assert compared.different > 0.5 * FREED_PAGES
     else:
         assert (compared.different, compared.kept) == (0, 0)
