@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""libvirt's domains and their QEMUs; what goes wrong is one line, with an exit status."""
+
+import contextlib
+import json
+import socket
+import threading
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+try:
+    import libvirt
+    import libvirt_qemu
+except ImportError:
+    # A socket of QEMU's can be watched without it.
+    libvirt = None
+
+# Of the server's silence, until the connection counts as lost
+KEEPALIVE = (5, 3)
+QMP_SECONDS = 10
+
+
+class FphError(Exception):
+    """What was asked for is not possible; nothing was changed."""
+
+    status = 1
+
+
+class LibvirtFailure(FphError):
+    """libvirt, or QEMU behind it, did not do what it was asked for."""
+
+    status = 3
+
+
+class ReadOnly(LibvirtFailure):
+    """The connection may look, and no more."""
+
+
+class NotRunning(LibvirtFailure):
+    """The domain has no QEMU, or has none any more."""
+
+    status = 1
+
+
+class ConnectionLost(LibvirtFailure):
+    """Nobody answers any more."""
+
+
+class QmpError(FphError):
+    """QEMU refused a command."""
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(text)
+        self.missing = kind == "CommandNotFound"
+
+
+def one_line(text: object) -> str:
+    """A message of somebody else's, on one line."""
+    return " ".join(str(text).split())
+
+
+def _unpack(reply: str) -> Any:
+    answer = json.loads(reply)
+    if "error" in answer:
+        raise QmpError(answer["error"].get("class", ""), one_line(answer["error"].get("desc", "")))
+    return answer["return"]
+
+
+class Domain:
+    """A domain of libvirt's."""
+
+    def __init__(self, host: "Host", domain: Any):
+        self._host = host
+        self._domain = domain
+        with host.errors():
+            self.name: str = domain.name()
+
+    def state(self) -> str:
+        """As virsh calls it."""
+        with self._host.errors():
+            number = self._domain.state()[0]
+        names = {
+            libvirt.VIR_DOMAIN_RUNNING: "running",
+            libvirt.VIR_DOMAIN_BLOCKED: "idle",
+            libvirt.VIR_DOMAIN_PAUSED: "paused",
+            libvirt.VIR_DOMAIN_SHUTDOWN: "in shutdown",
+            libvirt.VIR_DOMAIN_SHUTOFF: "shut off",
+            libvirt.VIR_DOMAIN_CRASHED: "crashed",
+            libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
+        }
+        return names.get(number, "no state")
+
+    def active(self) -> bool:
+        """Whether a QEMU runs it."""
+        with self._host.errors():
+            return bool(self._domain.isActive())
+
+    def persistent(self) -> bool:
+        """Whether it has a definition that outlives its QEMU."""
+        with self._host.errors():
+            return bool(self._domain.isPersistent())
+
+    def definition(self, secure: bool = False) -> str:
+        """The XML that it is started with next time; with its passwords, to be defined again."""
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE
+        if secure:
+            flags |= libvirt.VIR_DOMAIN_XML_SECURE
+        with self._host.errors():
+            text: str = self._domain.XMLDesc(flags)
+        return text
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command; returns what it returns."""
+        request = {"execute": command, **({"arguments": arguments} if arguments else {})}
+        with self._host.errors():
+            reply = libvirt_qemu.qemuMonitorCommand(self._domain, json.dumps(request), 0)
+        return _unpack(reply)
+
+    def job(self, completed: bool = False) -> Dict[str, Any]:
+        """libvirt's statistics of the domain's job, or of the last one."""
+        flags = 0
+        if completed:
+            # Whoever asks next is to have them, too.
+            flags = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED
+            flags |= libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
+        with self._host.errors():
+            stats: Dict[str, Any] = self._domain.jobStats(flags)
+        return stats
+
+    def on_end(self, call: Callable[[Dict[str, Any]], None]) -> None:
+        """Have libvirt's statistics of a migration reported when it ends, from another thread."""
+
+        def ended(*arguments: Any) -> None:
+            call(arguments[2])
+
+        with self._host.errors():
+            self._host.connection.domainEventRegisterAny(
+                self._domain, libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, ended, None
+            )
+
+    def on_event(self, event: str, call: Callable[[Any], None]) -> None:
+        """Have an event of QEMU's reported, from another thread."""
+
+        def received(*arguments: Any) -> None:
+            call(json.loads(arguments[5] or "{}"))
+
+        with self._host.errors():
+            libvirt_qemu.qemuMonitorEventRegister(
+                self._host.connection, self._domain, event, received, None
+            )
+
+
+class Host:
+    """A connection to libvirt."""
+
+    def __init__(self, uri: Optional[str], read_only: bool = False, events: bool = False):
+        if libvirt is None:
+            raise LibvirtFailure("no Python binding of libvirt: apt install python3-libvirt")
+        # Without this, libvirt writes what it raises to stderr too.
+        libvirt.registerErrorHandler(lambda *_: None, None)
+        self.connection: Any = None
+        self._uri = uri
+        if events:
+            libvirt.virEventRegisterDefaultImpl()
+            threading.Thread(target=_run_events, daemon=True).start()
+        with self.errors():
+            self.connection = (libvirt.openReadOnly if read_only else libvirt.open)(uri)
+            self._uri = self.connection.getURI()
+            if events:
+                # Not all of libvirt's drivers have a server that could fall silent.
+                with contextlib.suppress(libvirt.libvirtError):
+                    self.connection.setKeepAlive(*KEEPALIVE)
+
+    @property
+    def uri(self) -> str:
+        """Where libvirt is."""
+        return self._uri or "libvirt"
+
+    def domains(self) -> List[Domain]:
+        """All domains, by name."""
+        with self.errors():
+            found = self.connection.listAllDomains()
+        return sorted((Domain(self, domain) for domain in found), key=lambda d: d.name)
+
+    def domain(self, name: str) -> Domain:
+        """The domain of a name, or of a UUID."""
+        found = None
+        for lookup in "lookupByName", "lookupByUUIDString":
+            with contextlib.suppress(libvirt.libvirtError):
+                found = getattr(self.connection, lookup)(name)
+                break
+        if found is None:
+            with self.errors():
+                self.connection.getLibVersion()
+            raise FphError(f"{name}: {self.uri} has no such domain")
+        return Domain(self, found)
+
+    def define(self, text: str) -> None:
+        """Replace a domain's definition, if libvirt finds it valid."""
+        with self.errors():
+            self.connection.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+
+    def _lost(self) -> bool:
+        try:
+            return self.connection is not None and not self.connection.isAlive()
+        except libvirt.libvirtError:
+            return True
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn libvirt's errors into ours."""
+        try:
+            yield
+        except libvirt.libvirtError as err:
+            text = one_line(err.get_error_message() or err)
+            code = err.get_error_code()
+            if self.connection is None:
+                raise LibvirtFailure(f"no connection to {self.uri}: {text}") from err
+            if self._lost():
+                raise ConnectionLost(f"the connection to {self.uri} was lost: {text}") from err
+            if code == libvirt.VIR_ERR_OPERATION_DENIED:
+                raise ReadOnly(f"the connection is read-only: {text}") from err
+            if code in (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN):
+                raise NotRunning(text) from err
+            raise LibvirtFailure(text) from err
+
+
+def _run_events() -> None:
+    while True:
+        with contextlib.suppress(libvirt.libvirtError):
+            libvirt.virEventRunDefaultImpl()
+
+
+class Socket:
+    """A QMP socket of a QEMU that libvirt does not run."""
+
+    def __init__(self, path: str):
+        self.name = path
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(QMP_SECONDS)
+        self._lines = self._socket.makefile("r", encoding="utf-8")
+        self._call: Dict[str, Callable[[Any], None]] = {}
+        try:
+            self._socket.connect(path)
+        except OSError as err:
+            raise LibvirtFailure(f"{path}: {err.strerror or err}") from err
+        if "QMP" not in self._read():
+            raise LibvirtFailure(f"{path}: this is no QMP socket")
+        self.qmp("qmp_capabilities")
+
+    def on_end(self, call: Callable[[Dict[str, Any]], None]) -> None:
+        """Nobody keeps statistics of a migration but QEMU."""
+
+    def on_event(self, event: str, call: Callable[[Any], None]) -> None:
+        """Have an event reported, when an answer is waited for."""
+        self._call[event] = call
+
+    def _read(self) -> Dict[str, Any]:
+        try:
+            line = self._lines.readline()
+            message: Dict[str, Any] = json.loads(line) if line else {}
+        except socket.timeout as err:
+            raise LibvirtFailure(f"{self._path}: no answer; is somebody connected to it?") from err
+        except (OSError, ValueError) as err:
+            raise ConnectionLost(f"{self._path}: {err}") from err
+        if not message:
+            raise NotRunning(f"{self._path}: QEMU has ended")
+        return message
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Run a command; returns what it returns."""
+        request = {"execute": command, **({"arguments": arguments} if arguments else {})}
+        try:
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as err:
+            raise NotRunning(f"{self._path}: QEMU has ended") from err
+        while True:
+            message = self._read()
+            if "event" in message:
+                self._call.get(message["event"], lambda _: None)(message.get("data", {}))
+            else:
+                return _unpack(json.dumps(message))
+
+    def job(self, completed: bool = False) -> Dict[str, Any]:
+        """As on_end()."""
+        del completed
+        return {}

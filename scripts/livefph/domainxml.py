@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A domain's XML with hints on or off: text in, text out.
+
+The text is changed where it has to be, and stays byte for byte what it was elsewhere: comments,
+elements that nobody here knows, the order, the quotes.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import List, Optional, Sequence, Tuple
+from xml.sax.saxutils import escape, unescape
+
+from livefph.connection import FphError
+from livefph.elements import Element, parse
+
+NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+HINT = "free-page-hint"
+ARRAYS = "free-page-hint-arrays"
+# Of those that QEMU runs
+TYPES = ("kvm", "qemu", "hvf")
+MODELS = ("virtio", "virtio-transitional", "virtio-non-transitional")
+# What libvirt calls the balloon if nobody else does
+DEFAULT_ALIAS = "balloon0"
+TRUE = ("true", "yes", "on", "1")
+ATTRIBUTE = re.compile(rb"""\s([^\s=/>]+)\s*=\s*("[^"]*"|'[^']*')""")
+
+
+def qemu(name: str) -> str:
+    """The name of an element of QEMU's namespace, as Element.name has it."""
+    return f"{NAMESPACE} {name}"
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a domain's XML says about hints."""
+
+    emulator: Optional[str]
+    model: Optional[str]
+    hints: bool
+    arrays: bool
+
+    @property
+    def offered(self) -> str:
+        """In a word."""
+        return "no" if not self.hints else "arrays" if self.arrays else "blocks"
+
+
+class _Editor:
+    """One text with its elements, and what is to be changed in it."""
+
+    def __init__(self, text: str):
+        self.data = text.encode()
+        self.domain = parse(self.data)
+        self._edits: List[Tuple[int, int, bytes]] = []
+
+    def result(self) -> str:
+        """The text with all changes."""
+        data = self.data
+        for start, end, new in sorted(self._edits, key=lambda edit: edit[0], reverse=True):
+            data = data[:start] + new + data[end:]
+        return data.decode()
+
+    def balloon(self) -> Element:
+        """The balloon, if hints can be had with it."""
+        kind = self.domain.attributes.get("type")
+        if kind not in TYPES:
+            raise FphError(f"it is of type '{kind}', hints need QEMU")
+        devices = self.domain.find("devices")
+        balloon = devices.find("memballoon") if devices else None
+        if not balloon:
+            raise FphError("it has no <memballoon>")
+        model = balloon.attributes.get("model")
+        if model not in MODELS:
+            raise FphError(f"its <memballoon> has model '{model}', hints need 'virtio'")
+        return balloon
+
+    def alias(self, balloon: Element) -> Tuple[str, bool]:
+        """The name of the balloon in overrides, and whether it has to be given that yet."""
+        alias = balloon.find("alias")
+        if alias:
+            name = alias.attributes.get("name", "")
+            if name.startswith("ua-"):
+                return name, False
+        if self.device(DEFAULT_ALIAS):
+            return DEFAULT_ALIAS, False
+        taken = {a.attributes.get("name") for a in self.domain.descendants("alias")}
+        number = 0
+        while f"ua-balloon{number}" in taken:
+            number += 1
+        return f"ua-balloon{number}", True
+
+    def device(self, alias: str) -> Optional[Element]:
+        """What is overridden of a device."""
+        override = self.domain.find(qemu("override"))
+        return override.find(qemu("device"), alias=alias) if override else None
+
+    def property(self, alias: str, name: str) -> List[Element]:
+        """A property of a device, once for each time that it is there."""
+        device = self.device(alias)
+        frontend = device.find(qemu("frontend")) if device else None
+        return list(frontend.find_all(qemu("property"), name=name)) if frontend else []
+
+    def is_on(self, alias: str, name: str) -> bool:
+        """Whether a property is set, and true."""
+        found = self.property(alias, name)
+        return bool(found) and all(p.attributes.get("value", "").lower() in TRUE for p in found)
+
+    def indent(self, element: Element) -> str:
+        """The white space in front of an element, if that begins a line."""
+        line = self.data[self.data.rfind(b"\n", 0, element.start) + 1 : element.start].decode()
+        return line if not line.strip() else ""
+
+    def add(self, parent: Element, lines: Sequence[str]) -> None:
+        """Add lines at the end of an element."""
+        indent = self.indent(parent)
+        text = "".join(f"\n{indent}  {line}" for line in lines).encode()
+        if parent.empty:
+            slash = self.data.rindex(b"/>", parent.start, parent.content)
+            text = b">" + text + f"\n{indent}</".encode() + parent.tag + b">"
+            self._edits.append((slash, parent.content, text))
+        else:
+            inside = self.data[parent.content : parent.content_end].rstrip()
+            where = parent.content + len(inside)
+            if where == parent.content_end:
+                text += f"\n{indent}".encode()
+            self._edits.append((where, where, text))
+
+    def set_attribute(self, element: Element, name: str, value: str) -> None:
+        """Give an attribute a value."""
+        tag = self.data[element.start : element.content]
+        for match in ATTRIBUTE.finditer(tag):
+            if match[1] == name.encode():
+                start, end = (element.start + offset for offset in match.span(2))
+                self._edits.append((start, end, f"'{value}'".encode()))
+                return
+        where = element.content - (2 if element.empty else 1)
+        self._edits.append((where, where, f" {name}='{value}'".encode()))
+
+    def set_text(self, element: Element, text: str) -> None:
+        """Give an element that has only text another one."""
+        self._edits.append((element.content, element.content_end, escape(text).encode()))
+
+    def remove(self, element: Element) -> None:
+        """Take out an element, and its line with it."""
+        start = element.start
+        while start and self.data[start - 1 : start].isspace():
+            start -= 1
+        self._edits.append((start, element.end, b""))
+
+    def qemu_prefix(self) -> str:
+        """A prefix for QEMU's namespace where the domain ends."""
+        tag = self.data[self.domain.start : self.domain.content]
+        spaces = {
+            m[1].decode()[6:]: m[2].decode()[1:-1]
+            for m in ATTRIBUTE.finditer(tag)
+            if m[1].startswith(b"xmlns:")
+        }
+        for prefix, uri in spaces.items():
+            if uri == NAMESPACE:
+                return prefix + ":"
+        prefix = "qemu"
+        while prefix in spaces:
+            prefix += "1"
+        where = self.domain.content - 1
+        self._edits.append((where, where, f" xmlns:{prefix}='{NAMESPACE}'".encode()))
+        return prefix + ":"
+
+
+def read(text: str) -> Definition:
+    """What a domain's XML says."""
+    editor = _Editor(text)
+    devices = editor.domain.find("devices")
+    balloon = devices.find("memballoon") if devices else None
+    emulator = devices.find("emulator") if devices else None
+    path = None
+    if emulator:
+        path = unescape(editor.data[emulator.content : emulator.content_end].decode().strip())
+    if not balloon:
+        return Definition(path, None, False, False)
+    alias, _ = editor.alias(balloon)
+    hints = editor.is_on(alias, HINT)
+    arrays = hints and editor.is_on(alias, ARRAYS)
+    return Definition(path, balloon.attributes.get("model"), hints, arrays)
+
+
+def enable(text: str, arrays: bool, emulator: Optional[str] = None) -> str:
+    """The XML with hints, and maybe another emulator; the same text if that is how it is."""
+    editor = _Editor(text)
+    balloon = editor.balloon()
+    alias, new = editor.alias(balloon)
+    if new:
+        # libvirt forgets an alias of another kind when it defines the domain.
+        if old := balloon.find("alias"):
+            editor.set_attribute(old, "name", alias)
+        else:
+            editor.add(balloon, [f"<alias name='{alias}'/>"])
+    missing = []
+    for name in (HINT, ARRAYS) if arrays else (HINT,):
+        found = editor.property(alias, name)
+        if not found:
+            missing.append(name)
+        elif not editor.is_on(alias, name):
+            for element in found:
+                editor.set_attribute(element, "type", "bool")
+                editor.set_attribute(element, "value", "true")
+    if missing:
+        _add_properties(editor, alias, missing)
+    if emulator:
+        devices = editor.domain.find("devices")
+        assert devices
+        if old := devices.find("emulator"):
+            if read(text).emulator != emulator:
+                editor.set_text(old, emulator)
+        else:
+            editor.add(devices, [f"<emulator>{escape(emulator)}</emulator>"])
+    return editor.result()
+
+
+def _add_properties(editor: _Editor, alias: str, names: Sequence[str]) -> None:
+    override = editor.domain.find(qemu("override"))
+    device = editor.device(alias)
+    frontend = device.find(qemu("frontend")) if device else None
+    # The innermost element that is there already, and its prefix
+    parent = frontend or device or override or editor.domain
+    if parent is editor.domain:
+        prefix = editor.qemu_prefix()
+    else:
+        prefix = parent.tag.decode().rpartition(":")[0]
+        prefix += ":" if prefix else ""
+    lines = [f"<{prefix}property name='{name}' type='bool' value='true'/>" for name in names]
+    for element, around in (
+        (frontend, "frontend"),
+        (device, "device"),
+        (override, "override"),
+    ):
+        if not element:
+            attribute = f" alias='{alias}'" if around == "device" else ""
+            inside = [f"  {line}" for line in lines]
+            lines = [f"<{prefix}{around}{attribute}>", *inside, f"</{prefix}{around}>"]
+    editor.add(parent, lines)
+
+
+def disable(text: str, arrays_only: bool = False) -> str:
+    """The XML without hints, or without arrays; the balloon's alias stays."""
+    editor = _Editor(text)
+    alias, _ = editor.alias(editor.balloon())
+    gone = []
+    for name in (ARRAYS,) if arrays_only else (HINT, ARRAYS):
+        gone += editor.property(alias, name)
+    override, device = editor.domain.find(qemu("override")), editor.device(alias)
+    if not gone or not override or not device:
+        return text
+    frontend = device.find(qemu("frontend"))
+    assert frontend
+    # An element that would be left empty goes as a whole, but for one with a comment in it.
+    for outer in frontend, device, override:
+        left = editor.data[outer.content : outer.content_end]
+        for element in reversed(gone):
+            start, end = element.start - outer.content, element.end - outer.content
+            left = left[:start] + left[end:]
+        if left.strip():
+            break
+        gone = [outer]
+    for element in gone:
+        editor.remove(element)
+    return editor.result()
