@@ -15,6 +15,7 @@ CODE_DIRS = $(wildcard .ci scripts tests bench)
 PYTHON_FILES = $(shell find $(CODE_DIRS) -name '*.py'; grep -rlI '^\#!/usr/bin/python3' $(CODE_DIRS))
 SHELL_FILES = scripts/common.sh scripts/suites.sh scripts/packages.sh packaging/guest/load-balloon packaging/guest/dkms/check-space \
 	packaging/guest/dkms/dkms.conf packaging/trial/debian/qemu-system-x86-fph.postinst \
+	packaging/completion/fph \
 	$(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 
 # The trees that the series of BASE are of: qemu=10.2 kernel=7.3

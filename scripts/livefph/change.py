@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Switches hints on or off in a domain's definition."""
+
+import difflib
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import Optional
+from urllib.parse import urlsplit
+
+from livefph import domainxml
+from livefph.connection import Domain, FphError, Host
+
+PROBE_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How the definitions should be."""
+
+    hints: bool
+    arrays: bool
+    emulator: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was, or would be, changed in a domain's definition."""
+
+    domain: str
+    diff: str
+    written: bool
+    # Its QEMU goes on as it was started.
+    running: bool
+
+
+def is_here(uri: str) -> bool:
+    """Whether the emulators of a connection are files of this machine."""
+    return not urlsplit(uri).hostname
+
+
+def has_arrays(emulator: str) -> bool:
+    """Whether a QEMU of this machine is ours: a stock one does not start with our properties."""
+    command = [emulator, "-device", "virtio-balloon-pci,help"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as err:
+        raise FphError(f"its <emulator> {emulator} cannot be run: {err}") from err
+    return domainxml.ARRAYS in done.stdout
+
+
+def _check_emulator(host: Host, path: Optional[str]) -> None:
+    if path and is_here(host.uri) and os.path.isabs(path) and not has_arrays(path):
+        raise FphError(
+            f"its <emulator> {path} is a stock QEMU, and would not start with this: "
+            "name another one with --emulator"
+        )
+
+
+def _wanted(text: str, wish: Wish) -> str:
+    if wish.hints:
+        new = domainxml.enable(text, wish.arrays, wish.emulator)
+    else:
+        new = domainxml.disable(text, arrays_only=wish.arrays)
+    # Whatever else is in a definition, nothing is written that is not what was asked for.
+    now, before = domainxml.read(new), domainxml.read(text)
+    if wish.hints:
+        right = now.hints and now.arrays == (wish.arrays or before.arrays)
+    else:
+        right = not now.arrays and now.hints == (before.hints and wish.arrays)
+    if not right or now.emulator != (wish.emulator or before.emulator):
+        raise FphError("its XML is of a kind that cannot be changed here: see 'virsh edit'")
+    return new
+
+
+def change(host: Host, domain: Domain, wish: Wish, write: bool) -> Change:
+    """Find out what a domain's definition lacks of a wish; with write, define it so."""
+    if not domain.persistent():
+        raise FphError("it is transient, and has no definition that could be changed")
+    # Passwords are seen by libvirt alone: the diff shows the definition without them.
+    public = domain.definition()
+    new = _wanted(public, wish)
+    lines = difflib.unified_diff(
+        public.splitlines(), new.splitlines(), f"{domain.name}, now", f"{domain.name}, then", "", ""
+    )
+    diff = "\n".join(line.rstrip("\n") for line in lines)
+    running = domain.active()
+    if new != public:
+        if wish.hints:
+            _check_emulator(host, domainxml.read(new).emulator)
+        if write:
+            complete = _wanted(domain.definition(secure=True), wish)
+            if domain.definition() != public:
+                raise FphError("its definition was changed by somebody else meanwhile")
+            host.define(complete)
+    return Change(domain.name, diff, write and new != public, running)

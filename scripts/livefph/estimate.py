@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a migration of a domain would skip, asked of its QEMU."""
+
+import re
+import time
+from typing import Any, Dict, List, Optional
+
+from livefph.connection import Domain, FphError, QmpError
+from livefph.status import STOCK, explain
+
+POLL_SECONDS = 0.05
+# free-page-hint-wait is a minute at most.
+LIMIT_SECONDS = 90
+UNITS = {
+    "": 1,
+    "K": 1000,
+    "M": 1000**2,
+    "G": 1000**3,
+    "Ki": 1024,
+    "Mi": 1024**2,
+    "Gi": 1024**3,
+}
+
+
+def bandwidth(text: str) -> int:
+    """Bytes per second of '1Gbit', '110MiB', '125000000'; ValueError if it is none of these."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?|)(bit|B|)(?:/s)?", text.strip())
+    if not match:
+        raise ValueError(text)
+    value = int(float(match[1]) * UNITS[match[2]] / (8 if match[3] == "bit" else 1))
+    if not value:
+        raise ValueError(text)
+    return value
+
+
+def estimate(domain: Domain, bytes_per_second: Optional[int] = None) -> Dict[str, Any]:
+    """The object of query-free-page-estimate."""
+    if not domain.active():
+        raise FphError("it is not running")
+    arguments = {"bandwidth": bytes_per_second} if bytes_per_second else {}
+    try:
+        domain.qmp("calc-free-page-estimate", **arguments)
+    except QmpError as err:
+        raise FphError(STOCK) if err.missing else err
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while True:
+        info = domain.qmp("query-free-page-estimate")
+        if info["status"] == "measured":
+            result: Dict[str, Any] = info["estimate"]
+            return result
+        if info["status"] != "measuring":
+            raise FphError("its estimate was given up")
+        if time.monotonic() > deadline:
+            raise FphError(f"there is no estimate after {LIMIT_SECONDS} s")
+        time.sleep(POLL_SECONDS)
+
+
+def notes(found: Dict[str, Any]) -> List[str]:
+    """Why an estimate does not say all."""
+    reasons = [found[key] for key in ("absent-reason", "reason") if found.get(key)]
+    return [explain(reason) for reason in dict.fromkeys(reasons)]
