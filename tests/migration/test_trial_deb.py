@@ -64,6 +64,7 @@ def test_needs_nothing_of_another_qemu(root: DebianRoot) -> None:
     assert root.exec("command -v qemu-system-x86_64")[0]
     assert_works(root)
     assert "arrays" in root.run(f"zcat {MANUAL}")
+    assert root.run("test -x /usr/bin/fph && zcat /usr/share/man/man1/fph.1.gz")
     root.apt("autoremove", "--purge", PACKAGE)
     assert files(root) == before
 
