@@ -21,16 +21,18 @@ from livemig.spec import GuestSpec
 
 pytestmark = pytest.mark.long
 
-# The bytes of a page, and of the largest block that is free as a whole.
 PAGE_KIB = {"4k": 4, "64k": 64}
+# The largest block that there is, and one that is free for sure: the kernel and what the guest uses
+# lie somewhere in its 2 GiB.
 LARGEST_MIB = {"4k": 4, "64k": 512}
+FREE_MIB = {"4k": 4, "64k": 128}
 HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
 ARRAY_LINE = re.compile(r"^virtio_balloon_hint_array id \S+ block (\d+) addresses (\d+)$", re.M)
 
 
 @pytest.fixture(name="spec", params=PAGE_KIB)
 def spec_of_size(request: pytest.FixtureRequest) -> GuestSpec:
-    """A guest with pages of each size, large enough for a block of 512 MiB to be free in it."""
+    """A guest with pages of each size."""
     spec = SMALL.but(
         mem_mib=2048,
         machine="virt,gic-version=3",
@@ -87,7 +89,7 @@ def test_arm64_arrives_intact(
     assert len(blocks) == told.messages
     if hints:
         assert min(blocks) == least_bytes
-        assert max(blocks) == LARGEST_MIB[size] * MIB
+        assert FREE_MIB[size] * MIB <= max(blocks) <= LARGEST_MIB[size] * MIB
         # Most of what was freed stayed behind, with its data: 192 MiB at most are in use again.
         assert compared.different > 0.5 * FREED_PAGES
     else:
