@@ -172,7 +172,10 @@ def begin(source: Guest, wait_ms: int = PATIENT_MS) -> None:
 def wait_answered(source: Guest) -> Hints:
     """Wait until the guest is not asked any more, or could not be asked."""
     deadline = time.monotonic() + PATIENT_MS / 1000 + 10
-    while (hints := hints_of(query(source))).state != "ended" and not hints.reason:
+    # The reason is there a moment before the round has ended.
+    while (hints := hints_of(query(source))).state != "ended" and not (
+        hints.state == "idle" and hints.reason
+    ):
         assert time.monotonic() < deadline, f"the hints are still {hints.state}"
         time.sleep(0.01)
     return hints

@@ -53,6 +53,10 @@ def finish_fast(source: Guest, destination: Guest) -> MigrationResult:
     return result
 
 
+# What nobody asks for comes so slowly that a guest can start a program before it is all there.
+BACKGROUND = 4 * MIB
+
+
 def resident_mib(guest: Guest) -> int:
     """How much anonymous memory a guest's QEMU is made of."""
     match = RESIDENT.search(Path(f"/proc/{guest.pid}/status").read_text(encoding="ascii"))
@@ -161,7 +165,7 @@ def test_taken_back_in_postcopy(lab: Lab, measured: Dict[str, Any], name: str) -
     """A guest that takes back hinted memory while the rest of it comes gets zeros, and works on."""
     source = busy_guest(lab)
     destination = lab.incoming(source.spec)
-    switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=16 * MIB)
+    switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=BACKGROUND)
     use_hinted_memory(source, destination)
     result = finish_fast(source, destination)
     hints = assert_hints_used(result, FREED_MIB * MIB)
@@ -179,7 +183,7 @@ def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], name: str) ->
         backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
         source = busy_guest(lab, mem_backend=backend)
         destination = lab.incoming(source.spec)
-        switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=16 * MIB)
+        switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=BACKGROUND)
         use_hinted_memory(source, destination)
         hints = assert_hints_used(finish_fast(source, destination), FREED_MIB * MIB)
         measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
