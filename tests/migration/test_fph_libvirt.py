@@ -149,7 +149,7 @@ def test_enabled_for_the_next_start(hosts: Hosts) -> None:
         hosts.virsh("a", "start", "--paused", guest.name)
         assert said(hosts, "status", guest.name)["offered"] == "arrays"
         said(hosts, "disable --write", guest.name)
-        assert "free-page-hint" not in hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+        assert "name='free-page-hint" not in hosts.virsh("a", "dumpxml", "--inactive", guest.name)
 
 
 def test_stock_qemu_is_named(hosts: Hosts) -> None:
