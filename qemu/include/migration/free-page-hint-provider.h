@@ -46,8 +46,8 @@ typedef struct FreePageHintProviderOps {
      */
     void (*done)(void *opaque);
     /*
-     * Called by any thread, under the engine's lock, when there is room in the
-     * queue again.  Must not block nor call the engine.
+     * Called by any thread, under the engine's lock or with the BQL, when there
+     * is room in the queue again.  Must not block nor call the engine.
      */
     void (*resume)(void *opaque);
 } FreePageHintProviderOps;
