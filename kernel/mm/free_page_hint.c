@@ -6,27 +6,20 @@
  * it finds can be allocated again before the caller hears of it. This is for
  * callers that tolerate that: live migration logs all writes since before it
  * asked, and sends what was written again.
- *
- * All that the walk uses is exported, so that this file can also be built as a
- * module against a kernel that does not have it.
  */
 #include <linux/export.h>
 #include <linux/free_page_hint.h>
 #include <linux/gfp.h>
-#include <linux/kconfig.h>
 #include <linux/list.h>
 #include <linux/minmax.h>
 #include <linux/mm.h>
 #include <linux/mmzone.h>
-#include <linux/module.h>
 #include <linux/nodemask.h>
 #include <linux/page-isolation.h>
 #include <linux/pfn.h>
 #include <linux/sched.h>
 #include <linux/spinlock.h>
 #include <linux/timekeeping.h>
-
-#include "free_page_hint_compat.h"
 
 #define CREATE_TRACE_POINTS
 #include <trace/events/free_page_hint.h>
@@ -167,15 +160,13 @@ static int walk_zone(struct free_page_hint_walk *walk, struct zone *zone)
  * Free pages in per-CPU lists keep the blocks around them split: 84 MiB in a
  * guest of 8 GiB that had just freed 6 GiB. Frees them as the allocator does
  * itself, with a zone's lock held for a CPU's batch of pages, 2016 with the
- * defaults. Call once, before a report's walks. Does nothing in a module, for
- * which drain_all_pages() is not exported.
+ * defaults. Call once, before a report's walks.
  *
  * Context: process context, may sleep.
  */
 void free_page_hint_drain(void)
 {
-	if (IS_BUILTIN(CONFIG_FREE_PAGE_HINT))
-		drain_all_pages(NULL);
+	drain_all_pages(NULL);
 }
 EXPORT_SYMBOL_GPL(free_page_hint_drain);
 
@@ -223,6 +214,3 @@ int free_page_hint_walk(struct free_page_hint_walk *walk)
 	return 0;
 }
 EXPORT_SYMBOL_GPL(free_page_hint_walk);
-
-MODULE_DESCRIPTION("Free page hints");
-MODULE_LICENSE("GPL");

@@ -70,19 +70,12 @@ enum {
 	HINT_SUSPENDING,	/* the system is about to sleep */
 };
 
-/* What debugfs shows. Written by the worker only. */
+/* What debugfs shows: what no tracepoint says. Written by the worker only. */
 struct hint_stats {
 	u64 reports;
 	u64 aborted;
 	u64 refused;
 	u64 no_memory;
-	u64 arrays;
-	u64 blocks;
-	u64 bytes;
-	u64 last_arrays;
-	u64 last_blocks;
-	u64 last_bytes;
-	u64 last_ns;
 };
 
 struct virtio_balloon_hint {
@@ -108,6 +101,9 @@ struct virtio_balloon_hint {
 	unsigned int fill_nr;
 	unsigned int order;
 	phys_addr_t batch[HINT_BATCH];
+	/* What was sent in this answer. */
+	u64 arrays;
+	u64 blocks;
 
 	struct hint_stats stats;
 };
@@ -329,9 +325,8 @@ static int hint_send_array(struct virtio_balloon_hint *hint)
 		return err;
 
 	hint->fill = NULL;
-	hint->stats.last_arrays++;
-	hint->stats.last_blocks += nr;
-	hint->stats.last_bytes += (u64)nr * size;
+	hint->arrays++;
+	hint->blocks += nr;
 	trace_virtio_balloon_hint_array(hint->id, size, nr);
 	return 0;
 }
@@ -406,9 +401,8 @@ static int hint_answer(struct virtio_balloon_hint *hint)
 	u64 start = ktime_get_ns();
 	int err = 0;
 
-	stats->last_arrays = 0;
-	stats->last_blocks = 0;
-	stats->last_bytes = 0;
+	hint->arrays = 0;
+	hint->blocks = 0;
 	trace_virtio_balloon_hint_request(hint->id);
 
 	/*
@@ -430,16 +424,12 @@ static int hint_answer(struct virtio_balloon_hint *hint)
 		/* Nobody asks again for a report that sleep, say, cut short. */
 		hint_send_end(hint);
 
-	stats->last_ns = ktime_get_ns() - start;
-	stats->arrays += stats->last_arrays;
-	stats->blocks += stats->last_blocks;
-	stats->bytes += stats->last_bytes;
 	if (err)
 		stats->aborted++;
 	else
 		stats->reports++;
-	trace_virtio_balloon_hint_end(hint->id, stats->last_arrays,
-				      stats->last_blocks, stats->last_ns, err);
+	trace_virtio_balloon_hint_end(hint->id, hint->arrays, hint->blocks,
+				      ktime_get_ns() - start, err);
 	return err;
 }
 
@@ -565,29 +555,14 @@ static int hint_pm_notify(struct notifier_block *nb, unsigned long action,
 static void hint_create_debugfs(struct virtio_balloon_hint *hint)
 {
 	struct hint_stats *stats = &hint->stats;
-	const struct {
-		const char *name;
-		u64 *value;
-	} files[] = {
-		{ "reports", &stats->reports },
-		{ "aborted", &stats->aborted },
-		{ "refused", &stats->refused },
-		{ "no_memory", &stats->no_memory },
-		{ "arrays", &stats->arrays },
-		{ "blocks", &stats->blocks },
-		{ "bytes", &stats->bytes },
-		{ "last_arrays", &stats->last_arrays },
-		{ "last_blocks", &stats->last_blocks },
-		{ "last_bytes", &stats->last_bytes },
-		{ "last_ns", &stats->last_ns },
-	};
-	unsigned int i;
+	struct dentry *dir = debugfs_create_dir(dev_name(&hint->vdev->dev),
+						hint_debugfs);
 
-	hint->debugfs = debugfs_create_dir(dev_name(&hint->vdev->dev),
-					   hint_debugfs);
-	for (i = 0; i < ARRAY_SIZE(files); i++)
-		debugfs_create_u64(files[i].name, 0444, hint->debugfs,
-				   files[i].value);
+	hint->debugfs = dir;
+	debugfs_create_u64("reports", 0444, dir, &stats->reports);
+	debugfs_create_u64("aborted", 0444, dir, &stats->aborted);
+	debugfs_create_u64("refused", 0444, dir, &stats->refused);
+	debugfs_create_u64("no_memory", 0444, dir, &stats->no_memory);
 }
 
 /**

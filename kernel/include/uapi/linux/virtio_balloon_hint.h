@@ -34,6 +34,7 @@
 #define _LINUX_VIRTIO_BALLOON_HINT_H
 
 #include <linux/types.h>
+#include <linux/virtio_balloon.h>
 
 /*
  * Feature: hints come in arrays. Depends on VIRTIO_BALLOON_F_FREE_PAGE_HINT,
@@ -50,6 +51,33 @@ struct virtio_balloon_hint_header {
 	 * multiples of it. 0: the report ends here, no addresses follow.
 	 */
 	__le32 size;
+};
+
+/*
+ * Feature: a request comes with a budget of page cache, which the guest may free
+ * before it looks for free memory. Depends on VIRTIO_BALLOON_F_HINT_ARRAYS. Not
+ * registered with the virtio specification.
+ */
+#define VIRTIO_BALLOON_F_HINT_CACHE	22
+
+/* The config space, with VIRTIO_BALLOON_F_HINT_CACHE. */
+struct virtio_balloon_hint_config {
+	struct virtio_balloon_config base;
+	/*
+	 * MiB of page cache that may be freed for the request in
+	 * base.free_page_hint_cmd_id, and milliseconds that it may take. Valid
+	 * only with a request.
+	 */
+	__le32 cache_mib;
+	__le32 cache_ms;
+};
+
+/* The last message of a report, with VIRTIO_BALLOON_F_HINT_CACHE. */
+struct virtio_balloon_hint_end {
+	struct virtio_balloon_hint_header header;
+	/* Bytes of page cache that were freed, and microseconds that it took. */
+	__le64 cache_bytes;
+	__le64 cache_us;
 };
 
 /* Addresses in one message. */

@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+#ifndef _LINUX_FREE_PAGE_HINT_CACHE_H
+#define _LINUX_FREE_PAGE_HINT_CACHE_H
+
+/**
+ * struct free_page_hint_cache - page cache that is to be freed
+ * @nr_pages: how much at most
+ * @check: called before the work, every few MiB and for each list, without
+ *	locks; anything but 0 ends the work and becomes its result
+ * @private: for @check
+ * @freed: result: pages that were freed
+ * @scanned: result: pages that were looked at
+ */
+struct free_page_hint_cache {
+	unsigned long nr_pages;
+	int (*check)(void *private);
+	void *private;
+
+	unsigned long freed;
+	unsigned long scanned;
+};
+
+int free_page_hint_free_cache(struct free_page_hint_cache *cache);
+
+#endif /* _LINUX_FREE_PAGE_HINT_CACHE_H */
