@@ -13,6 +13,7 @@
  */
 #include "qemu/osdep.h"
 #include "qemu/lockable.h"
+#include "qemu/module.h"
 #include "qemu/rcu.h"
 #include "qemu/thread.h"
 #include "qemu/timer.h"
@@ -346,11 +347,13 @@ static const FreePageHintScanOps absent_pages_ops = {
     .end = absent_pages_end,
 };
 
-static void __attribute__((constructor)) absent_pages_init(void)
+static void absent_pages_register(void)
 {
     qemu_mutex_init(&absent.lock);
     free_page_hint_register_scan(&absent_pages_ops);
 }
+
+migration_init(absent_pages_register);
 
 /* ---- from other threads ---- */
 

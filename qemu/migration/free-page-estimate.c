@@ -15,6 +15,7 @@
 #include "qemu/bitmap.h"
 #include "qemu/coroutine.h"
 #include "qemu/main-loop.h"
+#include "qemu/module.h"
 #include "qemu/rcu.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
@@ -163,10 +164,12 @@ static const FreePageHintAskerOps estimate_ops = {
     .cancel = estimate_cancel,
 };
 
-static void __attribute__((constructor)) estimate_init(void)
+static void free_page_estimate_register(void)
 {
     free_page_hint_register_asker(&estimate_ops);
 }
+
+migration_init(free_page_estimate_register);
 
 /* ---- bitmaps ---- */
 

@@ -40,6 +40,11 @@ void hmp_info_free_page_hint(Monitor *mon, const FreePageHintInfo *info)
                    PRIu64 " invalid messages\n", info->stale_bytes >> 10,
                    info->too_small_bytes >> 10, info->invalid_bytes >> 10,
                    info->invalid_messages);
+    if (info->cache_freed_bytes) {
+        monitor_printf(mon, "page cache freed by the guest: %" PRIu64
+                       " kbytes in %" PRIu64 " us\n",
+                       info->cache_freed_bytes >> 10, info->cache_time);
+    }
     monitor_printf(mon, "free page hint times: arm %" PRIu64 " us (%" PRIu64
                    " kbytes), first %" PRIu64 " us, end %" PRIu64 " us\n",
                    info->arm_time, info->armed_bytes >> 10,

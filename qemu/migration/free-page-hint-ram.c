@@ -52,20 +52,9 @@
 static struct {
     /* Protected by bitmap_mutex.  Counts the merges of the dirty log. */
     uint64_t epoch;
-    /*
-     * Protected by bitmap_mutex.  Pages that are hinted; not kept up to date
-     * in postcopy.
-     */
-    uint64_t pages;
 
     /* Migration thread only.  The epoch in which the dirty log was armed. */
     uint64_t armed_epoch;
-
-    /*
-     * The postcopy destination has loaded its devices.  Atomic: set by the
-     * return path thread, read by the migration thread.
-     */
-    bool loaded;
 
     /*
      * What is to be freed, even if its RAMBlock is gone by then.  Written with
@@ -74,13 +63,14 @@ static struct {
     GPtrArray *blocks;
 } ram_hint;
 
+FreePageHintPages free_page_hint_pages;
+
 static uint64_t block_pages(RAMBlock *rb)
 {
     return rb->used_length >> qemu_target_page_bits();
 }
 
-/* Called under bitmap_mutex, in an RCU critical section. */
-static FreePageHintMap block_map(RAMBlock *rb)
+FreePageHintMap free_page_hint_ram_map(RAMBlock *rb)
 {
     FreePageHintMap map = {
         .bmap = rb->bmap,
@@ -126,8 +116,8 @@ bool free_page_hint_ram_alloc(void)
 
     RCU_READ_LOCK_GUARD();
 
-    ram_hint.pages = 0;
-    qatomic_set(&ram_hint.loaded, false);
+    free_page_hint_pages.hinted = 0;
+    qatomic_set(&free_page_hint_pages.loaded, false);
     ram_hint.blocks = g_ptr_array_new_with_free_func(block_free);
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
         /* As large as bmap: used_length may change while we run */
@@ -163,7 +153,7 @@ void free_page_hint_cleanup(void)
     INTERNAL_RAMBLOCK_FOREACH(rb) {
         rb->hint = NULL;
     }
-    ram_hint.pages = 0;
+    free_page_hint_pages.hinted = 0;
     g_clear_pointer(&ram_hint.blocks, g_ptr_array_unref);
     free_page_hint_debug_cleanup();
 }
@@ -339,7 +329,7 @@ unsigned free_page_hint_ram_apply(FreePageHintRun *runs, unsigned n_runs,
             continue;
         }
         listed = rb;
-        map = block_map(rb);
+        map = free_page_hint_ram_map(rb);
         done += free_page_hint_clear_runs(&map, run, traced ? 1 : n_runs - done,
                                           &budget, tally);
         hinted = tally->hinted - hinted;
@@ -347,7 +337,7 @@ unsigned free_page_hint_ram_apply(FreePageHintRun *runs, unsigned n_runs,
             trace_free_page_hint_apply(rb->idstr, run->first - hinted, hinted);
         }
     }
-    ram_hint.pages += tally->cleared;
+    free_page_hint_pages.hinted += tally->cleared;
     ram_dirty_pages_add(-tally->cleared);
     ram_bitmap_unlock();
 
@@ -418,91 +408,19 @@ void free_page_hint_synced(void)
 
     ram_hint.epoch++;
 
-    if (ram_hint.pages && hinted_is_exact()) {
+    if (free_page_hint_pages.hinted && hinted_is_exact()) {
         RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
             if (rb->hint) {
-                FreePageHintMap map = block_map(rb);
+                FreePageHintMap map = free_page_hint_ram_map(rb);
 
                 redirtied += free_page_hint_forget_dirty(&map);
             }
         }
-        ram_hint.pages -= redirtied;
+        free_page_hint_pages.hinted -= redirtied;
         free_page_hint_count(redirtied, 0);
     }
     free_page_hint_debug_counter();
     if (FREE_PAGE_HINT_DEBUG && !runstate_is_running()) {
         free_page_hint_debug_stopped();
     }
-}
-
-bool free_page_hint_request(RAMBlock *rb, unsigned long page)
-{
-    FreePageHintMap map;
-    uint64_t marked;
-
-    if (!rb->hint) {
-        return false;
-    }
-    map = block_map(rb);
-    marked = free_page_hint_mark_host_page(&map, page);
-    if (marked) {
-        ram_dirty_pages_add(marked);
-        free_page_hint_count(0, marked);
-        trace_free_page_hint_request(rb->idstr, page, marked);
-    }
-    return marked;
-}
-
-void free_page_hint_reloaded(RAMBlock *rb)
-{
-    /* Before it has loaded its devices, a destination cannot recover */
-    qatomic_set(&ram_hint.loaded, true);
-
-    if (rb->hint) {
-        FreePageHintMap map = block_map(rb);
-
-        trace_free_page_hint_reloaded(rb->idstr,
-                                      free_page_hint_clear_hinted(&map));
-    }
-}
-
-/* Comes after the devices' states: see postcopy_start() */
-#define PING_LOADED 3
-
-void free_page_hint_pong(uint32_t value)
-{
-    if (value == PING_LOADED) {
-        qatomic_set(&ram_hint.loaded, true);
-    }
-}
-
-/*
- * A destination that waits for a page while it loads its devices ends postcopy
- * only when it has loaded them.  With preempt, the return path thread answers
- * it to the last.
- */
-bool free_page_hint_in_demand(void)
-{
-    MigrationState *s = migrate_get_current();
-
-    if (!migration_in_postcopy() || !migrate_postcopy_ram() ||
-        migrate_postcopy_preempt() || !ram_hint.pages ||
-        qatomic_read(&ram_hint.loaded)) {
-        return false;
-    }
-    /* As in migration_rate_limit(): whoever serves a request takes the post */
-    if (qemu_sem_timedwait(&s->rate_limit_sem, 1) == 0) {
-        qemu_sem_post(&s->rate_limit_sem);
-    }
-    return true;
-}
-
-bool free_page_hint_take(RAMBlock *rb, unsigned long page)
-{
-    /* In precopy, a page that was dirtied may not be forgotten yet */
-    if (!migration_in_postcopy()) {
-        return false;
-    }
-    clear_bit_atomic(page, rb->hint->hinted);
-    return true;
 }

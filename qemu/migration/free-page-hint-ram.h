@@ -68,6 +68,29 @@ bool free_page_hint_ram_listed(RAMBlock *rb);
  */
 void free_page_hint_ram_check(void);
 
+/* ---- shared with free-page-hint-postcopy.c ---- */
+
+typedef struct FreePageHintPages {
+    /*
+     * Protected by bitmap_mutex.  Pages that are hinted; not kept up to date
+     * in postcopy.
+     */
+    uint64_t hinted;
+    /*
+     * The postcopy destination has loaded its devices.  Atomic: set by the
+     * return path thread, read by the migration thread.
+     */
+    bool loaded;
+} FreePageHintPages;
+
+extern FreePageHintPages free_page_hint_pages;
+
+/*
+ * The bitmaps of @rb, which this round knows.  Called under bitmap_mutex, in an
+ * RCU critical section.
+ */
+FreePageHintMap free_page_hint_ram_map(RAMBlock *rb);
+
 /* ---- called back ---- */
 
 /* @npages more are armed.  Returns false if the round is to end. */

@@ -38,17 +38,6 @@ void free_page_hint_round(void);
 /* End a running round at once.  Any thread. */
 void free_page_hint_cancel(void);
 
-/*
- * May the destination still need hinted pages in order to load its devices, and
- * be unable to get them once postcopy has ended?  If so, let a moment pass.
- * Called by the migration thread, without locks, when there is nothing more to
- * send than requests.
- */
-bool free_page_hint_in_demand(void);
-
-/* The destination has come to the ping @value.  Return path thread. */
-void free_page_hint_pong(uint32_t value);
-
 /* What query-migrate reports; to be freed by the caller.  Any thread. */
 FreePageHintInfo *free_page_hint_query(void);
 
@@ -163,6 +152,11 @@ typedef struct FreePageHintBlock {
  */
 void free_page_hint_synced(void);
 
+/* Free the bitmaps.  Called with the BQL, when nobody sends RAM any more. */
+void free_page_hint_cleanup(void);
+
+/* ---- for ram.c and migration.c, in postcopy ---- */
+
 /*
  * A postcopy destination asks for @page of @rb, which is not dirty.  If it is a
  * page that was hinted, and so never sent, make its host page dirty: it will be
@@ -194,7 +188,15 @@ static inline bool free_page_hint_is_zero(RAMBlock *rb, unsigned long page)
            free_page_hint_take(rb, page);
 }
 
-/* Free the bitmaps.  Called with the BQL, when nobody sends RAM any more. */
-void free_page_hint_cleanup(void);
+/*
+ * May the destination still need hinted pages in order to load its devices, and
+ * be unable to get them once postcopy has ended?  If so, let a moment pass.
+ * Called by the migration thread, without locks, when there is nothing more to
+ * send than requests.
+ */
+bool free_page_hint_in_demand(void);
+
+/* The destination has come to the ping @value.  Return path thread. */
+void free_page_hint_pong(uint32_t value);
 
 #endif

@@ -25,7 +25,8 @@ virtio_balloon_hint_parse_header(const VirtIOBalloonHintHeader *header,
     size = le32_to_cpu(header->size);
     *id = le32_to_cpu(header->id);
 
-    if (!size && !n) {
+    if (!size && (!n || n == VIRTIO_BALLOON_HINT_END_WORDS)) {
+        *addrs = n;
         return VIRTIO_BALLOON_HINT_MSG_END;
     }
     if (n > VIRTIO_BALLOON_HINT_MAX_ADDRS ||

@@ -16,6 +16,11 @@
 
 typedef struct virtio_balloon_hint_header VirtIOBalloonHintHeader;
 
+/* What an end may say besides, in words of 64 bits */
+#define VIRTIO_BALLOON_HINT_END_WORDS \
+    ((sizeof(struct virtio_balloon_hint_end) - \
+      sizeof(VirtIOBalloonHintHeader)) / sizeof(uint64_t))
+
 /* Guest-physical memory, in bytes.  addr + len does not wrap. */
 typedef struct VirtIOBalloonHintRange {
     uint64_t addr;
@@ -38,7 +43,9 @@ typedef enum VirtIOBalloonHintMsg {
  * @len: bytes in the message, header included
  * @id: set to the request that the message answers, unless it is invalid
  * @block: set to the bytes in a block, if it is an array
- * @addrs: set to the number of addresses, if it is an array; may be 0
+ * @addrs: set to the number of addresses, if it is an array, which may be 0; or
+ *         to that of the words that follow, if it is an end: 0 or
+ *         VIRTIO_BALLOON_HINT_END_WORDS
  */
 VirtIOBalloonHintMsg
 virtio_balloon_hint_parse_header(const VirtIOBalloonHintHeader *header,

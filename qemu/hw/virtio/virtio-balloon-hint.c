@@ -18,6 +18,7 @@
 #include "qemu/iov.h"
 #include "qemu/main-loop.h"
 #include "qemu/rcu.h"
+#include "qemu/units.h"
 #include "exec/target_page.h"
 #include "hw/virtio/virtio.h"
 #include "hw/virtio/virtio-access.h"
@@ -26,9 +27,6 @@
 #include "migration/free-page-hint-provider.h"
 #include "virtio-balloon-hint-parse.h"
 #include "trace.h"
-
-/* Command ids start here; 0 and 1 have a meaning of their own */
-#define CMD_ID_MIN 0x80000000
 
 /*
  * Descriptors and addresses handled in one turn, so that a guest that floods
@@ -54,6 +52,12 @@ static bool hint_arrays(VirtIOBalloon *s)
 {
     return virtio_vdev_has_feature(VIRTIO_DEVICE(s),
                                    VIRTIO_BALLOON_F_HINT_ARRAYS);
+}
+
+static bool hint_cache(VirtIOBalloon *s)
+{
+    return virtio_vdev_has_feature(VIRTIO_DEVICE(s),
+                                   VIRTIO_BALLOON_F_HINT_CACHE);
 }
 
 /* ---- guest-physical ranges to runs ---- */
@@ -109,6 +113,27 @@ static uint64_t hint_runs_add(HintRuns *r, VirtIOBalloonHintRange range,
 
 /* ---- one element of the queue ---- */
 
+/* What the guest says that it freed is a number for statistics. */
+static void hint_handle_end(VirtIOBalloon *s, VirtQueueElement *elem,
+                            uint32_t id, unsigned words)
+{
+    struct virtio_balloon_hint_end end = {};
+
+    if (words && !hint_cache(s)) {
+        free_page_hint_invalid_message();
+        return;
+    }
+    if (words) {
+        iov_to_buf(elem->out_sg, elem->out_num, 0, &end, sizeof(end));
+        trace_virtio_balloon_hint_cache(id, le64_to_cpu(end.cache_bytes),
+                                        le64_to_cpu(end.cache_us));
+        free_page_hint_cache_freed(id, le64_to_cpu(end.cache_bytes),
+                                   le64_to_cpu(end.cache_us));
+    }
+    trace_virtio_balloon_hint_end(id);
+    free_page_hint_end(id);
+}
+
 /* Returns the number of addresses that were looked at. */
 static unsigned hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
 {
@@ -133,8 +158,7 @@ static unsigned hint_handle_array(VirtIOBalloon *s, VirtQueueElement *elem)
 
     switch (virtio_balloon_hint_parse_header(&header, len, &id, &block, &n)) {
     case VIRTIO_BALLOON_HINT_MSG_END:
-        trace_virtio_balloon_hint_end(id);
-        free_page_hint_end(id);
+        hint_handle_end(s, elem, id, n);
         return 0;
     case VIRTIO_BALLOON_HINT_MSG_ARRAY:
         trace_virtio_balloon_hint_array(id, block, n);
@@ -347,33 +371,44 @@ static uint32_t virtio_balloon_hint_new_id(void *opaque)
 {
     VirtIOBalloon *s = opaque;
 
-    if (s->hint.cmd_id < CMD_ID_MIN || s->hint.cmd_id == UINT32_MAX) {
-        s->hint.cmd_id = CMD_ID_MIN;
+    if (s->free_page_hint_cmd_id < VIRTIO_BALLOON_FREE_PAGE_HINT_CMD_ID_MIN ||
+        s->free_page_hint_cmd_id == UINT32_MAX) {
+        s->free_page_hint_cmd_id = VIRTIO_BALLOON_FREE_PAGE_HINT_CMD_ID_MIN;
     } else {
-        s->hint.cmd_id++;
+        s->free_page_hint_cmd_id++;
     }
     s->hint.block_id = 0;
-    return s->hint.cmd_id;
+    return s->free_page_hint_cmd_id;
 }
 
-/* What the config space shows.  Only the migration stream writes it too. */
-static void hint_publish(VirtIOBalloon *s, VirtIOBalloonHintStatus status)
+/*
+ * What the config space shows.  Only the migration stream writes it too, and an
+ * older QEMU's may have FREE_PAGE_HINT_S_START in it: that is over.
+ */
+static void hint_publish(VirtIOBalloon *s,
+                         enum virtio_balloon_free_page_hint_status status)
 {
-    trace_virtio_balloon_hint_status(s->hint.status, status, s->hint.cmd_id);
-    s->hint.status = status;
+    trace_virtio_balloon_hint_status(s->free_page_hint_status, status,
+                                     s->free_page_hint_cmd_id);
+    s->free_page_hint_status = status;
 }
 
-static void virtio_balloon_hint_ask(void *opaque)
+static void virtio_balloon_hint_ask(void *opaque, uint64_t cache_bytes,
+                                    uint32_t cache_ms)
 {
-    hint_publish(opaque, VIRTIO_BALLOON_HINT_ASKED);
-    virtio_notify_config(VIRTIO_DEVICE(opaque));
+    VirtIOBalloon *s = opaque;
+
+    s->hint.cache_mib = MIN(cache_bytes / MiB, UINT32_MAX);
+    s->hint.cache_ms = cache_ms;
+    hint_publish(s, FREE_PAGE_HINT_S_REQUESTED);
+    virtio_notify_config(VIRTIO_DEVICE(s));
 }
 
 static void virtio_balloon_hint_done(void *opaque)
 {
     VirtIOBalloon *s = opaque;
 
-    hint_publish(s, VIRTIO_BALLOON_HINT_DONE);
+    hint_publish(s, FREE_PAGE_HINT_S_DONE);
     virtio_notify_config(VIRTIO_DEVICE(s));
     /* Give back what waited for room in the engine's queue */
     qemu_bh_schedule(s->hint.bh);
@@ -403,15 +438,38 @@ uint64_t virtio_balloon_hint_features(uint64_t features)
     if (!virtio_has_feature(features, VIRTIO_BALLOON_F_FREE_PAGE_HINT)) {
         virtio_clear_feature(&features, VIRTIO_BALLOON_F_HINT_ARRAYS);
     }
+    /* The budget comes with a request for arrays */
+    if (!virtio_has_feature(features, VIRTIO_BALLOON_F_HINT_ARRAYS)) {
+        virtio_clear_feature(&features, VIRTIO_BALLOON_F_HINT_CACHE);
+    }
     return features;
+}
+
+size_t virtio_balloon_hint_config_size(VirtIOBalloon *s)
+{
+    uint64_t features = virtio_balloon_hint_features(s->host_features);
+
+    return virtio_has_feature(features, VIRTIO_BALLOON_F_HINT_CACHE) ?
+           sizeof(struct virtio_balloon_hint_config) : 0;
+}
+
+void virtio_balloon_hint_get_config(VirtIOBalloon *s, uint8_t *config_data)
+{
+    struct virtio_balloon_hint_config *config = (void *)config_data;
+    bool asked = s->free_page_hint_status == FREE_PAGE_HINT_S_REQUESTED;
+
+    if (virtio_balloon_hint_config_size(s)) {
+        config->cache_mib = cpu_to_le32(asked ? s->hint.cache_mib : 0);
+        config->cache_ms = cpu_to_le32(asked ? s->hint.cache_ms : 0);
+    }
 }
 
 uint32_t virtio_balloon_hint_config(VirtIOBalloon *s)
 {
-    switch (s->hint.status) {
-    case VIRTIO_BALLOON_HINT_ASKED:
-        return s->hint.cmd_id;
-    case VIRTIO_BALLOON_HINT_DONE:
+    switch (s->free_page_hint_status) {
+    case FREE_PAGE_HINT_S_REQUESTED:
+        return s->free_page_hint_cmd_id;
+    case FREE_PAGE_HINT_S_DONE:
         return VIRTIO_BALLOON_CMD_ID_DONE;
     default:
         return VIRTIO_BALLOON_CMD_ID_STOP;
@@ -443,13 +501,8 @@ void virtio_balloon_hint_reset(VirtIOBalloon *s)
     }
     s->hint.running = false;
     s->hint.block_id = 0;
-    hint_publish(s, VIRTIO_BALLOON_HINT_STOP);
+    hint_publish(s, FREE_PAGE_HINT_S_STOP);
     free_page_hint_abort(FREE_PAGE_HINT_REASON_RESET);
-}
-
-void virtio_balloon_hint_init(VirtIOBalloon *s)
-{
-    s->hint.cmd_id = CMD_ID_MIN;
 }
 
 void virtio_balloon_hint_realize(VirtIOBalloon *s)

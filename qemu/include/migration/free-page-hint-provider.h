@@ -38,8 +38,11 @@ typedef struct FreePageHintProviderOps {
      * none that was made on another host.  Does not publish it yet.
      */
     uint32_t (*new_id)(void *opaque);
-    /* Called with the BQL.  Publishes the id that new_id() returned. */
-    void (*ask)(void *opaque);
+    /*
+     * Called with the BQL.  Publishes the id that new_id() returned, with what
+     * the guest may free of its page cache and how long that may take.
+     */
+    void (*ask)(void *opaque, uint64_t cache_bytes, uint32_t cache_ms);
     /*
      * Called with the BQL when the round has ended.  Tells the guest that no
      * hints are wanted any more and that it may use all of its memory.
@@ -88,6 +91,9 @@ bool free_page_hint_has_room(unsigned runs);
 void free_page_hint_submit(uint32_t id, const FreePageHintRun *runs,
                            unsigned n_runs, unsigned blocks,
                            uint64_t invalid_bytes);
+
+/* Count the page cache that the guest says it freed for @id, and how long. */
+void free_page_hint_cache_freed(uint32_t id, uint64_t bytes, uint64_t us);
 
 /* The guest's report @id is complete. */
 void free_page_hint_end(uint32_t id);

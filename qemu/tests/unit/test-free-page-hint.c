@@ -59,13 +59,19 @@ static void test_header_array(void)
     g_assert_cmpuint(n, ==, 0);
 }
 
-/* Size 0 without addresses ends a report; with addresses it is nothing. */
+/* Size 0 ends a report, with two words more or none; else it is nothing. */
 static void test_header_end(void)
 {
     unsigned n;
 
     g_assert_cmpint(parse(0, HEADER, &n), ==, VIRTIO_BALLOON_HINT_MSG_END);
+    g_assert_cmpuint(n, ==, 0);
+    g_assert_cmpint(parse(0, sizeof(struct virtio_balloon_hint_end), &n), ==,
+                    VIRTIO_BALLOON_HINT_MSG_END);
+    g_assert_cmpuint(n, ==, 2);
     g_assert_cmpint(parse(0, HEADER + 8, &n), ==,
+                    VIRTIO_BALLOON_HINT_MSG_INVALID);
+    g_assert_cmpint(parse(0, HEADER + 24, &n), ==,
                     VIRTIO_BALLOON_HINT_MSG_INVALID);
 }
 

@@ -18,7 +18,10 @@
 
 #include "hw/virtio/virtio.h"
 
-/* Protected by the BQL */
+/*
+ * What is not in the migration stream: free_page_hint_status and
+ * free_page_hint_cmd_id are in VirtIOBalloon.  Protected by the BQL.
+ */
 typedef struct VirtIOBalloonHint {
     /* Constant between realize and unrealize */
     VirtQueue *vq;
@@ -27,33 +30,16 @@ typedef struct VirtIOBalloonHint {
 
     /* The VM runs and the driver is ready: the queue may be used */
     bool running;
-    /*
-     * What the config space shows, see VirtIOBalloonHintStatus.  In the
-     * migration stream, as is cmd_id.
-     */
-    uint32_t status;
-    /* The latest command id.  Migrated, so that ids never repeat. */
-    uint32_t cmd_id;
     /* Blocks: the id of the report that is under way, or 0 */
     uint32_t block_id;
+    /* Page cache that may be freed for the latest request, and how long */
+    uint32_t cache_mib;
+    uint32_t cache_ms;
 } VirtIOBalloonHint;
-
-/* The values are in the migration stream. */
-typedef enum VirtIOBalloonHintStatus {
-    /* The guest should not report, but keep what it took for the report */
-    VIRTIO_BALLOON_HINT_STOP = 0,
-    /* The guest should report */
-    VIRTIO_BALLOON_HINT_ASKED = 1,
-    /* Only in streams of older versions: the guest has begun to report */
-    VIRTIO_BALLOON_HINT_STARTED = 2,
-    /* The guest should not report, and may use all of its memory */
-    VIRTIO_BALLOON_HINT_DONE = 3,
-} VirtIOBalloonHintStatus;
 
 typedef struct VirtIOBalloon VirtIOBalloon;
 
 /* All with the BQL. */
-void virtio_balloon_hint_init(VirtIOBalloon *s);
 void virtio_balloon_hint_realize(VirtIOBalloon *s);
 void virtio_balloon_hint_unrealize(VirtIOBalloon *s);
 void virtio_balloon_hint_reset(VirtIOBalloon *s);
@@ -61,6 +47,12 @@ void virtio_balloon_hint_set_status(VirtIOBalloon *s, uint8_t status);
 
 /* The features to offer: @features without what needs another one. */
 uint64_t virtio_balloon_hint_features(uint64_t features);
+
+/* The size of the config space that hints need, or 0. */
+size_t virtio_balloon_hint_config_size(VirtIOBalloon *s);
+
+/* Fill in what is not in struct virtio_balloon_config. */
+void virtio_balloon_hint_get_config(VirtIOBalloon *s, uint8_t *config_data);
 
 /* The command id to show in the config space. */
 uint32_t virtio_balloon_hint_config(VirtIOBalloon *s);

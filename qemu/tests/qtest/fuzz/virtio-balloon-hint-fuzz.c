@@ -98,7 +98,7 @@ static unsigned migrations, system_resets;
 /* How many inputs, or migrations, got there; see print_reached() */
 static struct {
     unsigned inputs, migrations, asked, applied, redirtied, invalid, stale;
-    unsigned starved, reported, completed;
+    unsigned starved, reported, cached, completed;
     unsigned reasons[FREE_PAGE_HINT_REASON__MAX];
 } reached;
 
@@ -108,9 +108,10 @@ static void print_reached(void)
 
     fprintf(stderr, "reached: inputs %u migrations %u asked %u applied %u "
             "redirtied %u invalid %u stale %u starved %u reported %u "
-            "completed %u", reached.inputs, reached.migrations, reached.asked,
-            reached.applied, reached.redirtied, reached.invalid, reached.stale,
-            reached.starved, reached.reported, reached.completed);
+            "cached %u completed %u", reached.inputs, reached.migrations,
+            reached.asked, reached.applied, reached.redirtied, reached.invalid,
+            reached.stale, reached.starved, reached.reported, reached.cached,
+            reached.completed);
     for (i = 0; i < FREE_PAGE_HINT_REASON__MAX; i++) {
         if (reached.reasons[i]) {
             fprintf(stderr, " %s %u", FreePageHintReason_str(i),
@@ -279,6 +280,7 @@ static void set_up_device(uint8_t options)
     low |= options & 4 ? 0 : 1u << VIRTIO_RING_F_INDIRECT_DESC;
     low |= options & 8 ? 1u << VIRTIO_BALLOON_F_PAGE_POISON : 0;
     low &= options & 16 ? ~(1u << VIRTIO_BALLOON_F_FREE_PAGE_HINT) : ~0u;
+    low |= options & 64 ? 1u << VIRTIO_BALLOON_F_HINT_CACHE : 0;
     high |= options & 32 ? 1u << (VIRTIO_F_RING_RESET - 32) : 0;
 
     COMMON_WRITE(device_status, 0);
@@ -456,6 +458,7 @@ static void check_nothing_left(void)
     reached.invalid += info->invalid_bytes || info->invalid_messages;
     reached.stale += info->stale_bytes > 0;
     reached.reported += info->complete;
+    reached.cached += info->cache_freed_bytes || info->cache_time;
     if (info->has_reason) {
         reached.reasons[info->reason]++;
     }
@@ -794,7 +797,8 @@ static void op_read(Input *in)
 
 static void op_config(Input *in)
 {
-    uint8_t offset = take(in, 1) % sizeof(struct virtio_balloon_config);
+    uint8_t offset = take(in, 1) %
+                     sizeof(struct virtio_balloon_hint_config);
 
     qpci_io_writel(dev->pdev, dev->bar, dev->device_cfg_offset + offset,
                    take(in, 4));
@@ -937,8 +941,10 @@ static GString *hint_cmdline(FuzzTarget *t)
         " -device pc-dimm,memdev=mem0,addr=%" PRIu64
         " -device pc-dimm,memdev=mem1,addr=%" PRIu64
         " -device virtio-balloon-pci,addr=%d,disable-legacy=on,"
-        "free-page-hint=on,free-page-hint-arrays=on,free-page-reporting=on"
+        "free-page-hint=on,free-page-hint-arrays=on,free-page-hint-cache=on,"
+        "free-page-reporting=on"
         " -global migration.free-page-hint-wait=60000"
+        " -global migration.free-page-hint-cache=1048576"
         /* It is the guest that is tried, at once and alone */
         " -global migration.skip-absent-pages=off"
         " -global migration.x-max-bandwidth=0", firmware,
