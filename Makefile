@@ -18,13 +18,14 @@ SHELL_FILES = scripts/common.sh scripts/suites.sh scripts/packages.sh packaging/
 	packaging/completion/fph \
 	$(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))
 
-# The trees that the series of BASE are of: qemu=10.2 kernel=7.3
-BASES = $(foreach base,$(BASE),$(or $(patsubst %/patches/$(base),%=$(base),$(wildcard qemu/patches/$(base) \
-	kernel/patches/$(base))),$(error there are no patches for $(base): see qemu/patches and kernel/patches)))
+TREES = qemu kernel libvirt
+# The trees that the series of BASE are of: qemu=10.2 kernel=7.3 libvirt=11.3
+BASES = $(foreach base,$(BASE),$(or $(patsubst %/patches/$(base),%=$(base),$(wildcard $(TREES:=/patches/$(base)))),\
+	$(error there are no patches for $(base): see qemu/patches, kernel/patches and libvirt/patches)))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock qemu-checked qemu-debug kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source host-deb release run migrate demo \
+.PHONY: help deps fetch qemu qemu-stock qemu-checked qemu-debug qemu-floor kernel kernel-stock kernel-debug kernel-kvm libvirt images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source host-deb release run migrate demo \
 	bench bench-quick bench-build bench-report check test arm64 unit model test-long hostile fuzz lint patches check-patches baselines \
 	clean distclean
 
@@ -47,6 +48,9 @@ qemu-stock: fetch ## build the unpatched QEMU, to compare with
 qemu-checked: fetch ## build QEMU with the checks of hints, for tests
 	@scripts/build-qemu checked
 
+qemu-floor: fetch
+	@scripts/build-qemu floor
+
 qemu-debug: fetch ## build QEMU with sanitizers and all checks, for tests
 	@scripts/build-qemu debug
 
@@ -61,6 +65,11 @@ kernel-debug: fetch ## build the guest kernel with lockdep, KASAN and more, for 
 
 kernel-kvm: fetch ## build the guest kernel for tests under KVM, also where it is interpreted
 	@scripts/build-kernel kvm
+
+libvirt: deps ## build libvirt with free page hints
+	@scripts/install-deps libvirt-build
+	@scripts/fetch libvirt
+	@scripts/build-libvirt ours
 
 images: deps ## make the guest's initramfs and the bare-metal guest
 	@scripts/make-initramfs
@@ -94,8 +103,8 @@ host-deb: host-source ## build Debian's QEMU packages with our series in them: o
 	@scripts/build-host-deb
 
 release: guest-deb trial-deb host-source ## packages, the series with cover letters, checksums: out/release
-	@for base in $(patsubst qemu/patches/%,qemu=%,$(wildcard qemu/patches/*)) \
-		$(patsubst kernel/patches/%,linux=%,$(wildcard kernel/patches/*)); do scripts/fetch $$base || true; done
+	@for base in $(subst kernel,linux,$(subst /patches/,=,$(wildcard $(TREES:=/patches/*)))); do \
+		scripts/fetch $$base || true; done
 	@scripts/release
 
 run: qemu kernel images ## run a guest and get its shell
@@ -107,8 +116,7 @@ migrate: qemu kernel images ## migrate a guest once, with hints
 demo: qemu kernel images $(if $(STOCK),qemu-stock kernel-stock) ## migrate an 8 GiB guest with and without hints: STOCK=1 MEM=GiB VCPUS=n RUNS=n
 	@scripts/demo $(strip $(DEMO_OPTIONS))
 
-bench-build: qemu qemu-stock kernel kernel-stock images debian-image
-	@bench/build-floor
+bench-build: qemu qemu-stock qemu-floor kernel kernel-stock images debian-image
 	@bench/make-images
 
 bench: bench-build ## all benchmarks, for hours, or a part: SCENARIO="name ..." MODE="name ..." RUNS=n FRESH=1
@@ -127,11 +135,11 @@ unit: qemu ## run the C unit tests
 check: qemu qemu-checked qemu-debug qemu-stock kernel images ## ten minutes of tests: the quick ones that catch most
 	@FPH_RESULTS=check.json /usr/bin/python3 -m pytest -m check tests
 
-test: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## run all tests
+test: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm libvirt images other-guests debian-image ## run all tests
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
 test-long: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
-	@FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/campaigns.py
+	@FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/migrate/campaigns.py
 	@FPH_RESULTS=sweep.json FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug /usr/bin/python3 -m pytest -m 'integrity and not long' tests
 	@FPH_RESULTS=long.json /usr/bin/python3 -m pytest -m long tests
 
@@ -141,14 +149,14 @@ arm64: fetch ## build QEMU and guests for arm64 with pages of 4 and of 64 KiB, a
 	@scripts/build-qemu arm64
 	@scripts/build-arm64-kernels
 	@scripts/make-arm64-initramfs
-	@FPH_RESULTS=arm64.json /usr/bin/python3 -m pytest -v tests/migration/test_arm64.py
+	@FPH_RESULTS=arm64.json /usr/bin/python3 -m pytest -v tests/migration/compat/test_arm64.py
 
 model: fetch ## let spin try every order of the protocol's steps, and find each mutant
-	@/usr/bin/python3 -m pytest -v -s tests/migration/test_model.py
+	@/usr/bin/python3 -m pytest -v -s tests/migration/model/test_model.py
 
 hostile: qemu qemu-stock qemu-debug images ## let a hostile guest try longer: FPH_REPEAT=n FPH_SECONDS=s FPH_SEED=n
 	@FPH_REPEAT=$${FPH_REPEAT:-20} FPH_SECONDS=$${FPH_SECONDS:-10} /usr/bin/python3 -m pytest \
-		tests/migration/test_bare_metal.py tests/migration/test_hostile.py
+		tests/migration/hostile/test_bare_metal.py tests/migration/hostile/test_hostile.py
 
 fuzz: qemu qemu-debug ## fuzz the parser of messages, then the device: RUNS=n SECONDS=s
 	@scripts/fuzz parser -runs=$(or $(RUNS),10000000) -print_final_stats=1
@@ -161,15 +169,16 @@ lint: deps ## check the style of scripts and Python code
 	@pylint --score=n $(PYTHON_FILES)
 	@echo "lint: clean"
 
-patches: fetch ## export both series for git am: out/patches; those for other versions: BASE="10.2 7.3"
+patches: fetch ## export the series of QEMU and Linux for git am: out/patches; others: BASE="10.2 7.3 11.3"
 	@$(if $(BASES),scripts/fetch $(subst kernel=,linux=,$(BASES)))
 	@scripts/export-patches out/patches $(BASES)
 
-check-patches: fetch ## git am and checkpatch of every patch, and a build at each: BASE="10.2 7.3"
+check-patches: fetch ## git am and checkpatch of every patch, and a build at each: BASE="10.2 7.3 11.3"
 	@$(if $(BASES),scripts/fetch $(subst kernel=,linux=,$(BASES)))
 	@scripts/check-patches --build $(BASES)
 
 baselines: deps images ## build and test the other versions of QEMU and Linux, and moves between them
+	@scripts/install-deps libvirt-build
 	@scripts/baselines
 
 clean: ## remove the output of runs (out/)

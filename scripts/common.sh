@@ -72,9 +72,9 @@ lock() {
 }
 
 # What is meant if no series of versions is named.
-declare -A DEFAULT_SERIES=([qemu]=10.0 [linux]=6.12 [kernel]=6.12)
+declare -A DEFAULT_SERIES=([qemu]=10.0 [linux]=6.12 [kernel]=6.12 [libvirt]=11.3)
 
-# with_series NAME qemu|linux|kernel SERIES: NAME-SERIES, or just NAME for the default series, or if
+# with_series NAME qemu|linux|kernel|libvirt SERIES: NAME-SERIES, or just NAME for the default series, or if
 # SERIES is empty.
 with_series() {
     case $3 in
@@ -83,15 +83,15 @@ with_series() {
     esac
 }
 
-# split_series qemu|linux|kernel[=SERIES]: set $name and $series (empty: the default one); fails if it
+# split_series qemu|linux|kernel|libvirt[=SERIES]: set $name and $series (empty: the default one); fails if it
 # is none of these.
 split_series() {
-    [[ $1 =~ ^(qemu|linux|kernel)(=([0-9]+\.[0-9]+))?$ ]] || return 1
+    [[ $1 =~ ^(qemu|linux|kernel|libvirt)(=([0-9]+\.[0-9]+))?$ ]] || return 1
     # shellcheck disable=SC2034 # for the caller
     name=${BASH_REMATCH[1]} series=${BASH_REMATCH[3]}
 }
 
-# split_variant qemu|kernel VARIANT[-SERIES] VARIANTS: set $variant, $series (empty: the default one)
+# split_variant qemu|kernel|libvirt VARIANT[-SERIES] VARIANTS: set $variant, $series (empty: the default one)
 # and $build, the name of the build; fails if it is none of VARIANTS (a pattern).
 split_variant() {
     [[ $2 =~ ^($3)(-([0-9]+\.[0-9]+))?$ ]] || return 1
@@ -101,7 +101,7 @@ split_variant() {
     build=$(with_series "$variant" "$1" "$series")
 }
 
-# source_dir qemu|linux [SERIES]: the pristine tree that fetch left in the cache.
+# source_dir qemu|linux|libvirt [SERIES]: the pristine tree that fetch left in the cache.
 source_dir() {
     local dir
     dir=$(readlink -e "$FPH_CACHE/src/$(with_series "$1" "$1" "${2:-}")") ||
@@ -109,7 +109,7 @@ source_dir() {
     echo "$dir"
 }
 
-# tree_version qemu|kernel TREE: upstream's version of a source tree, such as 10.0.13.
+# tree_version qemu|kernel|libvirt TREE: upstream's version of a source tree, such as 10.0.13.
 tree_version() {
     local version=
     case $1 in
@@ -119,12 +119,13 @@ tree_version() {
             /^(VERSION|PATCHLEVEL|SUBLEVEL) =/ {v = v sep $2; sep = "."}
             END {print v}' "$2/Makefile")
         ;;
+    libvirt) [ ! -d "$2/src/qemu" ] || version=$(sed -n "s/^  version: '\(.*\)',/\1/p" "$2/meson.build") ;;
     esac
     [[ $version =~ ^[0-9]+\.[0-9]+ ]] || die "$2 is not a $1 source tree"
     echo "$version"
 }
 
-# patches_dir qemu|kernel TREE: our hooks for the tree's version.
+# patches_dir qemu|kernel|libvirt TREE: our hooks for the tree's version.
 patches_dir() {
     local version major have
     version=$(tree_version "$1" "$2")
@@ -154,7 +155,7 @@ portable_header() {
         -e 's/<linux\/\([^>]*\)>/"standard-headers\/linux\/\1"/' "$1" >"$2"
 }
 
-# new_files qemu|kernel DIR: put the overlay's new files into DIR, at their upstream paths.
+# new_files qemu|kernel|libvirt DIR: put the overlay's new files into DIR, at their upstream paths.
 new_files() {
     local header file
     header=linux/virtio_balloon_hint.h
@@ -175,7 +176,7 @@ content_hash() {
         sha256sum | cut -c1-32
 }
 
-# overlay_hash qemu|kernel TREE PATH...: the hash of an overlay, as it is for the version of TREE, and
+# overlay_hash qemu|kernel|libvirt TREE PATH...: the hash of an overlay, as it is for the version of TREE, and
 # of other files. What is changed for one version leaves the builds of others alone.
 overlay_hash() {
     local patches

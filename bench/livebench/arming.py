@@ -16,10 +16,10 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Protocol, Seque
 from livebench import hostinfo
 from livebench.statistics import Spread
 from livebench.store import write_json
-from livemig import baremetal, kvm, paths, workload
-from livemig.baremetal import Machine, trouble_with_kvm
+from livemig import kvm, machine, paths, workload
 from livemig.errors import LivemigError, NotPossibleHere
 from livemig.guest import Guest
+from livemig.machine import Machine, trouble_with_kvm
 from livemig.migration import MigrationResult, cancel, finish, query, start
 from livemig.spec import MigrationSpec
 
@@ -124,7 +124,7 @@ class MetalWriter:
         self.machine.stamp(FIRST, self._pages, 1)
         begin, ticks = time.monotonic(), self.machine.clock()
         time.sleep(1)
-        passed = (self.machine.clock() - ticks) % (1 << 32) * baremetal.CLOCK_UNIT
+        passed = (self.machine.clock() - ticks) % (1 << 32) * machine.CLOCK_UNIT
         # What ends its writing.
         self._writing: Optional[int] = None
         self._hz = passed / (time.monotonic() - begin)
@@ -138,7 +138,7 @@ class MetalWriter:
         """How many pages it wrote, and for how long it did not get on, in ms."""
         assert self._writing is not None
         written, ticks = self.machine.stop(self._writing)
-        return written, ticks * baremetal.CLOCK_UNIT / self._hz * 1000
+        return written, ticks * machine.CLOCK_UNIT / self._hz * 1000
 
 
 class LinuxWriter:
@@ -229,7 +229,7 @@ def run_metal(
 ) -> Dict[str, float]:
     """One guest: watched, and then migrated."""
     backing = BACKINGS[name]
-    spec = baremetal.spec(
+    spec = machine.spec(
         mem_mib=set_mib + REST_MIB,
         accel="kvm",
         args=CHUNKS,

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Dict, Iterator, List, Sequence, Tuple
 
 from livebench import engine, hostinfo, summary, throughput, workloads
 from livebench.console import Console
-from livebench.modes import RESTING, Mode
 from livebench.scenarios import GIB, Scenario
 from livebench.statistics import Spread
 from livebench.store import Store
@@ -21,6 +20,7 @@ from livebench.workloads import QEMU_MIB, Workload
 from livemig import host, workload
 from livemig.errors import LivemigError, NotEnoughMemory
 from livemig.guest import Guest
+from livemig.modes import RESTING, Mode
 
 Record = Dict[str, Any]
 SAMPLE_SECONDS = 0.25
@@ -39,7 +39,7 @@ class Resting(Workload):
 
 
 def _moments(seconds: int) -> Iterator[int]:
-    """When the memory after a burst is told: 2, 5, 10, 20, ... seconds, and the end."""
+    """When the memory after a burst is recorded: 2, 5, 10, 20, ... seconds, and the end."""
     yield from (moment for moment in (2, 5, 10, *range(20, seconds, 20)) if moment < seconds)
     yield seconds
 

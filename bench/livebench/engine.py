@@ -13,13 +13,13 @@ from typing import Any, Dict, Iterator, List, Optional
 from livebench import floor, hostinfo, postcopy, swap, workloads
 from livebench.console import Console
 from livebench.disks import attached
-from livebench.modes import ORDER, Mode
 from livebench.scenarios import Scenario
 from livebench.throughput import Span
 from livemig import host, migration, paths, workload
 from livemig.errors import LivemigError, NotEnoughMemory
 from livemig.guest import Guest
 from livemig.migration import MigrationResult
+from livemig.modes import ORDER, Mode
 from livemig.spec import DOWNTIME_LIMIT_MS, UNLIMITED, GuestSpec, MigrationSpec
 
 FORMAT = 2
@@ -35,13 +35,23 @@ FIRST_SAMPLE_SECONDS = 0.02
 FIRST_SECONDS = 0.5
 TIMEOUT_SECONDS = 900
 
-# Reporting tells a sixteenth of the free memory every two seconds, and is quiet when the source's
+# Reporting covers a sixteenth of the free memory every two seconds, and is quiet when the source's
 # memory has stopped shrinking. An idle guest has nothing to give back: it gets the time too.
 SETTLE_SECONDS = 34
 QUIET_SECONDS = 6
 QUIET_MIB = 2
 
 DEBUGFS = "/sys/kernel/debug/virtio_balloon_hint"
+TRACEFS = "/sys/kernel/tracing"
+END_EVENT = f"{TRACEFS}/events/virtio_balloon_hint/virtio_balloon_hint_end/enable"
+# How long the last report took; kernels of ours say so in a trace from the first look on.
+LAST_NS = f"sed -n 's/.*hint_end: .* ns=\\([0-9]*\\) .*/last_ns \\1/p' {TRACEFS}/trace | tail -n 1"
+
+# What workloads report besides the rates of each phase.
+FIGURES = (
+    *("compile_s", "stall_before_ms", "stall_ms", "slowest_touch_ms"),
+    *("after10_rate", "after10_kept", "refaulted_pages", "again_s", "cached_s"),
+)
 
 
 @dataclass
@@ -88,6 +98,7 @@ def migration_spec(scenario: Scenario, mode: Mode) -> MigrationSpec:
     if scenario.postcopy is not None:
         parameters.update(postcopy.parameters(scenario.postcopy))
         common["postcopy-ram"] = True
+    parameters.update(mode.parameters)
     return MigrationSpec(mode.capabilities, parameters, common)
 
 
@@ -176,7 +187,8 @@ def guest_facts(guest: Guest) -> Dict[str, Any]:
     blocks = workloads.buddyinfo(guest)
     info = workloads.meminfo(guest)
     files = guest.agent.run(
-        f"for f in {DEBUGFS}/*/*; do [ ! -e $f ] || echo ${{f##*/}} $(cat $f); done"
+        f"for f in {DEBUGFS}/*/*; do [ ! -e $f ] || echo ${{f##*/}} $(cat $f); done;"
+        f" if [ -e {END_EVENT} ]; then echo 1 > {END_EVENT}; {LAST_NS}; fi"
     )
     return {
         "free_blocks": blocks,
@@ -411,14 +423,22 @@ def metrics(record: Dict[str, Any]) -> Dict[str, float]:
             # One bit for each page, while the migration runs.
             qemu_hint_mib=record["scenario"]["guests"] * record["scenario"]["mem_mib"] / 4096 / 8,
         )
+        if freed := sum(hint.cache_freed_bytes for hint in hints) / 2**20:
+            time_ms = max(hint.cache_time for hint in hints) / 1000
+            values.update(
+                cache_freed_mib=freed,
+                cache_ms=time_ms,
+                cache_gib_s=freed / 1024 / time_ms * 1000 if time_ms else None,
+            )
     after = [facts["hint"] for facts in record.get("guest_after", []) if facts["hint"]]
     if after and any(hint["reports"] for hint in after):
         # Earlier kernels of ours timed each hold, traced or not.
         holds = [hint["max_hold_ns"] for hint in after if "max_hold_ns" in hint]
         values["max_hold_us"] = max(holds) / 1000 if holds else None
-        values["walk_ms"] = max(hint["last_ns"] for hint in after) / 1e6
+        walks = [hint["last_ns"] for hint in after if "last_ns" in hint]
+        values["walk_ms"] = max(walks) / 1e6 if walks else None
     for result in record.get("workload", [])[:1]:
-        for name in "compile_s", "stall_before_ms", "stall_ms", "slowest_touch_ms":
+        for name in FIGURES:
             values[name] = result.get(name)
         for phase in "before", "during", "after", "window":
             for name, value in result.get(phase, {}).items():

@@ -76,7 +76,7 @@ def _traced(log: Path) -> Runs:
     deadline = time.monotonic() + WAIT_MS / 1000
     while not END.search(text := log.read_text(errors="replace") if log.exists() else ""):
         if time.monotonic() > deadline:
-            raise LivemigError(f"{log} does not tell which pages were hinted")
+            raise LivemigError(f"{log} does not say which pages were hinted")
         time.sleep(0.01)
     runs: Runs = {}
     for block, first, pages in APPLY.findall(text):
@@ -94,7 +94,7 @@ def _ask_only(guest: Guest) -> Hints:
     deadline = time.monotonic() + 2 * WAIT_MS / 1000
     while (hints := query(guest).hints) is None or not (hints.reason or hints.state == "ended"):
         if time.monotonic() > deadline:
-            raise LivemigError(f"{guest.name}: the guest did not tell its free pages")
+            raise LivemigError(f"{guest.name}: the guest did not report its free pages")
         time.sleep(0.005)
     guest.qmp("migrate_cancel")
     guest.wait_event(status_is("cancelled", "completed", "failed"), "end of the asking", 60)

@@ -7,17 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Sequence
 
-from livebench import arming, density, micro, plan, report, statistics, store, summary
-from livebench.modes import MAKERS, MODES, RESTING, Mode
+from livebench import arming, density, estimates, micro, plan, quotes, report, statistics, store
+from livebench import summary
 from livebench.scenarios import SCENARIOS, Scenario, matching
 from livebench.store import Store
 from livemig import paths
 from livemig.errors import LivemigError
+from livemig.modes import MAKERS, MODES, RESTING, Mode
 from livemig.options import size_mib
 
 QUICK_RUNS = 3
 ARMING_MIB = 2048
 MICRO_MIB = 64 * 1024
+ESTIMATES_MIB = 2048
+ESTIMATES_PAIRS = 5
 # What an export into this repository may have.
 EXPORT_MIB = 2
 
@@ -146,6 +149,14 @@ def command_arming(args: argparse.Namespace) -> int:
     return 0
 
 
+def command_estimates(args: argparse.Namespace) -> int:
+    """Measure what estimates cost a guest at work."""
+    found = estimates.run(args.mem or ESTIMATES_MIB, args.runs or ESTIMATES_PAIRS, args.out)
+    for name, spread in estimates.rows(found).items():
+        print(f"{name:16} {spread.median:10.4g} ({spread.low:.4g}-{spread.high:.4g})")
+    return 0
+
+
 def command_list(_args: argparse.Namespace) -> int:
     """List scenarios and modes."""
     for scenario in SCENARIOS.values():
@@ -169,7 +180,7 @@ def command_compare(args: argparse.Namespace) -> int:
     rows = summary.compare(runs, names, (args.mode, args.base), args.metric)
     if not rows:
         raise LivemigError(
-            f"no runs of {args.mode} and {args.base} in one scenario tell {args.metric}"
+            f"no runs of {args.mode} and {args.base} in one scenario have {args.metric}"
         )
     for row in rows:
         print(f"{row.name}: {_spread(args.mode, row.own)}; {_spread(args.base, row.base)}", end="")
@@ -212,6 +223,23 @@ def command_export(args: argparse.Namespace) -> int:
     return 0
 
 
+def command_quote(args: argparse.Namespace) -> int:
+    """Compute the figures that documents quote, from the results that are committed."""
+    if not args.check:
+        for quote in quotes.read():
+            print(f"{quote['doc']}: {quotes.quoted(quote)}")
+        return 0
+    found = quotes.missing()
+    for line in found:
+        print(f"bench: {line}")
+    print(f"bench: {len(quotes.read()) - len(found)} quotes hold, {len(found)} do not")
+    return 1 if found else 0
+
+
+def _add_quote(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--check", action="store_true", help="whether documents say the same")
+
+
 def _add_choice(one: argparse.ArgumentParser, name: str) -> None:
     """What to run: scenarios, modes, how often."""
     if name == "density":
@@ -236,10 +264,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ("report", command_report),
         ("micro", command_micro),
         ("arming", command_arming),
+        ("estimates", command_estimates),
         ("density", command_density),
         ("list", command_list),
         ("compare", command_compare),
         ("export", command_export),
+        ("quote", command_quote),
     ):
         one = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         one.set_defaults(function=function)
@@ -255,7 +285,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                 choices=["ours", "before"],
                 help="builds to compare; default: ours",
             )
-        if name in ("run", "micro", "density", "arming"):
+        if name == "estimates":
+            one.add_argument(
+                "--runs", type=int, metavar="N", help=f"pairs, default: {ESTIMATES_PAIRS}"
+            )
+        if name in ("run", "micro", "density", "arming", "estimates"):
             one.add_argument(
                 "--mem", type=size_mib, metavar="SIZE", help="for trying: smaller guests"
             )
@@ -283,6 +317,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                 metavar="FILE",
                 help="runs.json.xz of an export; default: what is in out/bench",
             )
+    _add_quote(commands.choices["quote"])
     args = parser.parse_args(argv)
     for name in ("runs", "vcpus"):
         if (getattr(args, name, None) or 1) < 1:

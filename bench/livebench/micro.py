@@ -2,7 +2,7 @@
 """Micro-benchmarks: what a hint costs the host, and what it costs the guest to find it.
 
 On the host, a C program (bench/micro/hint-apply.c) made of QEMU's own parser and bitmap code. Then
-a real round of a large guest: its tracepoints tell what the walk of the free lists takes, and
+a real round of a large guest: its tracepoints say what the walk of the free lists takes, and
 QEMU's trace when an array came in and when its blocks were out of the migration.
 """
 
@@ -10,19 +10,17 @@ import json
 import re
 import shlex
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
 from livebench import engine, hostinfo
-from livebench.modes import MODES
 from livebench.store import OUT, write_json
 from livemig import migration, paths
 from livemig.errors import LivemigError
 from livemig.guest import Guest
-from livemig.spec import GuestSpec, migration_for_mode
-from livemig.spec import MODES as DEMO_MODES
+from livemig.modes import MODES, migration_for_mode
+from livemig.spec import GuestSpec
 
 SOURCE = Path(__file__).resolve().parents[1] / "micro" / "hint-apply.c"
 # 1 TiB, and the 64 GiB of the largest guest.
@@ -79,7 +77,7 @@ def host(program: Path, blocks: int) -> Dict[str, float]:
 
 
 def _batches(trace: str) -> "np.ndarray[Any, Any]":
-    """What free_page_hint_batch told: entries and nanoseconds of each hold of a zone's lock."""
+    """What free_page_hint_batch reported: entries and nanoseconds of each hold of a zone's lock."""
     found = re.findall(r"free_page_hint_batch: .*?\bnr=(\d+)\b.*?\bhold_ns=(\d+)", trace)
     if not found:
         raise LivemigError("the guest traced no free_page_hint_batch")
@@ -104,14 +102,13 @@ def in_vivo(mem_mib: int, vcpus: int, logs: Path) -> Dict[str, Any]:
         events = f"{TRACEFS}/events/free_page_hint/free_page_hint_batch/enable"
         source.agent.run(f"echo 1 > {events}")
         with Guest(spec.but(trace=None, args=()), "destination", logs=logs, incoming=True) as there:
-            how = migration_for_mode(DEMO_MODES["array"])
-            result = migration.migrate(source, there, replace(how, capabilities=mode.capabilities))
+            result = migration.migrate(source, there, migration_for_mode(mode))
             batches = _batches(there.agent.run(f"cat {TRACEFS}/trace"))
             bound = there.agent.run(f"linewalk {batches[:, 0].sum():.0f} {LINE_STRIDE} {REPEAT}")
         log = source.trace_log.read_text(errors="replace")
     hints = result.hints
     if not hints or not hints.blocks:
-        raise LivemigError(f"the guest told no blocks: {hints}")
+        raise LivemigError(f"the guest reported no blocks: {hints}")
     moments = _moments(log)
     arrays = [when for when, name, _ in moments if name == "virtio_balloon_hint_array"]
     ended = [when for when, name, text in moments if text.endswith("to ended")]

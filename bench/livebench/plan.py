@@ -9,11 +9,11 @@ from statistics import mean
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 from livebench import engine
-from livebench.modes import MODES, Mode
 from livebench.scenarios import Scenario
 from livebench.store import Store
 from livemig import paths
 from livemig.errors import LivemigError, NotPossibleHere
+from livemig.modes import MODES, Mode
 
 Runner = Callable[[Scenario, Mode, int, Path], Dict[str, Any]]
 

@@ -9,8 +9,8 @@ matplotlib.use("Agg")
 # pylint: disable=wrong-import-position
 import numpy as np  # noqa: E402
 from livebench import statistics, summary  # noqa: E402
-from livebench.modes import MODES, RESTING  # noqa: E402
 from livebench.throughput import points_of, rate  # noqa: E402
+from livemig.modes import MODES, RESTING  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
@@ -24,6 +24,7 @@ _PALETTE = (
     *("#000000", "#e69f00", "#56b4e9", "#999999"),
     *("#cc79a7", "#f0e442", "#d55e00", "#009e73"),
     *("#0072b2", "#882255", "#999933", "#332288"),
+    *("#44aa99", "#aa4499", "#661100", "#6699cc"),
 )
 COLOURS = {**dict(zip(MODES, _PALETTE)), **dict(zip(RESTING, _PALETTE))}
 

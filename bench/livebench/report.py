@@ -10,9 +10,9 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import jinja2
 from livebench import density, plots, store, summary
-from livebench.modes import MODES, RESTING
 from livebench.scenarios import SCENARIOS
 from livebench.store import Store
+from livemig.modes import MODES, RESTING
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
@@ -46,7 +46,9 @@ CHAPTERS = (
     Chapter("compile", "A compilation", _workload("compile")),
     Chapter("freed", "Memory that was written and freed", _workload("freed"), log=True),
     Chapter("free", "A share of the memory is free", _workload("free-")),
-    Chapter("honest", "Few blocks of the largest order", _workload("pagecache", "fragmented")),
+    Chapter(
+        "honest", "Few blocks of the largest order", _workload("pagecache", "hotcold", "fragmented")
+    ),
     Chapter("working", "A program goes on", _workload("allocloop", "sysbench")),
     Chapter("link", "Bandwidth", lambda s: s["gbit"] > 0, log=True),
     Chapter("multifd", "Multifd", lambda s: s["multifd"] > 0),

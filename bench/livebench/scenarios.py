@@ -8,6 +8,7 @@ import fnmatch
 from dataclasses import dataclass, replace
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
+from livebench.filecache import HotAndCold, MappedHot, PageCache, WantedAgain
 from livebench.workloads import (
     QEMU_MIB,
     SYSBENCH,
@@ -19,7 +20,6 @@ from livebench.workloads import (
     Freed,
     Held,
     Idle,
-    PageCache,
     Sysbench,
     Touching,
     Workload,
@@ -92,7 +92,7 @@ class Scenario:
     init_on_alloc: bool = False
     # Whether the host may back its memory with transparent huge pages.
     huge_pages: bool = True
-    # The order of the smallest blocks that free page reporting tells, where it is on.
+    # The order of the smallest blocks that are reported to the host, where it is on.
     reporting_order: Optional[int] = None
     # The host has swapped the guest's memory out.
     swapped: bool = False
@@ -189,7 +189,7 @@ def _declared() -> Iterator[Scenario]:
     # And how long the compilation takes: 5:12 and 5:06.
     yield Scenario(
         Compile(to_the_end=True),
-        modes=WATCHED,
+        modes=(*WATCHED, "array-cache"),
         targets=(Target(1.02, "legacy", metric="compile_s"),),
     )
 
@@ -212,8 +212,7 @@ def _declared() -> Iterator[Scenario]:
         modes = (*MAIN, "none", *(ABSENT if percent == 0 else ()))
         yield Scenario(Held(percent), modes, mem_mib=4 * GIB, vcpus=2, targets=targets)
 
-    # Where blocks of the largest order are few, and hints help little.
-    yield Scenario(PageCache(), modes=MAIN, mem_mib=3 * GIB)
+    yield from _page_cache()
     yield Scenario(Fragmented(), modes=MAIN, runs=3, mem_mib=2 * GIB)
 
     # What the guest loses while it is moved. Over a slow link, stock hints keep its free memory
@@ -308,6 +307,45 @@ def _declared() -> Iterator[Scenario]:
     )
 
     yield from _absent()
+
+
+def _page_cache() -> Iterator[Scenario]:
+    # Where blocks of the largest order are few, and hints alone help little.
+    yield Scenario(
+        PageCache(),
+        modes=(*MAIN, "array-cache-768m", "array-cache"),
+        mem_mib=3 * GIB,
+        targets=(
+            Target(0.35, "legacy", "array-cache"),
+            Target(0.35, "legacy", "array-cache", "sent_mib"),
+        ),
+    )
+    # What has to be freed takes longer than to send it where nothing limits the link.
+    for gbit in (1, 10):
+        modes = ("legacy", "array", "array-cache")
+        yield Scenario(PageCache(), modes, runs=3, mem_mib=3 * GIB, gbit=gbit)
+    yield Scenario(
+        HotAndCold(),
+        modes=("legacy", "array", "array-cache"),
+        runs=3,
+        mem_mib=3 * GIB,
+        targets=(Target(0.95, "legacy", "array-cache", "after10_rate", at_least=True),),
+    )
+    yield Scenario(
+        MappedHot(),
+        modes=("legacy", "array", "array-cache"),
+        runs=3,
+        mem_mib=3 * GIB,
+        targets=(Target(0.95, "legacy", "array-cache", "window_kept", at_least=True),),
+    )
+    # What it costs if the cache that was freed is wanted again at once.
+    for limit in (0, 100 * 10**6):
+        yield Scenario(
+            WantedAgain(limit=limit),
+            modes=("legacy", "array", "array-cache-768m", "array-cache"),
+            runs=3,
+            mem_mib=3 * GIB,
+        )
 
 
 def _absent() -> Iterator[Scenario]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping
 
 from livebench import engine, hostinfo
-from livebench.modes import Mode
 from livebench.scenarios import Scenario
 from livemig import paths
 from livemig.errors import LivemigError
+from livemig.modes import Mode
 
 OUT = paths.OUT / "bench"
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from livebench import statistics
-from livebench.modes import MODES
 from livebench.scenarios import SCENARIOS, Target
+from livemig.modes import MODES
 
 Run = Dict[str, Any]
 # Modes that the others are compared with, by the names that their ratios have.

@@ -41,7 +41,7 @@ def rate(points: Sequence[Point], start: float, end: float) -> Optional[float]:
 
 
 def latencies(points: Sequence[Point], start: float, end: float) -> Dict[str, Optional[float]]:
-    """The 99th percentiles that were told in a time: the median and the worst."""
+    """The 99th percentiles that were reported in a time: the median and the worst."""
     told = [p.p99_us for p in points if start < p.when <= end and p.p99_us is not None]
     return {
         "p99_us": median(told) if told else None,
@@ -57,7 +57,7 @@ def longest_gap(times: Sequence[float], start: float, end: float) -> Optional[fl
 
 
 def _first_after(points: Sequence[Point], when: float) -> float:
-    """When the first point after a time came: it tells what was going on at that time."""
+    """When the first point after a time came: it says what was going on at that time."""
     return min((point.when for point in points if point.when > when), default=when)
 
 

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, ClassVar, Dict, List, Mapping, Optional, Tuple
 
-from livebench import throughput
+from livebench import orders, throughput
 from livebench.console import Console
 from livebench.throughput import Point, Span
 from livemig import workload
@@ -194,32 +194,6 @@ class Alternate(Workload):
 
 
 @dataclass(frozen=True)
-class PageCache(Workload):
-    """Memory full of files that were read."""
-
-    data_disk: ClassVar[str] = "pagecache.ext4"
-    FILE_MIB: ClassVar[int] = 64
-    guess: ClassVar[int] = 30
-
-    @property
-    def name(self) -> str:
-        return "pagecache"
-
-    @property
-    def about(self) -> str:
-        return "the page cache is full of files"
-
-    def used_mib(self, mem_mib: int) -> int:
-        return mem_mib
-
-    def prepare(self, guest: Guest) -> None:
-        guest.agent.run("mkdir -p /mnt && mount -o ro -t ext4 /dev/vda /mnt")
-        files = guest.spec.mem_mib // self.FILE_MIB
-        guest.agent.run(f"cat $(ls /mnt/[0-9]* | head -n {files}) > /dev/null", timeout=600)
-        super().prepare(guest)
-
-
-@dataclass(frozen=True)
 class Compile(Workload):
     """A part of the kernel is compiled; the guest moves in the middle of it."""
 
@@ -282,7 +256,7 @@ class Compile(Workload):
 class Fragmented(Compile):
     """A guest that compiled for a while and is idle now."""
 
-    guess: ClassVar[int] = 220
+    guess: ClassVar[int] = 240
 
     @property
     def name(self) -> str:
@@ -302,10 +276,13 @@ class Fragmented(Compile):
     def start(self, guest: Guest, console: Console) -> None:
         pass
 
+    def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
+        return {"orders": orders.by_order(guest)} if orders.offered(guest) else {}
+
 
 @dataclass(frozen=True)
 class Working(Workload):
-    """A program that tells how it gets on runs through the migration."""
+    """A program that reports how it gets on runs through the migration."""
 
     # How long it would run: longer than anybody watches.
     SECONDS: ClassVar[int] = 900
@@ -317,7 +294,7 @@ class Working(Workload):
         raise NotImplementedError
 
     def points(self, console: Console) -> List[Point]:
-        """What it told."""
+        """What it reported."""
         raise NotImplementedError
 
     def start(self, guest: Guest, console: Console) -> None:
@@ -434,25 +411,25 @@ class Touching(Working):
 
 @dataclass(frozen=True)
 class SysbenchTest:
-    """One of sysbench's tests: its options, and what it tells each second."""
+    """One of sysbench's tests: its options, and what it reports each second."""
 
     options: str
-    # Groups: operations per second, and the 99th percentile in ms if it tells one.
+    # Groups: operations per second, and the 99th percentile in ms if it reports one.
     line: str
     prepare: str = ""
+    used_mib: int = 100
 
 
 _EVENTS = r"\[ \d+s \] thds: \d+ eps: ([\d.]+) lat \(ms,99%\): ([\d.]+)"
 _FILES = "--file-total-size=512M --file-num=8 --file-test-mode=rndrw"
+_RATES = r"\[ \d+s \] reads: ([\d.]+) MiB/s writes: [\d.]+ MiB/s .* latency \(ms,99%\): ([\d.]+)"
+_PREPARE_FILES = f"cd /root && sysbench fileio {_FILES} prepare"
 
 SYSBENCH: Mapping[str, SysbenchTest] = {
     "memory": SysbenchTest("memory --memory-total-size=1000T", r"\[ \d+s \] ([\d.]+) MiB/sec()"),
     "cpu": SysbenchTest("cpu", _EVENTS),
-    "fileio": SysbenchTest(
-        f"fileio {_FILES}",
-        r"\[ \d+s \] reads: ([\d.]+) MiB/s writes: [\d.]+ MiB/s .* latency \(ms,99%\): ([\d.]+)",
-        f"cd /root && sysbench fileio {_FILES} prepare",
-    ),
+    "fileio": SysbenchTest(f"fileio {_FILES}", _RATES, _PREPARE_FILES, 600),
+    "mmap": SysbenchTest(f"fileio {_FILES} --file-io-mode=mmap", _RATES, _PREPARE_FILES, 600),
     "threads": SysbenchTest("threads", _EVENTS),
 }
 
@@ -473,7 +450,7 @@ class Sysbench(Working):
         return f"sysbench's test {self.test} goes on"
 
     def used_mib(self, mem_mib: int) -> int:
-        return 600 if self.test == "fileio" else 100
+        return SYSBENCH[self.test].used_mib
 
     def prepare(self, guest: Guest) -> None:
         if SYSBENCH[self.test].prepare:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs a command of the package: one-line errors, and guests that end with it."""
+"""Runs a command: one-line errors, and guests that end with it."""
 
 import importlib
 import signal
@@ -16,7 +16,7 @@ def _terminated(number: int, _frame: Optional[FrameType]) -> None:
     sys.exit(128 + number)
 
 
-def run(module: str, package: str = "livemig") -> NoReturn:
+def run(module: str, package: str = "livemig.commands") -> NoReturn:
     """Run main() of PACKAGE.MODULE with this process's arguments, and exit with what it returns."""
     command = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _terminated)

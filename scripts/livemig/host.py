@@ -31,7 +31,7 @@ def available_mib() -> int:
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return min([int(line.split()[1]) // 1024, *_left_by_limits_mib()])
-    raise LivemigError("/proc/meminfo does not tell how much memory is available")
+    raise LivemigError("/proc/meminfo does not say how much memory is available")
 
 
 def _left_by_limits_mib() -> Iterator[int]:

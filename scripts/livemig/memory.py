@@ -101,7 +101,7 @@ def _finished_log(trace_log: Path, start: int) -> str:
         if KEPT_ALL_LINE.search(text):
             return text
         time.sleep(0.01)
-    raise MigrationError(f"{trace_log} does not tell which pages were kept back")
+    raise MigrationError(f"{trace_log} does not say which pages were kept back")
 
 
 def _runs(text: str, begin: int, event: str, blocks: Mapping[str, Block]) -> Masks:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Migrates a guest from one QEMU to another one and tells what happened."""
+"""Migrates a guest from one QEMU to another one and reports what happened."""
 
 import tempfile
 from dataclasses import dataclass, field, fields
@@ -37,6 +37,8 @@ class Hints:
     redirtied_bytes: int = 0
     requested_bytes: int = 0
     too_small_bytes: int = 0
+    cache_freed_bytes: int = 0
+    cache_time: int = 0
     stale_bytes: int = 0
     invalid_bytes: int = 0
     invalid_messages: int = 0
@@ -65,7 +67,7 @@ class Absent:
 
 @dataclass(frozen=True)
 class MigrationResult:
-    """The end of a migration, as the source's query-migrate tells it."""
+    """The end of a migration, as the source's query-migrate reports it."""
 
     # pylint: disable=too-many-instance-attributes
 

@@ -4,8 +4,9 @@
 import argparse
 import re
 
+from livemig.modes import MODES
 from livemig.paths import BUILDS
-from livemig.spec import MODES, GuestSpec
+from livemig.spec import GuestSpec
 
 
 def size_mib(text: str) -> int:
@@ -38,7 +39,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         "--balloon",
         metavar="PROPERTIES",
         help=f"of the balloon device (default {MODES['array'].balloon}; "
-        f"stock QEMU: {MODES['stock-block'].balloon})",
+        f"stock QEMU: {MODES['stock-hints'].balloon})",
     )
     parser.add_argument(
         "--append", default="", metavar="WORDS", help="more for the guest kernel's command line"
@@ -47,7 +48,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
 
 def guest_spec(args: argparse.Namespace) -> GuestSpec:
     """The guest that the options describe."""
-    default = MODES["array" if args.qemu == "ours" else "stock-block"].balloon
+    default = MODES["array" if args.qemu == "ours" else "stock-hints"].balloon
     return GuestSpec(
         mem_mib=args.mem,
         vcpus=args.vcpus,

@@ -4,7 +4,7 @@
 from statistics import median
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from livemig.spec import MODES
+from livemig.modes import DEMO, MODES
 
 Run = Mapping[str, Any]
 MIB = 1024 * 1024
@@ -47,9 +47,9 @@ def as_ratio(value: Optional[float]) -> str:
 def hinted_share(runs: Sequence[Run]) -> str:
     """How much of what the guest could hint was hinted, at the median."""
     shares = [
-        run["hinted_bytes"] / run["guest_free_told_bytes"]
+        run["hinted_bytes"] / run["guest_free_reported_bytes"]
         for run in runs
-        if run["hinted_bytes"] and run["guest_free_told_bytes"]
+        if run["hinted_bytes"] and run["guest_free_reported_bytes"]
     ]
     return f"{100 * median(shares):.1f}" if shares else "-"
 
@@ -81,7 +81,7 @@ def by_mode(runs: Sequence[Run], scenario: str) -> Dict[str, List[Run]]:
     """The runs of one scenario, in the order of the modes."""
     found = {
         name: [run for run in runs if run["scenario"] == scenario and run["mode"] == name]
-        for name in MODES
+        for name in DEMO
     }
     return {name: group for name, group in found.items() if group}
 
@@ -103,8 +103,8 @@ def table(runs: Sequence[Run], scenario: str) -> str:
 
 # What this project claims, as ratios of total times.
 COMPARISONS = (
-    ("array", "stock-block", "array hints / stock per-block hints"),
-    ("none", "stock-none", "no hints / no hints of the unpatched build"),
+    ("array-absent", "stock-hints", "array hints / stock per-block hints"),
+    ("none", "legacy", "no hints / no hints of the unpatched build"),
 )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What to run, as data: guests, migrations, and the modes that are compared."""
+"""What to run, as data: guests and migrations; the modes that are compared are in modes.py."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -39,58 +39,9 @@ class MigrationSpec:
         return replace(self, capabilities=dashed)
 
 
-# What virtio-balloon-pci is told, for hints block by block and for hints in arrays.
+# Properties of virtio-balloon-pci, for hints block by block and for hints in arrays.
 BLOCKS = "free-page-hint=on"
 ARRAYS = f"{BLOCKS},free-page-hint-arrays=on"
-
-
-# Capabilities of ours for a migration that sends all.
-NOTHING = {"free-page-hint": False, "skip-absent-pages": False}
-
-
-@dataclass(frozen=True)
-class Mode:
-    """One way to treat free memory during a migration."""
-
-    name: str
-    build: str
-    balloon: str
-    capabilities: Mapping[str, bool]
-    baseline: str
-    about: str
-
-
-_MODES = (
-    Mode("none", "ours", ARRAYS, NOTHING, "none", "nothing is skipped"),
-    Mode(
-        "absent",
-        "ours",
-        ARRAYS,
-        {"free-page-hint": False},
-        "none",
-        "absent pages only, as with any guest",
-    ),
-    Mode(
-        "block",
-        "ours",
-        BLOCKS,
-        {"free-page-hint": True},
-        "none",
-        "upstream's protocol, one block per message, through our engine",
-    ),
-    Mode("array", "ours", ARRAYS, {"free-page-hint": True}, "none", "arrays of blocks"),
-    Mode("stock-none", "stock", "free-page-hint=off", {}, "stock-none", "no hints, unpatched"),
-    Mode(
-        "stock-block",
-        "stock",
-        f"{BLOCKS},iothread=hints",
-        {},
-        "stock-none",
-        "upstream's hints, unpatched QEMU and kernel",
-    ),
-)
-
-MODES: Mapping[str, Mode] = {mode.name: mode for mode in _MODES}
 
 
 @dataclass(frozen=True)
@@ -138,15 +89,3 @@ class GuestSpec:
     def but(self, **changes: Any) -> "GuestSpec":
         """A copy with some fields changed."""
         return replace(self, **changes)
-
-    def for_mode(self, mode: Mode) -> "GuestSpec":
-        """A copy with the build and the balloon of a mode."""
-        return replace(self, qemu=mode.build, kernel=mode.build, balloon=mode.balloon)
-
-
-def migration_for_mode(mode: Mode) -> MigrationSpec:
-    """The migration of a mode: as fast as it can go."""
-    return MigrationSpec(
-        capabilities=mode.capabilities,
-        parameters={"max-bandwidth": UNLIMITED, "downtime-limit": DOWNTIME_LIMIT_MS},
-    )

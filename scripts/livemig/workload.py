@@ -83,8 +83,8 @@ def dirty_and_free(guest: Guest, mib: int) -> None:
     guest.agent.run(f"dirtyfree {mib} {guest.spec.vcpus}", timeout=600)
 
 
-def free_told_bytes(guest: Guest) -> int:
-    """The guest's free memory in blocks of the orders that its driver tells by default."""
+def free_reported_bytes(guest: Guest) -> int:
+    """The guest's free memory in blocks of the orders that its driver reports by default."""
     zones = [line.split() for line in guest.agent.run("cat /proc/buddyinfo").splitlines()]
     return sum(
         int(zone[-1 - below]) * (MAX_ORDER_PAGES >> below) * PAGE_BYTES

@@ -20,11 +20,8 @@
 #define MIN(a, b)	((a) < (b) ? (a) : (b))
 #endif
 
-/*
- * Declared in mm/ only since 7.x, and never exported: calls are compiled, but
- * not made. See free_page_hint_drain().
- */
-struct zone;
-void drain_all_pages(struct zone *zone);
+/* Never exported: a module cannot drain the per-CPU lists. */
+#include <linux/gfp.h>
+#define drain_all_pages(zone)	do { } while (0)
 
 #endif /* _FREE_PAGE_HINT_COMPAT_H */

@@ -88,12 +88,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint64_t block = 0, sum = 0, pages, ratio;
     uint32_t id = 0;
     unsigned n = 0, n_ranges, invalid, wrong = 0, i;
+    VirtIOBalloonHintMsg msg;
 
     if (size) {
         memcpy(&header, data, MIN(size, sizeof(header)));
     }
-    if (virtio_balloon_hint_parse_header(&header, size, &id, &block, &n) !=
-        VIRTIO_BALLOON_HINT_MSG_ARRAY) {
+    msg = virtio_balloon_hint_parse_header(&header, size, &id, &block, &n);
+    /* An end of 8 bytes, or of 24: nothing else is one, and both are */
+    assert((msg == VIRTIO_BALLOON_HINT_MSG_END) ==
+           (!header.size && (size == 8 || size == 24)));
+    if (msg == VIRTIO_BALLOON_HINT_MSG_END) {
+        assert(size == sizeof(header) + n * sizeof(uint64_t));
+    }
+    if (msg != VIRTIO_BALLOON_HINT_MSG_ARRAY) {
         return 0;
     }
     assert(size == sizeof(header) + n * sizeof(uint64_t));

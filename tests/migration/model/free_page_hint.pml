@@ -4,7 +4,7 @@
  *
  * A guest tells a migration which of its memory is free, and goes on using it.
  * This is every process that has a say in whether a write gets lost then, in
- * any order of their steps. tests/migration/test_model.py says what to build in
+ * any order of their steps. tests/migration/model/test_model.py says what to build in
  * and what must hold; by hand, in an empty directory:
  *
  *   spin -DKVM_MANUAL -DM2 -a .../free_page_hint.pml

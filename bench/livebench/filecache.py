@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Guests whose memory is full of files: read once, or read again and again."""
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar, Dict, List
+
+from livebench import throughput
+from livebench.console import Console
+from livebench.throughput import Point, Span
+from livebench.workloads import Sysbench, Working, Workload, on_console
+from livemig.errors import GuestError
+from livemig.guest import Guest
+
+# Of the files on the disk: 0, 1, ...
+FILE_MIB = 64
+MOUNT = "mkdir -p /mnt && mount -o ro -t ext4 /dev/vda /mnt"
+
+
+def file_names(begin: int, end: int) -> str:
+    """The words for a shell."""
+    return " ".join(f"/mnt/{number}" for number in range(begin, end))
+
+
+@dataclass(frozen=True)
+class PageCache(Workload):
+    """Memory full of files that were read."""
+
+    data_disk: ClassVar[str] = "pagecache.ext4"
+    guess: ClassVar[int] = 30
+
+    @property
+    def name(self) -> str:
+        return "pagecache"
+
+    @property
+    def about(self) -> str:
+        return "the page cache is full of files"
+
+    def used_mib(self, mem_mib: int) -> int:
+        return mem_mib
+
+    def prepare(self, guest: Guest) -> None:
+        guest.agent.run(MOUNT)
+        files = guest.spec.mem_mib // FILE_MIB
+        guest.agent.run(f"cat $(ls /mnt/[0-9]* | head -n {files}) > /dev/null", timeout=600)
+        super().prepare(guest)
+
+
+@dataclass(frozen=True)
+class HotAndCold(Working):
+    """Files that are read again and again, beside many that were read once."""
+
+    data_disk: ClassVar[str] = "pagecache.ext4"
+    guess: ClassVar[int] = 60
+
+    HOT_FILES: ClassVar[int] = 6
+    # What is left to the rest: then nothing has to be evicted before the migration.
+    SPARE_MIB: ClassVar[int] = 512
+    AFTER_SECONDS: ClassVar[float] = 10
+
+    @property
+    def name(self) -> str:
+        return "hotcold"
+
+    @property
+    def about(self) -> str:
+        hot = self.HOT_FILES * FILE_MIB
+        return f"{hot} MiB of files are read again and again, the others were read once"
+
+    def used_mib(self, mem_mib: int) -> int:
+        return mem_mib
+
+    def prepare(self, guest: Guest) -> None:
+        guest.agent.run(MOUNT)
+        files = (guest.spec.mem_mib - self.SPARE_MIB) // FILE_MIB
+        hot = file_names(0, self.HOT_FILES)
+        guest.agent.run(f"cat {hot} {hot} {file_names(self.HOT_FILES, files)} > /dev/null", 600)
+        super().prepare(guest)
+
+    def command(self) -> str:
+        names = file_names(0, self.HOT_FILES)
+        return (
+            f"while :; do for f in {names}; do cat $f > /dev/null; echo hot {FILE_MIB}; done; done"
+        )
+
+    def points(self, console: Console) -> List[Point]:
+        return [Point(when, float(match[1])) for when, match in console.matches(r"^hot (\d+)")]
+
+    def start(self, guest: Guest, console: Console) -> None:
+        super().start(guest, console)
+        guest.agent.run(f"echo {refaults(guest)} > /run/refaults")
+
+    def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
+        time.sleep(max(span.end + self.AFTER_SECONDS + 1.5 - time.monotonic(), 0))
+        result = super().finish(guest, console, span)
+        points = self.points(console)
+        before = throughput.rate(points, span.start - throughput.BEFORE_SECONDS, span.start)
+        after = throughput.rate(points, span.end, span.end + self.AFTER_SECONDS)
+        result["after10_rate"] = after
+        result["after10_kept"] = after / before if after and before else None
+        result["refaulted_pages"] = refaults(guest) - int(guest.agent.run("cat /run/refaults"))
+        return result
+
+
+@dataclass(frozen=True)
+class WantedAgain(PageCache):
+    """Files that were read once, and are wanted after the migration, one after the other, twice.
+
+    The first time they are read from the disk, as far as their cache was freed. The second time is
+    what they take from the cache.
+    """
+
+    # What the destination's disk gives, in bytes per second; 0: as much as it can.
+    limit: int = 0
+
+    SPARE_MIB: ClassVar[int] = 512
+    SECONDS: ClassVar[int] = 600
+    guess: ClassVar[int] = 60
+
+    @property
+    def name(self) -> str:
+        return "wanted-again" + (f"-{self.limit // 10**6}mbs" if self.limit else "")
+
+    @property
+    def about(self) -> str:
+        disk = f" from a disk of {self.limit // 10**6} MB/s" if self.limit else ""
+        return f"files were read once, and are read again after the migration{disk}"
+
+    def files(self, guest: Guest) -> int:
+        """How many there are: nothing has to be evicted for them."""
+        return (guest.spec.mem_mib - self.SPARE_MIB) // FILE_MIB
+
+    def prepare(self, guest: Guest) -> None:
+        guest.agent.run(MOUNT)
+        guest.agent.run(f"cat {file_names(0, self.files(guest))} > /dev/null", timeout=600)
+        Workload.prepare(self, guest)
+        guest.agent.run(f"echo {refaults(guest)} > /run/refaults")
+
+    def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
+        if self.limit:
+            others = {name: 0 for name in ("bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")}
+            limits = {"device": "data", "bps": self.limit, **others}
+            guest.qmp_dict("block_set_io_throttle", limits)
+        files = self.files(guest)
+        names = file_names(0, files)
+        on_console(
+            guest,
+            "echo again begin; "
+            f"for f in {names} {names}; do cat $f > /dev/null; echo again {FILE_MIB}; done",
+        )
+        line = rf"^again {FILE_MIB}"
+        begun, _ = console.wait("^again begin", guest, self.SECONDS)
+        first, _ = console.wait(line, guest, self.SECONDS, count=files)
+        second, _ = console.wait(line, guest, self.SECONDS, count=2 * files)
+        return {
+            "again_s": first - begun,
+            "cached_s": second - first,
+            "refaulted_pages": refaults(guest) - int(guest.agent.run("cat /run/refaults")),
+        }
+
+
+@dataclass(frozen=True)
+class MappedHot(Sysbench):
+    """A program that has mapped its files, as databases do, beside files that were read once."""
+
+    test: str = "mmap"
+    data_disk: ClassVar[str] = "pagecache.ext4"
+    guess: ClassVar[int] = 120
+
+    COLD_FILES: ClassVar[int] = 24
+
+    @property
+    def name(self) -> str:
+        return "mappedcold"
+
+    @property
+    def about(self) -> str:
+        cold = self.COLD_FILES * FILE_MIB
+        return (
+            f"files are mapped, read and written all the time; {cold} MiB of others were read once"
+        )
+
+    def used_mib(self, mem_mib: int) -> int:
+        return mem_mib
+
+    def prepare(self, guest: Guest) -> None:
+        super().prepare(guest)
+        guest.agent.run(MOUNT.replace("vda", "vdb"))
+        guest.agent.run(f"cat {file_names(0, self.COLD_FILES)} > /dev/null", timeout=600)
+
+    def start(self, guest: Guest, console: Console) -> None:
+        super().start(guest, console)
+        guest.agent.run(f"echo {refaults(guest)} > /run/refaults")
+
+    def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
+        result = super().finish(guest, console, span)
+        result["refaulted_pages"] = refaults(guest) - int(guest.agent.run("cat /run/refaults"))
+        return result
+
+
+def refaults(guest: Guest) -> int:
+    """Pages of files that were read again after they had been freed, since the guest has booted."""
+    text = guest.agent.run("cat /proc/vmstat")
+    match = re.search(r"^workingset_refault_file (\d+)$", text, re.MULTILINE)
+    if not match:
+        raise GuestError(f"{guest.name} does not count refaults")
+    return int(match[1])

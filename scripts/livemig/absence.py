@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What tests of absent pages share: how much of a guest is there, and what was skipped of it."""
+
+import contextlib
+import ctypes
+import os
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Dict, Iterator
+
+import numpy as np
+import pytest
+
+from livemig import memory, paths
+from livemig.checks import PATIENT_MS
+from livemig.guest import Guest
+from livemig.migration import Absent, MigrationResult
+from livemig.modes import MODES, migration_for_mode
+
+# Absent pages alone, and with hints. Guests have to be started with skip_absent=True.
+ABSENT = migration_for_mode(MODES["absent"]).with_parameters(free_page_hint_wait=PATIENT_MS)
+ABSENT_AND_HINTS = ABSENT.with_capabilities(free_page_hint=True)
+
+
+def usage(guest: Guest, name: str = "pc.ram") -> Dict[str, int]:
+    """What /proc/PID/smaps says about a block of a guest's RAM, in bytes: Rss, Swap, ..."""
+    block = memory.ram_blocks(guest)[name]
+    begin, end = block.offset, block.offset + block.pages * memory.PAGE_BYTES
+    counts: Dict[str, int] = {}
+    inside = False
+    for line in Path(f"/proc/{guest.pid}/smaps").read_text(encoding="utf-8").splitlines():
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = begin <= int(mapping[1], 16) and int(mapping[2], 16) <= end
+        elif inside and (count := re.fullmatch(r"(\w+): +(\d+) kB", line)):
+            counts[count[1]] = counts.get(count[1], 0) + int(count[2]) * 1024
+    assert "Rss" in counts, f"{guest.name}: no mapping of {name}"
+    return counts
+
+
+def ram_bytes(guest: Guest, name: str = "pc.ram") -> int:
+    """The size of a block of a guest's RAM."""
+    return memory.ram_blocks(guest)[name].pages * memory.PAGE_BYTES
+
+
+def absent_of(result: MigrationResult) -> Absent:
+    """The statistics of absent pages, which our QEMU always gives."""
+    assert result.absent is not None, "query-migrate has no absent-pages"
+    return result.absent
+
+
+def assert_absent_used(result: MigrationResult, least_bytes: int) -> Absent:
+    """The host was asked for all memory, and at least so many bytes were skipped."""
+    absent = absent_of(result)
+    assert absent.reason is None
+    assert absent.absent_bytes >= least_bytes > 0
+    return absent
+
+
+def wait_for(what: Callable[[], bool], about: str, seconds: float = 120) -> None:
+    """Wait for what no event reports."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, about
+        time.sleep(0.1)
+
+
+def absent_pages(guest: Guest, name: str = "pc.ram") -> memory.Mask:
+    """Which pages of a block a traced guest's migration has found to be absent."""
+    mask = np.zeros(memory.ram_blocks(guest)[name].pages, dtype=bool)
+    for match in memory.RUN_LINE.finditer(guest.trace_log.read_text(encoding="utf-8")):
+        if match["event"] == memory.ABSENT_EVENT and match["block"] == name:
+            first = int(match["first"], 0)
+            mask[first : first + int(match["pages"], 0)] = True
+    return mask
+
+
+# The host's swap
+
+PAGEMAP_PRESENT = 1 << 63
+SYS_PROCESS_MADVISE = 440
+MADV_PAGEOUT = 21
+
+
+def in_page_table(guest: Guest, addr: int, name: str = "pc.ram") -> bool:
+    """Whether the page table of a QEMU has a page of a block."""
+    page = memory.ram_blocks(guest)[name].offset // memory.PAGE_BYTES + addr // memory.PAGE_BYTES
+    with open(f"/proc/{guest.pid}/pagemap", "rb") as file:
+        file.seek(page * 8)
+        return bool(int.from_bytes(file.read(8), "little") & PAGEMAP_PRESENT)
+
+
+class IoVec(ctypes.Structure):
+    """Memory of a process."""
+
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+
+def page_out(guest: Guest, name: str = "pc.ram") -> None:
+    """Take as much of a block's memory from the QEMU as the kernel takes."""
+    block = memory.ram_blocks(guest)[name]
+    end = block.offset + block.pages * memory.PAGE_BYTES
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    syscall.restype = ctypes.c_long
+    assert guest.pid
+    process = os.pidfd_open(guest.pid)
+    try:
+        # It may stop anywhere.
+        while block.offset < end:
+            part = IoVec(block.offset, end - block.offset)
+            done = syscall(
+                SYS_PROCESS_MADVISE, process, ctypes.byref(part), 1, MADV_PAGEOUT, ctypes.c_uint(0)
+            )
+            if done <= 0:
+                raise OSError(ctypes.get_errno(), "process_madvise")
+            block = replace(block, offset=block.offset + done)
+    finally:
+        os.close(process)
+
+
+@contextlib.contextmanager
+def swap_space(mib: int) -> Iterator[None]:
+    """A file to swap to; skips the test where there can be none."""
+    paths.OUT.mkdir(exist_ok=True)
+    handle, file = tempfile.mkstemp(dir=paths.OUT, prefix="swap.")
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.unlink, file)
+        with os.fdopen(handle, "wb") as out:
+            os.posix_fallocate(out.fileno(), 0, mib << 20)
+        for command in ("mkswap", "swapon"):
+            done = subprocess.run([command, file], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"this host cannot swap to a file: {command}: {done.stderr.strip()}")
+        stack.callback(subprocess.run, ["swapoff", file], check=True)
+        yield

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Checks and set-ups that several test files use."""
+
+import contextlib
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Iterable, Iterator, List, Optional, Sequence
+
+import pytest
+
+from livemig import workload
+from livemig.guest import Guest
+from livemig.lab import ABSENT
+from livemig.migration import Hints, MigrationResult, cancel, query, set_capabilities, status_is
+from livemig.modes import MODES, Mode, migration_for_mode
+from livemig.spec import GuestSpec, MigrationSpec
+
+# A small guest boots fast, and most of it is free.
+SMALL = GuestSpec(mem_mib=1024, vcpus=2)
+STAMP_MIB = 16
+# A guest that clears memory when it is freed, and not again when it is used: but for huge pages.
+INIT_ON_FREE = ("init_on_free=1", "transparent_hugepage=never")
+MIB = 1 << 20
+# What tests write and free so that there is something for hints to skip.
+FREED_MIB = 512
+FREED_PAGES = FREED_MIB * 256
+
+# As long as a migration can be told to wait: tests are not about how soon a guest answers, and on a
+# machine that has other things to do it may take seconds.
+PATIENT_MS = 60000
+
+# Hints as users get them, with the default deadline.
+OUT_OF_THE_BOX = replace(migration_for_mode(MODES["array"]), capabilities={"free-page-hint": True})
+WITH_HINTS = OUT_OF_THE_BOX.with_parameters(free_page_hint_wait=PATIENT_MS)
+NO_HINTS = migration_for_mode(MODES["none"])
+# Stock QEMU does not know the capability.
+FOR_STOCK = replace(OUT_OF_THE_BOX, capabilities={})
+
+
+def patient(mode: Mode) -> MigrationSpec:
+    """The migration of one of our modes, that waits for the guest's answer however late it is."""
+    spec = migration_for_mode(mode).with_parameters(free_page_hint_wait=PATIENT_MS)
+    # Whether absent pages are skipped is for the guest's QEMU to say, as in OUT_OF_THE_BOX.
+    hints = mode.capabilities.get("free-page-hint")
+    return spec.with_capabilities(free_page_hint=True) if hints else spec
+
+
+def in_check(cases: Iterable[Any], *names: str, long: Sequence[str] = ()) -> List[Any]:
+    """The cases of a test, of which these belong to "make check", or to "make test-long" only."""
+    known = {case if isinstance(case, str) else case.name: case for case in cases}
+    named = {**dict.fromkeys(names, pytest.mark.check), **dict.fromkeys(long, pytest.mark.long)}
+    assert set(named) <= set(known), f"no such case: {set(named) - set(known)}"
+    return [
+        pytest.param(case, id=name, marks=[named[name]] if name in named else [])
+        for name, case in known.items()
+    ]
+
+
+def fill_and_free(guest: Guest) -> None:
+    """Leave free memory that is not zero, and memory that knows its contents."""
+    workload.dirty_and_free(guest, FREED_MIB)
+    workload.stamp(guest, STAMP_MIB)
+
+
+def start_churn(guest: Guest) -> None:
+    """Memory of the guest is rewritten, freed and taken back from now on."""
+    workload.stamp(guest, 48, churn=True, realloc_mib=128, name="churn")
+
+
+def assert_intact(guest: Guest, name: str = "default") -> workload.Verdict:
+    """The guest finds all of its stamped memory right."""
+    verdict = workload.verify(guest, name)
+    assert verdict.pages > 0
+    assert verdict.errors == 0, verdict.first
+    return verdict
+
+
+def assert_goes_on(guest: Guest, seconds: float = 120) -> workload.Verdict:
+    """The guest goes on with what start_churn() began, and finds all of it right."""
+    arrived = assert_intact(guest, "churn")
+    deadline = time.monotonic() + seconds
+    while True:
+        now = assert_intact(guest, "churn")
+        if now.passes > arrived.passes and now.reallocs > arrived.reallocs:
+            return now
+        assert time.monotonic() < deadline, f"the guest stands still: {arrived}, {now}"
+
+
+def hints_of(result: MigrationResult) -> Hints:
+    """The statistics of hints, which our QEMU always gives."""
+    assert result.hints is not None, "query-migrate has no free-page-hint"
+    return result.hints
+
+
+def assert_hints_used(result: MigrationResult, least_bytes: int) -> Hints:
+    """A complete report took at least so many bytes out of the migration.
+
+    Those that were absent are reported too, with FPH_ABSENT=1: they were out of it already.
+    """
+    hints = hints_of(result)
+    assert hints.reason is None
+    assert (hints.state, hints.complete) == ("ended", True)
+    assert (hints.hinted_bytes if ABSENT else hints.skipped_bytes) >= least_bytes
+    assert (hints.invalid_bytes, hints.invalid_messages, hints.too_small_bytes) == (0, 0, 0)
+    return hints
+
+
+def assert_hints_if(wanted: bool, result: MigrationResult, least_bytes: int) -> Hints:
+    """Hints were used, or, in a control run, switched off: what fails there is not their fault."""
+    if wanted:
+        return assert_hints_used(result, least_bytes)
+    assert_not_asked(result, "disabled")
+    return hints_of(result)
+
+
+def assert_not_asked(result: MigrationResult, reason: str) -> None:
+    """The guest was not asked, for this reason, and nothing was waited for."""
+    hints = hints_of(result)
+    if result.absent and result.absent.reason is None:
+        # There was a round, for absent pages: it armed, and some were written later.
+        hints = replace(hints, armed_bytes=0, arm_time=0, redirtied_bytes=0, requested_bytes=0)
+        assert hints == Hints(state="ended", reason=reason)
+    else:
+        assert hints == Hints(state="idle", reason=reason)
+
+
+def migration(
+    base: MigrationSpec = WITH_HINTS, hints: Optional[bool] = None, **parameters: object
+) -> MigrationSpec:
+    """A migration with other parameters, and hints switched on or off."""
+    if hints is not None:
+        base = replace(base, capabilities={"free-page-hint": hints})
+    return base.with_parameters(**parameters)
+
+
+def wait_hints(source: Guest, state: str, seconds: float = 60) -> Hints:
+    """Wait until the hints of a migration have come to a state: no event says so."""
+    deadline = time.monotonic() + seconds
+    while True:
+        hints = hints_of(query(source))
+        if hints.state == state:
+            return hints
+        assert time.monotonic() < deadline, f"the hints are still {hints.state}"
+        time.sleep(0.02)
+
+
+def wait_hints_ended(source: Guest, seconds: float = 60) -> Hints:
+    """Wait until a migration is done with asking for hints."""
+    return wait_hints(source, "ended", seconds)
+
+
+def wait_asked(source: Guest) -> None:
+    """Wait until the guest has been asked."""
+    wait_hints(source, "asked")
+
+
+def wait_rounds(source: Guest, rounds: int) -> None:
+    """Wait until memory is sent for the rounds-th time."""
+    source.wait_event(
+        lambda event: event["event"] == "MIGRATION_PASS" and event["data"]["pass"] >= rounds,
+        f"round {rounds}",
+        120,
+    )
+
+
+def begin(source: Guest, wait_ms: int = PATIENT_MS) -> None:
+    """Start a migration that is so slow that it cannot complete."""
+    set_capabilities(source, {"events": True})
+    source.qmp("migrate-set-parameters", free_page_hint_wait=wait_ms, max_bandwidth=MIB)
+    source.qmp("migrate", uri="exec:cat > /dev/null")
+    source.wait_event(status_is("active"), "start of the migration", 60)
+
+
+def wait_answered(source: Guest) -> Hints:
+    """Wait until the guest is not asked any more, or could not be asked."""
+    deadline = time.monotonic() + PATIENT_MS / 1000 + 10
+    # The reason is there a moment before the round has ended.
+    while (hints := hints_of(query(source))).state != "ended" and not (
+        hints.state == "idle" and hints.reason
+    ):
+        assert time.monotonic() < deadline, f"the hints are still {hints.state}"
+        time.sleep(0.01)
+    return hints
+
+
+def ask(source: Guest, wait_ms: int = PATIENT_MS) -> Hints:
+    """Ask once, without migrating."""
+    begin(source, wait_ms)
+    hints = wait_answered(source)
+    cancel(source)
+    return hints
+
+
+def assert_watched(guest: Guest) -> None:
+    """Lockdep of the debug kernel looks on: it stops after its first complaint."""
+    stats = guest.agent.run("cat /proc/lockdep_stats")
+    assert re.search(r"debug_locks: +1$", stats, re.MULTILINE), stats
+
+
+@contextlib.contextmanager
+def huge_pages_set_aside(size_kib: int, count: int) -> Iterator[None]:
+    """Huge pages of the host for a test; skips it if there are not so many."""
+    control = Path(f"/sys/kernel/mm/hugepages/hugepages-{size_kib}kB/nr_hugepages")
+    if not control.exists():
+        pytest.skip(f"this host has no huge pages of {size_kib} KiB")
+    before = int(control.read_text(encoding="ascii"))
+    try:
+        try:
+            control.write_text(str(before + count), encoding="ascii")
+        except OSError as err:
+            pytest.skip(f"huge pages cannot be set aside on this host: {err}")
+        if int(control.read_text(encoding="ascii")) < before + count:
+            pytest.skip(f"this host has no {count} free huge pages of {size_kib} KiB")
+        yield
+    finally:
+        if int(control.read_text(encoding="ascii")) != before:
+            control.write_text(str(before), encoding="ascii")

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Two libvirt hosts in namespaces, made by scripts/two-hosts, and a guest that one of them runs."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import string
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type
+from xml.etree import ElementTree
+
+import pytest
+
+from livemig import memory, paths, workload
+from livemig.guest import BOOT_RACE, KERNEL_TROUBLE
+from livemig.migration import MigrationResult
+from livemig.serial import Agent, Port
+from livemig.spec import GuestSpec
+
+TOOL = paths.REPO / "scripts" / "two-hosts"
+DOMAIN_XML = paths.REPO / "tests" / "migration" / "libvirt" / "domain.xml"
+DOCUMENTATION = paths.REPO / "docs" / "libvirt.md"
+QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+OTHER_HOST = {"a": "b", "b": "a"}
+MEMORY_DIRECTORY = "/var/lib/libvirt/qemu/ram"
+LIBVIRTD_LOG = "/var/log/libvirt/libvirtd.log"
+# Exit status of two-hosts where the machine cannot run the hosts
+UNSUPPORTED = 77
+MIB = 1 << 20
+STAMPED_MIB = 64
+FREED_MIB = 512
+SPEC = GuestSpec(mem_mib=1024, vcpus=2)
+
+
+def two_hosts(*args: Any) -> "subprocess.CompletedProcess[str]":
+    """Run the tool; return what it did."""
+    command = [str(arg) for arg in (TOOL, *args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+
+
+class Hosts:
+    """Two libvirt hosts, a and b."""
+
+    def __init__(self, state: Path):
+        """Use the hosts whose state directory is given."""
+        self.state = state
+
+    def call(self, host: str, *command: Any) -> "subprocess.CompletedProcess[str]":
+        """Run a command on a host; return what it did."""
+        return two_hosts("on", "--state", self.state, host, *command)
+
+    def virsh(self, host: str, *args: Any) -> str:
+        """Run virsh on a host, which must succeed; return what it printed."""
+        done = self.call(host, "virsh", "-q", *args)
+        assert done.returncode == 0, f"virsh {' '.join(map(str, args))}: {done.stderr}"
+        return done.stdout
+
+    def path(self, host: str, path: str) -> Path:
+        """Return where a file of a host's libvirt is on this machine."""
+        return self.state / host / path.lstrip("/")
+
+
+class AgentPort(Port):
+    """A guest's serial port that QEMU offers as a socket in the file system."""
+
+    def __init__(self, path: Path):
+        """Connect to the socket."""
+        super().__init__(f"agent at {path}")
+        self._ours.close()
+        self._ours = socket.socket(socket.AF_UNIX)
+        self._ours.connect(str(path))
+        self.connected()
+
+
+class Guest:
+    """A guest that libvirt runs on one of the hosts; on host a first."""
+
+    def __init__(
+        self,
+        hosts: Hosts,
+        name: str,
+        qemu_args: Sequence[str] = (),
+        source: Optional[str] = None,
+        properties: Sequence[str] = (),
+    ):
+        """Describe the guest; entering the context starts it."""
+        self.hosts = hosts
+        self.name = name
+        self.spec = SPEC
+        self.host = "a"
+        self.xml = hosts.state / f"{name}.xml"
+        text = domain_xml(name, qemu_args, source, properties)
+        self.xml.write_text(text, encoding="utf-8")
+        self._port: Optional[AgentPort] = None
+        # Memory of QEMUs that is kept open to be looked at.
+        self._memories = contextlib.ExitStack()
+
+    def __enter__(self) -> "Guest":
+        """Start the guest and wait until it is up."""
+        self.hosts.virsh("a", "define", "--validate", self.xml)
+        self.hosts.virsh("a", "start", self.name)
+        try:
+            if not self._wait_ready(120) and BOOT_RACE.search(self.qemu_log("a")):
+                self.hosts.virsh("a", "start", self.name)
+                self._wait_ready(120)
+            assert self.state() == "running", "the guest did not boot"
+        except BaseException:
+            self._end(failed=True)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        """End the guest, whose kernel should not have complained about anything."""
+        consoles = [self._log(host, "console") for host in OTHER_HOST]
+        said = "".join(log.read_text(errors="replace") for log in consoles if log.exists())
+        trouble = [match.group(0) for match in KERNEL_TROUBLE.finditer(said)]
+        self._end(failed=bool(exc_type or trouble))
+        assert exc_type or not trouble, f"the guest's kernel complained: {trouble}"
+
+    def _end(self, failed: bool) -> None:
+        """End the guest; after a failure print what it and its QEMUs said."""
+        self._memories.close()
+        if self._port:
+            self._port.close()
+        for host in OTHER_HOST:
+            for log in self._log(host, "console"), self._log(host, "log"):
+                if failed and log.exists():
+                    print(f"--- the end of {log}:\n{log.read_text(errors='replace')[-3000:]}")
+            self.hosts.call(host, "virsh", "destroy", self.name)
+            self.hosts.call(host, "virsh", "undefine", self.name)
+
+    def _log(self, host: str, suffix: str) -> Path:
+        """Return the guest's console or its QEMU's log on a host."""
+        return self.hosts.path(host, f"/var/log/libvirt/qemu/{self.name}.{suffix}")
+
+    def _wait_ready(self, seconds: float) -> bool:
+        """Wait for the console's line that says that the agent is up; False if its QEMU ended."""
+        deadline = time.monotonic() + seconds
+        while not re.search(r"^READY\b", self._log("a", "console").read_text(), re.MULTILINE):
+            assert time.monotonic() < deadline, f"the guest was not up in {seconds} s"
+            if self.state() != "running":
+                return False
+            time.sleep(0.3)
+        return True
+
+    @property
+    def agent(self) -> Agent:
+        """The guest's agent, through the QEMU that runs the guest now."""
+        if not self._port:
+            path = f"/var/lib/libvirt/qemu/{self.name}.agent"
+            self._port = AgentPort(self.hosts.path(self.host, path))
+        return Agent(self._port)
+
+    def qemu_log(self, host: str) -> str:
+        """Return what the guest's QEMUs wrote to their log on a host so far."""
+        log = self._log(host, "log")
+        return log.read_text(errors="replace") if log.exists() else ""
+
+    def hmp(self, command: str) -> str:
+        """Run a command of QEMU's human monitor, through libvirt."""
+        return self.hosts.virsh(self.host, "qemu-monitor-command", "--hmp", self.name, command)
+
+    def qmp(self, command: str) -> Any:
+        """Run a QMP command, through libvirt."""
+        text = json.dumps({"execute": command})
+        answer = self.hosts.virsh(self.host, "qemu-monitor-command", self.name, text)
+        return json.loads(answer)["return"]
+
+    def state(self) -> str:
+        """Return what libvirt says about the guest where it should be."""
+        return self.hosts.virsh(self.host, "domstate", self.name).strip()
+
+    def virsh_migrate(self, *options: Any) -> "subprocess.CompletedProcess[str]":
+        """Let virsh migrate the guest to the other host; return what it did."""
+        uri = f"qemu+tcp://host-{OTHER_HOST[self.host]}/system"
+        return self.hosts.call(self.host, "virsh", "migrate", "--live", *options, self.name, uri)
+
+    def ram(self) -> Dict[str, memory.Block]:
+        """Return the guest's RAM in its QEMU, also for after that has ended.
+
+        The domain XML must ask for memory that is an open file of QEMU.
+        """
+        pids = list(processes_naming(f"guest={self.name},"))
+        assert len(pids) == 1
+        (file,) = (
+            self._memories.enter_context(open(fd, "rb"))
+            for fd in Path(f"/proc/{pids[0]}/fd").iterdir()
+            if os.readlink(fd).startswith("/memfd:memory-backend-memfd")
+        )
+        path = Path(f"/proc/self/fd/{file.fileno()}")
+        return {"pc.ram": memory.Block(path, 0, SPEC.mem_mib * MIB // memory.PAGE_BYTES)}
+
+    def migrate_and_compare(self) -> Tuple[MigrationResult, memory.Comparison]:
+        """Migrate the guest and compare the memories before it runs on."""
+        source, log = self.ram(), self._log(self.host, "log")
+        start = log.stat().st_size
+        result = self.migrate("--suspend")
+        different = memory.different_pages(source, self.ram())
+        seen = memory.judge(different, memory.kept_pages(log, source, start))
+        assert not seen.lost, seen
+        self.hosts.virsh(self.host, "resume", self.name)
+        return result, seen
+
+    def migrate(self, *options: Any) -> MigrationResult:
+        """Migrate the guest to the other host, which must succeed; return QEMU's statistics.
+
+        After a success libvirt ends the source's QEMU, so nobody can ask it any more. But first
+        it asks itself, and the answer is in its log (log_filters has 1:qemu.qemu_monitor).
+        """
+        with open(self.hosts.path(self.host, LIBVIRTD_LOG), "rb") as log:
+            log.seek(0, os.SEEK_END)
+            done = self.virsh_migrate(*options)
+            assert done.returncode == 0, done.stderr
+            text = log.read().decode(errors="replace")
+        answers = re.findall(r"QEMU_MONITOR_RECV_REPLY: .* reply=(.*\"total-time\".*)", text)
+        assert answers, "libvirt did not ask for the statistics of the migration"
+        result = MigrationResult.from_qmp(json.loads(answers[-1])["return"])
+        assert result.status == "completed"
+        self.host = OTHER_HOST[self.host]
+        self.hang_up()
+        assert self.state() == ("paused" if "--suspend" in options else "running")
+        return result
+
+    def hang_up(self) -> None:
+        """The agent's port is another QEMU's from here on."""
+        if self._port:
+            self._port.close()
+            self._port = None
+
+    def fill(self) -> None:
+        """Leave much free memory that is full of old data, next to the stamped memory."""
+        workload.dirty_and_free(self, FREED_MIB)
+
+    def check(self) -> None:
+        """Let the guest check each page that it stamped."""
+        verdict = workload.verify(self)
+        assert verdict.good, verdict
+        assert verdict.pages >= STAMPED_MIB * MIB // 4096
+
+
+def domain_xml(
+    name: str, qemu_args: Sequence[str], source: Optional[str], properties: Sequence[str]
+) -> str:
+    """Return a guest's domain XML, with more arguments for QEMU, and a type of shared memory.
+
+    And with more properties of the balloon switched on.
+    """
+    text = string.Template(DOMAIN_XML.read_text(encoding="utf-8")).substitute(
+        name=name,
+        memory=SPEC.mem_mib,
+        vcpus=SPEC.vcpus,
+        kernel=paths.kernel_image(SPEC.kernel),
+        initramfs=paths.initramfs(),
+        qemu=paths.qemu_binary(SPEC.qemu),
+    )
+    domain = ElementTree.fromstring(text)
+    arguments = domain.find(f"{{{QEMU_NAMESPACE}}}commandline")
+    assert arguments is not None
+    for value in qemu_args:
+        ElementTree.SubElement(arguments, f"{{{QEMU_NAMESPACE}}}arg", value=value)
+    frontend = domain.find(f".//{{{QEMU_NAMESPACE}}}frontend")
+    assert frontend is not None
+    for value in properties:
+        attributes = {"name": value, "type": "bool", "value": "true"}
+        ElementTree.SubElement(frontend, f"{{{QEMU_NAMESPACE}}}property", attributes)
+    if source:
+        backing = ElementTree.SubElement(domain, "memoryBacking")
+        ElementTree.SubElement(backing, "source", type=source)
+        ElementTree.SubElement(backing, "access", mode="shared")
+    return ElementTree.tostring(domain, encoding="unicode")
+
+
+def start_hosts(*options: Any) -> Path:
+    """Start two hosts, which end with this process at the latest; return their state directory.
+
+    Skips the test where the machine cannot run them, but never in CI.
+    """
+    done = two_hosts("up", "--owner", os.getpid(), *options)
+    if done.returncode == UNSUPPORTED and not os.environ.get("CI"):
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+@contextlib.contextmanager
+def running_hosts(*options: Any) -> Iterator[Hosts]:
+    """Two libvirt hosts that are ready to run guests, and that leave nothing."""
+    hosts = Hosts(start_hosts(*options))
+    try:
+        # libvirt probes a QEMU before it first runs it: not something to do during a migration
+        for host in OTHER_HOST:
+            qemu = paths.qemu_binary(SPEC.qemu)
+            hosts.virsh(host, "domcapabilities", "--virttype", "qemu", "--emulatorbin", qemu)
+        yield hosts
+    finally:
+        down = two_hosts("down", "--state", hosts.state)
+    assert down.returncode == 0, down.stderr
+
+
+@pytest.fixture(name="hosts", scope="module")
+def hosts_fixture() -> Iterator[Hosts]:
+    """Two libvirt hosts for the tests of this file."""
+    with running_hosts() as hosts:
+        yield hosts
+
+
+def assert_used(result: MigrationResult) -> None:
+    """The guest's free memory was hinted, and not sent."""
+    hints = result.hints
+    assert hints and hints.state == "ended" and hints.reason is None, hints
+    assert hints.complete and hints.blocks > 10 * hints.messages > 0, hints
+    assert hints.hinted_bytes > FREED_MIB * MIB, hints
+    assert result.sent_bytes < FREED_MIB * MIB // 2, result
+
+
+def assert_unused(result: MigrationResult, reason: str) -> None:
+    """Nothing was hinted, for the reason given; the old data was sent."""
+    assert result.hints and result.hints.reason == reason, result.hints
+    assert result.hints.hinted_bytes == 0, result.hints
+    assert result.sent_bytes > FREED_MIB * MIB, result
+
+
+def capability(guest: Guest) -> bool:
+    """Return whether the capability is on in the QEMU that runs the guest now."""
+    states = {c["capability"]: c["state"] for c in guest.qmp("query-migrate-capabilities")}
+    return bool(states["free-page-hint"])
+
+
+def processes_naming(text: str) -> Dict[int, str]:
+    """Return the command lines of the processes that have a text among their arguments."""
+    found = {}
+    for name in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = name.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if text in command:
+            found[int(name.parent.name)] = command
+    return found

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the tests of the bare-metal guest share: its memory, its migrations."""
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+
+from livemig import memory
+from livemig.balloon import Balloon
+from livemig.checks import hints_of
+from livemig.guest import Event, Guest
+from livemig.lab import Lab
+from livemig.machine import MIB, PAGE, Machine, spec, stamped, trouble_with_kvm
+from livemig.migration import Hints, MigrationResult, finish, query, set_capabilities
+from livemig.spec import MigrationSpec
+
+# Round 0 lasts until the guest ends it.
+WAIT_MS = 60000
+# So slow that a round goes on until it is let go.
+HELD = 64 << 10
+SLOW = 4 * MIB
+# Shorter than any round.
+DOWNTIME_MS = 1
+
+ACCELERATORS = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
+CHECK_EVENT = "free_page_hint_check"
+# make hostile sets how often experiments are repeated.
+LONG = "FPH_REPEAT" in os.environ
+
+
+def accelerators(*names: str) -> pytest.MarkDecorator:
+    """For a test with a parameter `accel`."""
+    return pytest.mark.parametrize("accel", [ACCELERATORS[n] for n in names], ids=names)
+
+
+each_accelerator = accelerators(*ACCELERATORS)
+# Where the accelerator matters little, one is enough, unless there is time.
+tcg_at_least = each_accelerator if LONG else accelerators("tcg")
+
+
+def usable(accel: str) -> str:
+    """Skip the test where an accelerator does not work."""
+    if accel.startswith("kvm"):
+        trouble = trouble_with_kvm(accel)
+        if trouble:
+            pytest.skip(trouble)
+    return accel
+
+
+# What the test's memory is made of: strips of pages, one part after another, over and over.
+
+REGION = 16 * MIB
+REGION_BYTES = 4 * MIB
+STRIP_PAGES = 16
+STRIP_BYTES = STRIP_PAGES * PAGE
+
+# Each chunk of a deferred clear, however small, has pages in it that are sent.
+PARTS = {
+    "kept": False,
+    "free": True,
+    "after the ask": True,
+    "after the hint was added": True,
+    "kept too": False,
+    "after it was applied": True,
+    "in round 1": True,
+    "in a later round": True,
+}
+# Written in round 1 so that there is a round 2 that takes long enough.
+CHURN = 64 * MIB
+CHURN_PAGES = 1024
+
+
+def strips(part: str) -> List[int]:
+    """The addresses of a part's strips."""
+    first = REGION + list(PARTS).index(part) * STRIP_BYTES
+    return list(range(first, REGION + REGION_BYTES, len(PARTS) * STRIP_BYTES))
+
+
+def pages_of(part: str) -> List[int]:
+    """The addresses of a part's pages."""
+    return [addr + i * PAGE for addr in strips(part) for i in range(STRIP_PAGES)]
+
+
+HINTED_STRIPS = sorted(addr for part, hinted in PARTS.items() if hinted for addr in strips(part))
+HINTED_PAGES = [addr + i * PAGE for addr in HINTED_STRIPS for i in range(STRIP_PAGES)]
+
+
+@dataclass
+class Metal:
+    """A bare-metal guest and the files in which source and destination keep their memory."""
+
+    lab: Lab
+    source: Guest
+    machine: Machine
+    balloon: Balloon
+    files: Tuple[Path, Path]
+    # What the guest wrote last into each part.
+    seeds: Dict[str, int] = field(default_factory=dict)
+
+    def incoming(self, name: str = "destination") -> Guest:
+        """A QEMU that waits for the guest, and will not run it when it has come."""
+        there = self.source.spec.but(mem_file=self.files[1])
+        return self.lab.incoming(there, name, running=False)
+
+    def write(self, part: str) -> None:
+        """Write all pages of a part, with contents that they never had."""
+        self.seeds[part] = len(self.seeds) + 1 + self.seeds.get(part, 0) * 16
+        for addr in strips(part):
+            self.machine.stamp(addr, STRIP_PAGES, self.seeds[part])
+
+    def write_all(self) -> None:
+        """Write all parts."""
+        for part in PARTS:
+            self.write(part)
+
+    def lost(self, part: str, destination: bool = True) -> int:
+        """How many pages of a part do not hold what was written last."""
+        with open(self.files[int(destination)], "rb") as file:
+            return sum(
+                read_page(file, addr) != stamped(addr, self.seeds[part]) for addr in pages_of(part)
+            )
+
+
+def read_page(file: Any, addr: int) -> bytes:
+    """A page of a guest's memory."""
+    file.seek(addr)
+    page: bytes = file.read(PAGE)
+    return page
+
+
+@contextlib.contextmanager
+def metal(lab: Lab, features: Optional[int] = None, **changes: Any) -> Iterator[Metal]:
+    """A bare-metal guest that has set its balloon up; skips where its accelerator does not work."""
+    usable(changes.get("accel", ""))
+    with memory.memory_files("source", "destination") as files:
+        changes = {"trace": "free_page_hint_*", "mem_file": files[0], **changes}
+        source = lab.launch(spec().but(**changes), "source")
+        machine = Machine(source)
+        machine.wait_ready()
+        balloon = Balloon(machine)
+        balloon.start(Balloon.HINTS | Balloon.ARRAYS if features is None else features)
+        yield Metal(lab, source, machine, balloon, (files[0], files[1]))
+
+
+def held(**capabilities: bool) -> MigrationSpec:
+    """A migration that waits for the guest in round 0, and stays in round 1 until it is let go."""
+    return MigrationSpec(
+        capabilities={name.replace("_", "-"): value for name, value in capabilities.items()},
+        parameters={
+            "free-page-hint-wait": WAIT_MS,
+            "max-bandwidth": HELD,
+            "downtime-limit": DOWNTIME_MS,
+        },
+    )
+
+
+# A migration that nobody receives.
+TO_NOWHERE = "exec:cat > /dev/null"
+# What a new QEMU asks with first.
+FIRST_ID = 0x80000001
+
+
+def set_up(source: Guest, **parameters: Any) -> None:
+    """Set for all migrations what start() sets for one."""
+    set_capabilities(source, {"events": True})
+    source.qmp_dict("migrate-set-parameters", dict(held().with_parameters(**parameters).parameters))
+
+
+# Stock QEMU does not wait.
+STOCK_HELD = MigrationSpec(parameters={"max-bandwidth": HELD, "downtime-limit": DOWNTIME_MS})
+
+
+def let_go(source: Guest, destination: Guest) -> MigrationResult:
+    """Let a migration that was held complete."""
+    source.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=2000)
+    return finish(source, destination)
+
+
+def wait_pass(source: Guest, number: int) -> None:
+    """Wait until memory is sent for the n-th time."""
+
+    def match(event: Event) -> bool:
+        return event["event"] == "MIGRATION_PASS" and event["data"]["pass"] >= number
+
+    source.wait_event(match, f"round {number}", 60)
+
+
+def hints_now(source: Guest) -> Hints:
+    """The statistics of hints, so far."""
+    return hints_of(query(source))
+
+
+def ask_meanwhile(guest: Guest, seconds: float) -> float:
+    """Let some time pass, and QEMU answer all the while; returns its longest answer, in ms."""
+    longest = 0.0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        asked = time.monotonic()
+        assert guest.qmp("query-status")["running"]
+        longest = max(longest, time.monotonic() - asked)
+    return longest * 1000
+
+
+def wait_ended(source: Guest) -> Hints:
+    """Wait until round 0 is over, well before its deadline."""
+    while hints_now(source).state != "ended":
+        time.sleep(0.01)
+    return hints_now(source)
+
+
+def wait_hinted(source: Guest, hinted_bytes: int, seconds: float = 10) -> Hints:
+    """Wait until what the guest was told to hint has been applied, but not for ever."""
+    deadline = time.monotonic() + seconds
+    while True:
+        hints = hints_now(source)
+        if hints.hinted_bytes >= hinted_bytes or time.monotonic() > deadline:
+            return hints
+        time.sleep(0.01)
+
+
+def assert_counters_match(source: Guest) -> None:
+    """At each sync, as many pages were counted dirty as bits were set."""
+    checks = [
+        line.split()
+        for line in source.trace_log.read_text().splitlines()
+        if line.startswith(CHECK_EVENT)
+    ]
+    assert len(checks) >= 2
+    assert all(words[2] == words[4] for words in checks), checks
+
+
+def addrs_of(part: str) -> List[int]:
+    """The first strip of a part, as blocks of a page."""
+    return [strips(part)[0] + i * PAGE for i in range(STRIP_PAGES)]
+
+
+def lost_strips(guest: Metal) -> List[str]:
+    """The parts whose first strip did not arrive."""
+    with open(guest.files[1], "rb") as file:
+        return [
+            part
+            for part in PARTS
+            if any(read_page(file, a) != stamped(a, guest.seeds[part]) for a in addrs_of(part))
+        ]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The oracle: what a migration may leave out, checked without knowledge of the guest.
+
+Three checks in one: a build of QEMU with checks aborts at the source if a page that is still hinted
+when the guest has stopped was written since the ask; all RAM of source and destination is compared,
+and only such pages may differ, but not those that were absent; the guest verifies its own pages,
+where a test asks it to.
+
+After postcopy, the memory can be compared only if the guest did not run at the destination in the
+meantime. Where it did, which is what postcopy is for, the check at the source (what is hinted when
+the guest has stopped is the same as without postcopy) and the guest itself have to do.
+
+Control runs, with the same checks and hints switched off, are in test_memory_equal, test_churn,
+test_postcopy, for each way to send in test_features, and, between stock QEMUs, in test_interop.
+"""
+
+from typing import Any, Optional
+
+
+from livemig import memory, paths
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.spec import GuestSpec
+
+
+class Oracle:
+    """Watches migrations of a guest: boot() it, let it go to arrival(), then check().
+
+    move_on() makes the destination the source of the next one.
+    """
+
+    def __init__(self, lab: Lab, spec: GuestSpec):
+        self._lab = lab
+        self._spec = spec
+        self.source: Optional[Guest] = None
+        self.destination: Optional[Guest] = None
+        self._moves = 0
+        # Where the source's trace log ended when the destination was started.
+        self._log_start = 0
+
+    def _watched(self, changes: Any) -> GuestSpec:
+        spec = self._spec.but(**changes)
+        if spec.qemu == "stock":
+            return spec
+        events = spec.trace or memory.KEPT_EVENTS
+        # The build for arm64 has those checks, too.
+        qemu = spec.qemu if paths.is_arm64(spec.qemu) else "checked"
+        return spec.but(qemu=qemu, trace=f"{events} {memory.ABSENT_EVENT}")
+
+    def boot(self, **changes: Any) -> Guest:
+        """Start the guest that is to be migrated, which may differ from the destination."""
+        self.source = self._lab.boot(self._watched(changes))
+        return self.source
+
+    def start(self) -> Guest:
+        """Start a guest that does not say when it has booted."""
+        self.source = self._lab.launch(self._watched({}), "source")
+        return self.source
+
+    def arrival(self, *, running: bool = False, **changes: Any) -> Guest:
+        """Start the QEMU that it goes to, in the place of one that it did not reach.
+
+        The guest does not run there before check(), unless it is told to.
+        """
+        assert self.source
+        if self.destination:
+            self.destination.close()
+        log = self.source.trace_log
+        self._log_start = log.stat().st_size if log.exists() else 0
+        self._moves += 1
+        name = "destination" if self._moves == 1 else f"destination-{self._moves}"
+        self.destination = self._lab.incoming(self._watched(changes), name, running=running)
+        return self.destination
+
+    def check(self, kept: Optional[memory.Masks] = None) -> memory.Comparison:
+        """After the migration: nothing is lost. Then the guest runs on at the destination.
+
+        If the source is stock, which does not say what it kept back, that has to be given.
+        """
+        assert self.source and self.destination
+        result = memory.compare(self.source, self.destination, start=self._log_start, kept=kept)
+        assert not result.lost, f"pages differ that were not kept back on purpose: {result.lost}"
+        self.destination.qmp("cont")
+        return result
+
+    def move_on(self) -> Guest:
+        """The guest is to be migrated again, from where it is now."""
+        assert self.source and self.destination
+        self.source.close()
+        self.source, self.destination = self.destination, None
+        return self.source

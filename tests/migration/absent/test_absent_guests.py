@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Absent pages of guests that know nothing of us.
+
+No guest takes part: without a balloon, with the drivers that every distribution has, or with no
+Linux in it, what the host never populated is skipped, and the memory arrives as it was.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+import pytest
+
+from livemig import paths, workload
+from livemig.absence import ABSENT, ABSENT_AND_HINTS, assert_absent_used, ram_bytes, usage, wait_for
+from livemig.checks import SMALL, STAMP_MIB, assert_goes_on, assert_intact, fill_and_free, hints_of
+from livemig.checks import start_churn
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.machine import MIB
+from livemig.migration import finish, migrate, query, start
+from livemig.oracle import Oracle
+from livemig.spec import BLOCKS, CPU, GuestSpec
+
+BURST_MIB = 512
+# Of what is not populated, nearly all is skipped: the guest populates more meanwhile.
+NEARLY = 0.95
+
+
+def never_populated(guest: Guest) -> int:
+    """How much of a guest's private memory has no page behind it."""
+    return ram_bytes(guest) - usage(guest)["Rss"]
+
+
+def peak_bytes(guest: Guest) -> int:
+    """The most memory that a QEMU had at any time, RAM and all."""
+    status = Path(f"/proc/{guest.pid}/status").read_text(encoding="ascii")
+    match = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    assert match
+    return int(match[1]) * 1024
+
+
+def screen(guest: Guest) -> str:
+    """All that was written to a screen, in order, without the movements of its cursor."""
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", guest.console.text())
+
+
+def wait_screen(guest: Guest, pattern: str, seconds: float = 120) -> None:
+    """Wait until something is on a screen."""
+    about = f"{guest.name}: no {pattern!r} on the screen"
+    wait_for(lambda: re.search(pattern, screen(guest)) is not None, about, seconds)
+
+
+def test_no_balloon(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A guest without a balloon, that works all the time, migrates without its untouched memory."""
+    oracle = Oracle(lab, SMALL.but(kernel="stock", balloon=None, skip_absent=True))
+    source = oracle.boot()
+    workload.stamp(source, STAMP_MIB)
+    start_churn(source)
+    destination = oracle.arrival()
+    never = never_populated(source)
+    result = migrate(source, destination, ABSENT_AND_HINTS)
+    absent = assert_absent_used(result, int(NEARLY * never))
+    assert hints_of(result).reason == "no-device"
+    measured.update(never=never, absent=absent.absent_bytes, us=absent.scan_time)
+    # The premise: most of this guest is not there.
+    assert never > 0.5 * ram_bytes(source)
+    oracle.check()
+    assert_intact(destination)
+    assert_goes_on(destination)
+
+
+def test_stock_reporting(lab: Lab, measured: Dict[str, Any]) -> None:
+    """What a stock guest freed and reported, and the host took back, is not looked at."""
+    balloon = "free-page-reporting=on"
+    oracle = Oracle(lab, SMALL.but(kernel="stock", balloon=balloon, skip_absent=True))
+    source = oracle.boot()
+    before = never_populated(source)
+    workload.dirty_and_free(source, BURST_MIB)
+    wait_for(
+        lambda: never_populated(source) > before - BURST_MIB * MIB // 10,
+        "the guest does not report what it freed",
+    )
+    workload.stamp(source, STAMP_MIB)
+    never = never_populated(source)
+    destination = oracle.arrival()
+    result = migrate(source, destination, ABSENT)
+    absent = assert_absent_used(result, int(NEARLY * never))
+    measured.update(before=before, never=never, absent=absent.absent_bytes)
+    # The premise: it was there once, and without what was given back the rest would be less.
+    assert peak_bytes(source) - usage(source)["Rss"] > BURST_MIB * MIB // 2
+    assert absent.absent_bytes > before - BURST_MIB * MIB // 4
+    oracle.check()
+    assert_intact(destination)
+
+
+def test_stopped(lab: Lab) -> None:
+    """A guest that is stopped cannot be asked, and its absent pages are skipped all the same."""
+    oracle = Oracle(lab, SMALL.but(skip_absent=True))
+    source = oracle.boot()
+    fill_and_free(source)
+    never = never_populated(source)
+    destination = oracle.arrival()
+    source.qmp("stop")
+    result = migrate(source, destination, ABSENT_AND_HINTS)
+    # Nobody runs: it is exact.
+    assert_absent_used(result, never)
+    assert hints_of(result).reason == "vm-stopped"
+    assert hints_of(result).skipped_bytes == 0
+    oracle.check()
+    assert_intact(destination)
+
+
+@dataclass(frozen=True)
+class Other:
+    """A guest of another kind."""
+
+    # QEMU's arguments; {} stands for the path of the program, if there is one.
+    software: Tuple[str, ...]
+    program: Optional[str]
+    # A pattern of the console at which it is migrated.
+    until: str
+    # What is typed after that, shorter than the BIOS's buffer, and what it says then.
+    keys: str
+    answer: str
+    # What is typed to get there, at a pattern.
+    before: Tuple[Tuple[str, str], ...] = ()
+    args: Tuple[str, ...] = field(default=("-machine", "graphics=off"))
+
+    def spec(self) -> GuestSpec:
+        """A machine for it, which has its console on a serial port."""
+        path = str(paths.other_guest(self.program)) if self.program else ""
+        software = tuple(word.format(path) for word in self.software)
+        return GuestSpec(
+            mem_mib=512, vcpus=1, balloon=None, software=software, args=self.args, skip_absent=True
+        )
+
+
+DRIVE = ("-drive", "file={},format=raw,if=virtio,readonly=on")
+OTHERS = {
+    "seabios": Other(
+        ("-boot", "menu=on,splash-time=60000", *DRIVE),
+        "grub.img",
+        r"Press ESC for boot menu",
+        "\x1b",
+        r"Select boot device",
+    ),
+    "ipxe": Other(
+        ("-kernel", "{}"),
+        "ipxe.lkrn",
+        r"iPXE>",
+        "show version\r",
+        r"version\S* = 1\.",
+        before=((r"Press Ctrl-B", "\x02"),),
+    ),
+    "grub": Other(
+        DRIVE,
+        "grub.img",
+        r"grub>",
+        "echo $grub_cpu\r",
+        r"\ni386\b",
+        before=((r"will be executed automatically", "c"),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_firmware(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """A guest that is no more than firmware or a boot loader arrives whole, and answers there."""
+    other = OTHERS[name]
+    oracle = Oracle(lab, other.spec())
+    source = oracle.start()
+    for pattern, keys in other.before:
+        wait_screen(source, pattern)
+        source.console.send(keys)
+    wait_screen(source, other.until)
+    never = never_populated(source)
+    destination = oracle.arrival()
+    result = migrate(source, destination, ABSENT_AND_HINTS)
+    absent = assert_absent_used(result, int(NEARLY * never))
+    assert hints_of(result).reason == "no-device"
+    measured.update(never=never, absent=absent.absent_bytes, normal=result.normal_pages)
+    assert never > 0.9 * ram_bytes(source)
+    oracle.check()
+    destination.console.send(other.keys)
+    wait_screen(destination, other.answer)
+
+
+@pytest.mark.long
+def test_memory_tester(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A tester that is writing and reading all memory while it migrates finds no error in it."""
+    software = ("-kernel", "{}", "-append", "console=ttyS0,115200 nobench")
+    tester = Other(software, "memtest.bin", r"Memtest86\+ v", "", "", args=())
+    # It measures the third cache at its start, which takes minutes under TCG.
+    oracle = Oracle(lab, tester.spec().but(mem_mib=128, cpu=f"{CPU},l3-cache=off"))
+    source = oracle.start()
+    destination = oracle.arrival()
+    wait_screen(source, tester.until)
+    # So slow that one page keeps it from being stopped, and that much is written in round 1.
+    slow = ABSENT.with_parameters(max_bandwidth=2 * MIB, downtime_limit=1)
+    start(source, destination, slow)
+    # The premise: it had not come to all of its memory yet, and has now.
+    wait_for(lambda: hints_of(query(source)).redirtied_bytes > 0, "nothing is written")
+    source.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=20000)
+    result = finish(source, destination)
+    absent = assert_absent_used(result, 16 * MIB)
+    measured.update(absent=absent.absent_bytes, redirtied=hints_of(result).redirtied_bytes)
+    oracle.check()
+    # Some tests later; the last one alone lasts for minutes.
+    wait_screen(destination, r"#6 +\[", 600)
+    assert set(re.findall(r"Errors: +(\d+)", screen(destination))) == {"0"}
+
+
+def test_debian_kernel(lab: Lab, measured: Dict[str, Any]) -> None:
+    """Debian's kernel zeroes what its driver hints: it is not asked for long, and stays small."""
+    spec = GuestSpec(mem_mib=2048, kernel="debian", balloon=BLOCKS, skip_absent=True)
+    oracle = Oracle(lab, spec)
+    source = oracle.boot()
+    source.agent.run("sh /lib/modules/debian/load")
+    # The premise
+    assert "heap alloc:on" in source.agent.run("dmesg | grep auto-init")
+    workload.stamp(source, STAMP_MIB)
+    before = usage(source)["Rss"]
+    destination = oracle.arrival()
+    result = migrate(source, destination, ABSENT_AND_HINTS)
+    after = usage(source)["Rss"]
+    measured.update(before=before, after=after, hinted=hints_of(result).hinted_bytes)
+    assert hints_of(result).reason == "dirtied"
+    assert after - before <= 64 * MIB
+    assert_absent_used(result, 1024 * MIB)
+    oracle.check()
+    assert_intact(destination)

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Absent pages, and what a host does with memory besides: swap, merge, share, take back.
+
+What is not in QEMU's page table may hold data all the same, and what is there may be nothing. Each
+guest here arrives with the contents that it had, whatever the host made of them.
+"""
+
+import contextlib
+import functools
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+
+from livemig import memory, paths, workload
+from livemig.absence import ABSENT, ABSENT_AND_HINTS, absent_of, absent_pages, assert_absent_used
+from livemig.absence import in_page_table, page_out, ram_bytes, swap_space, usage, wait_for
+from livemig.checks import SMALL, STAMP_MIB, assert_goes_on, assert_intact, hints_of, start_churn
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.machine import MIB, PAGE, Machine, spec
+from livemig.metal import DOWNTIME_MS, HELD, let_go, wait_ended
+from livemig.migration import ENDED, MigrationResult, finish, migrate, query, start
+from livemig.oracle import Oracle
+from livemig.spec import MigrationSpec
+
+RAM_BYTES = 128 * MIB
+# Where tests write, apart from one another, and how much.
+HERE, THERE = 32 * MIB, 64 * MIB
+PART = 16 * MIB
+PART_PAGES = PART // PAGE
+
+PRIVATE = "memory-backend-ram"
+SHARED = "memory-backend-memfd,share=on"
+# Round 1 goes on until it is let go.
+HELD_ABSENT = ABSENT.with_parameters(max_bandwidth=HELD, downtime_limit=DOWNTIME_MS)
+
+
+def bare(lab: Lab, **changes: Any) -> Tuple[Guest, Machine]:
+    """A bare-metal guest, which does nothing but what it is told."""
+    here = spec(trace=memory.ABSENT_EVENT).but(balloon=None, skip_absent=True, **changes)
+    source = lab.launch(here, "source")
+    machine = Machine(source)
+    machine.wait_ready()
+    return source, machine
+
+
+def arrival(lab: Lab, source: Guest, **changes: Any) -> Guest:
+    """A QEMU that waits for it, and will not run it when it has come."""
+    there = source.spec.but(trace=None, preload=None, **changes)
+    return lab.incoming(there, running=False)
+
+
+def assert_same(source: Guest, destination: Guest) -> None:
+    """All memory is the same on both sides, and no page is excepted."""
+    here, there = memory.ram_blocks(source), memory.ram_blocks(destination)
+    different = memory.different_pages(here, there)
+    assert {name: mask.nonzero()[0][:20].tolist() for name, mask in different.items()} == {
+        name: [] for name in here
+    }
+
+
+def assert_arrives(lab: Lab, source: Guest, migration: MigrationSpec = ABSENT) -> MigrationResult:
+    """Migrate the guest, and compare its memory."""
+    destination = arrival(lab, source)
+    result = migrate(source, destination, migration)
+    assert_same(source, destination)
+    return result
+
+
+# Swap
+
+SWAP_MIB = 768
+
+
+@pytest.mark.parametrize(
+    "backend, library",
+    [(PRIVATE, None), (PRIVATE, "no-pagemap-scan.so"), (SHARED, None)],
+    ids=["private", "old-kernel", "shared"],
+)
+def test_swapped_pages_arrive(
+    lab: Lab, measured: Dict[str, Any], backend: str, library: Optional[str]
+) -> None:
+    """What the host has swapped out is data."""
+    with swap_space(SWAP_MIB):
+        preload = paths.bare_metal(library) if library else None
+        source, machine = bare(lab, mem_backend=backend, preload=preload)
+        machine.stamp(HERE, PART_PAGES, 1)
+        page_out(source)
+        swapped = usage(source)["Swap"]
+        # The premise
+        assert not in_page_table(source, HERE)
+        assert swapped >= 0.9 * PART
+        absent = assert_absent_used(assert_arrives(lab, source), RAM_BYTES // 2)
+        assert absent.absent_bytes <= RAM_BYTES - PART
+        assert not absent_pages(source)[HERE // PAGE : (HERE + PART) // PAGE].any()
+        measured.update(swapped=swapped, absent=absent.absent_bytes)
+
+
+@pytest.mark.parametrize("hints", [True, False], ids=["hints", "no-hints"])
+def test_swapped_free_memory(lab: Lab, measured: Dict[str, Any], hints: bool) -> None:
+    """Free memory in the host's swap stays there with hints; absent pages alone do not help it."""
+    freed = 384
+    with swap_space(SWAP_MIB):
+        guest = SMALL.but(skip_absent=True)
+        source = lab.boot(guest)
+        workload.stamp(source, STAMP_MIB)
+        workload.dirty_and_free(source, freed)
+        page_out(source)
+        before = usage(source)
+        # The premise
+        assert before["Swap"] >= 0.8 * freed * MIB
+        destination = lab.incoming(guest)
+        result = migrate(source, destination, ABSENT_AND_HINTS if hints else ABSENT)
+        left = usage(source)["Swap"]
+        skipped = hints_of(result).skipped_bytes
+        measured.update(swapped=before["Swap"], left=left, skipped=skipped, ms=result.total_ms)
+        assert_absent_used(result, MIB)
+        if hints:
+            # What was hinted and not in memory; the guest may use some of it again.
+            assert left >= skipped - before["Rss"] - 16 * MIB >= freed * MIB // 2
+        else:
+            assert left <= 16 * MIB
+        assert_intact(destination)
+
+
+# The kernel's ways with pages
+
+
+@contextlib.contextmanager
+def ksm() -> Iterator[None]:
+    """The kernel merges equal pages as fast as it can, and pages of zeroes into the zero page."""
+    directory = Path("/sys/kernel/mm/ksm")
+    wanted = {"use_zero_pages": "1", "pages_to_scan": "20000", "sleep_millisecs": "1", "run": "1"}
+    if not all((directory / name).exists() for name in wanted):
+        pytest.skip("this host's kernel does not merge pages")
+    before = {name: (directory / name).read_text(encoding="ascii") for name in wanted}
+    try:
+        for name, value in wanted.items():
+            try:
+                (directory / name).write_text(value, encoding="ascii")
+            except OSError as err:
+                pytest.skip(f"KSM cannot be switched on: {err}")
+        yield
+    finally:
+        (directory / "run").write_text("2", encoding="ascii")
+        for name, value in before.items():
+            (directory / name).write_text(value, encoding="ascii")
+
+
+def test_merged_pages(lab: Lab, measured: Dict[str, Any]) -> None:
+    """Equal pages that were merged arrive; pages of zeroes that were are absent, until written."""
+    with ksm():
+        source, machine = bare(lab, mem_backend=f"{PRIVATE},merge=on")
+        if "KSM" not in usage(source):
+            pytest.skip("this host's kernel does not tell what it merged (Linux before 6.6)")
+        machine.command("fill", HERE, PART // 4, 0x5EED)
+        machine.command("fill", THERE, PART // 4, 0)
+        # The premise. What is the zero page, made so by KSM or in a split of a huge page, is not
+        # resident.
+        wait_for(
+            lambda: usage(source)["KSM"] >= 0.9 * PART and usage(source)["Rss"] <= 1.1 * PART,
+            "the kernel does not merge the pages",
+            300,
+        )
+        assert in_page_table(source, THERE)
+        measured.update(usage(source))
+        destination = arrival(lab, source)
+        start(source, destination, HELD_ABSENT)
+        wait_ended(source)
+        written = THERE + PART // 2
+        machine.stamp(written, 64, 7)
+        result = let_go(source, destination)
+        mask = absent_pages(source)
+        measured.update(absent_zeroes=int(mask[THERE // PAGE :][:PART_PAGES].sum()))
+        assert mask[THERE // PAGE :][:PART_PAGES].sum() >= 0.9 * PART_PAGES
+        assert not mask[HERE // PAGE :][:PART_PAGES].any()
+        assert mask[written // PAGE] and hints_of(result).redirtied_bytes >= 64 * PAGE
+        assert_same(source, destination)
+
+
+def test_huge_pages(lab: Lab, measured: Dict[str, Any]) -> None:
+    """In transparent huge pages, what the guest did not touch of one is there, and the rest not."""
+    source, machine = bare(lab, mem_backend=PRIVATE)
+    for addr in range(HERE, HERE + PART, 4 * MIB):
+        machine.stamp(addr, 1, 1)
+    there = usage(source)
+    if not there["AnonHugePages"]:
+        pytest.skip("this host gives no transparent huge pages to guests")
+    measured.update(there)
+    absent = absent_of(assert_arrives(lab, source))
+    assert absent.absent_bytes == RAM_BYTES - there["Rss"]
+    mask = absent_pages(source)
+    assert not mask[HERE // PAGE : (HERE + 2 * MIB) // PAGE].any()
+    assert mask[(HERE + 2 * MIB) // PAGE : (HERE + 4 * MIB) // PAGE].all()
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("backend", [PRIVATE, SHARED], ids=["private", "shared"])
+def test_read_then_written(lab: Lab, measured: Dict[str, Any], backend: str) -> None:
+    """Pages that the guest had only read, and reads and writes after the look, arrive."""
+    source, machine = bare(lab, mem_backend=backend)
+    # Something to send for a minute, till it is let go.
+    machine.stamp(THERE + PART, 1024, 1)
+    for page in range(64):
+        assert machine.read(HERE + page * PAGE) == [0]
+    # The premise: the page table has something there.
+    assert in_page_table(source, HERE) and not in_page_table(source, THERE)
+    destination = arrival(lab, source)
+    start(source, destination, HELD_ABSENT)
+    wait_ended(source)
+    measured.update(absent=int(absent_pages(source)[HERE // PAGE :][:64].sum()))
+    for addr in (HERE, THERE):
+        for page in range(64):
+            assert machine.read(addr + page * PAGE) == [0]
+        machine.stamp(addr, 32, 5)
+    let_go(source, destination)
+    assert_same(source, destination)
+    # The premise: what was not there was skipped, and was sent when it was written.
+    assert absent_pages(source)[THERE // PAGE :][:64].all()
+
+
+@pytest.mark.check
+def test_memory_of_another_process(lab: Lab, measured: Dict[str, Any]) -> None:
+    """What another process has written into shared memory arrives, in our page table or not."""
+    with memory.memory_files("source") as (file,):
+        source, machine = bare(lab, mem_file=file)
+        machine.stamp(HERE, 64, 1)
+        data = os.urandom(PART)
+        with open(file, "r+b", buffering=0) as other:
+            other.seek(THERE)
+            other.write(data)
+        # The premise: it is known only to the file.
+        assert not in_page_table(source, THERE)
+        destination = arrival(lab, source, mem_file=None)
+        enough = threading.Event()
+
+        def populate() -> None:
+            """Populate memory all the while, without a change: that is not logged."""
+            with open(file, "r+b", buffering=0) as other:
+                while not enough.is_set():
+                    for addr in range(THERE + PART, RAM_BYTES, 64 * PAGE):
+                        other.seek(addr)
+                        other.write(bytes(PAGE))
+
+        thread = threading.Thread(target=populate)
+        thread.start()
+        try:
+            result = migrate(source, destination, ABSENT)
+        finally:
+            enough.set()
+            thread.join()
+        absent = assert_absent_used(result, RAM_BYTES // 4)
+        measured.update(absent=absent.absent_bytes)
+        assert_same(source, destination)
+        there = memory.ram_blocks(destination)["pc.ram"]
+        with open(there.path, "rb") as memory_there:
+            memory_there.seek(there.offset + THERE)
+            assert memory_there.read(PART) == data
+
+
+def test_freed_when_there_is_need(lab: Lab, measured: Dict[str, Any]) -> None:
+    """Pages that may be taken back (MADV_FREE) are there until they are, and then absent."""
+    library = paths.bare_metal("lazy-free.so")
+    guest = SMALL.but(kernel="stock", balloon="free-page-hint=off", skip_absent=True)
+    source = lab.boot(guest.but(preload=library, trace=memory.ABSENT_EVENT))
+    workload.stamp(source, STAMP_MIB)
+    workload.dirty_and_free(source, 512)
+    source.qmp("balloon", value=512 * MIB)
+    wait_for(lambda: source.qmp("query-balloon")["actual"] <= 512 * MIB, "the balloon is too small")
+    lazy = usage(source)["LazyFree"]
+    # The premise: the balloon has pages that hold what was in them.
+    assert lazy > 128 * MIB
+    page_out(source)
+    taken = lazy - usage(source)["LazyFree"]
+    measured.update(lazy=lazy, taken=taken, rss=usage(source)["Rss"])
+    assert taken > 0
+    source.qmp("stop")
+    destination = lab.incoming(guest, running=False)
+    result = migrate(source, destination, ABSENT)
+    # Nobody runs, so it is exact, and there is no need: no page was taken back meanwhile.
+    assert absent_of(result).absent_bytes == ram_bytes(source) - measured["rss"]
+    assert_same(source, destination)
+    destination.qmp("cont")
+    assert_intact(destination)
+
+
+# What a guest gives back and takes meanwhile
+
+
+AT_WORK = SMALL.but(kernel="stock", qemu="checked", skip_absent=True)
+# It lasts for some rounds, and may stop a guest that writes as fast as it is sent.
+LASTING = ABSENT.with_parameters(max_bandwidth=100 * MIB, downtime_limit=300)
+DISCARDED = "ram_block_discard_range"
+SCANNED = "absent_pages_scan"
+
+
+def meanwhile(source: Guest, destination: Guest, what: Callable[[], None]) -> MigrationResult:
+    """Migrate, and do something over and over from the first moment on."""
+    start(source, destination, LASTING)
+    rounds = 0
+    while query(source).status not in ENDED:
+        what()
+        if rounds == 30:
+            source.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=20000)
+        rounds += 1
+        time.sleep(0.05)
+    return finish(source, destination)
+
+
+def swing_balloon(guest: Guest, actual: List[int]) -> None:
+    """Note a balloon's size, and set it: half of the time to less than it can reach till then."""
+    actual.append(guest.qmp("query-balloon")["actual"] // MIB)
+    guest.qmp("balloon", value=(600 if len(actual) % 10 < 5 else 1024) * MIB)
+
+
+def test_balloon_at_the_same_time(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A guest whose balloon goes up and down all the while finds its memory after each move."""
+    guest = AT_WORK.but(balloon="free-page-hint=off", trace=f"{DISCARDED} {SCANNED}")
+    here = lab.boot(guest)
+    workload.stamp(here, STAMP_MIB)
+    start_churn(here)
+    measured.update(absent=[], actual=[])
+    for move in range(3):
+        there = lab.incoming(guest, f"destination-{move}")
+        actual: List[int] = []
+        swing = functools.partial(swing_balloon, here, actual)
+        for _ in range(8):
+            swing()
+            time.sleep(0.05)
+        result = meanwhile(here, there, swing)
+        measured["absent"].append(assert_absent_used(result, MIB).absent_bytes)
+        measured["actual"].append(actual)
+        # The premise: it went up before the look and after it.
+        assert all(discards(here))
+        assert_intact(there)
+        assert_goes_on(there)
+        here.close()
+        here = there
+
+
+def discards(guest: Guest) -> Tuple[int, int]:
+    """How often a QEMU gave memory back before it looked for absent pages, and after that."""
+    before, _, after = guest.trace_log.read_text(encoding="utf-8").partition(SCANNED)
+    return before.count(DISCARDED), after.count(DISCARDED)
+
+
+def test_reporting_at_the_same_time(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A guest that writes, frees and reports memory all the while finds its own after each move."""
+    guest = AT_WORK.but(balloon="free-page-reporting=on", trace=f"{DISCARDED} {SCANNED}")
+    here = lab.boot(guest)
+    workload.stamp(here, STAMP_MIB)
+    start_churn(here)
+    here.agent.run("(while :; do dirtyfree 256 2; sleep 0.2; done) > /dev/null 2>&1 &")
+    measured.update(absent=[], discards=[])
+    for move in range(3):
+        there = lab.incoming(guest, f"destination-{move}")
+        wait_for(lambda here=here: discards(here)[0] > 0, "the guest reports nothing")
+        # Until it has reported after the look, too.
+        start(here, there, LASTING)
+        wait_for(lambda here=here: discards(here)[1] > 0, "the guest reports nothing now")
+        here.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=20000)
+        result = finish(here, there)
+        measured["absent"].append(assert_absent_used(result, MIB).absent_bytes)
+        measured["discards"].append(discards(here))
+        assert_intact(there)
+        assert_goes_on(there)
+        here.close()
+        here = there
+
+
+TRIPS = 20
+
+
+@pytest.mark.long
+def test_there_and_back(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A guest at work goes to and fro twenty times, and finds all of its memory each time."""
+    oracle = Oracle(lab, SMALL.but(kernel="stock", balloon=None, skip_absent=True))
+    here = oracle.boot()
+    workload.stamp(here, STAMP_MIB)
+    start_churn(here)
+    measured.update(absent=[])
+    for _ in range(TRIPS):
+        there = oracle.arrival()
+        result = migrate(here, there, ABSENT)
+        measured["absent"].append(assert_absent_used(result, 256 * MIB).absent_bytes)
+        oracle.check()
+        here = oracle.move_on()
+        assert_intact(here)
+        assert_goes_on(here)
+
+
+# A host that does not say
+
+
+def test_page_table_denied(lab: Lab) -> None:
+    """Where /proc/self/pagemap may not be opened, all private memory is sent, and that is said."""
+    source, machine = bare(lab, mem_backend=PRIVATE, preload=paths.bare_metal("no-pagemap.so"))
+    machine.stamp(HERE, PART_PAGES, 1)
+    absent = absent_of(assert_arrives(lab, source))
+    assert (absent.reason, absent.absent_bytes) == ("denied", 0)
+
+
+def test_files_need_no_page_table(lab: Lab) -> None:
+    """Where /proc/self/pagemap may not be opened, absent pages of shared memory are skipped."""
+    source, machine = bare(lab, mem_backend=SHARED, preload=paths.bare_metal("no-pagemap.so"))
+    machine.stamp(HERE, PART_PAGES, 1)
+    there = usage(source)["Rss"]
+    absent = assert_absent_used(assert_arrives(lab, source), RAM_BYTES // 2)
+    assert absent.absent_bytes == RAM_BYTES - there
+
+
+@pytest.mark.check
+def test_old_kernel(lab: Lab, measured: Dict[str, Any]) -> None:
+    """Before Linux 6.7, which has no PAGEMAP_SCAN, the same is found, page by page."""
+    found = {}
+    for library in (None, paths.bare_metal("no-pagemap-scan.so")):
+        source, machine = bare(lab, mem_backend=PRIVATE, preload=library)
+        machine.stamp(HERE, PART_PAGES, 1)
+        there = usage(source)["Rss"]
+        absent = assert_absent_used(assert_arrives(lab, source), RAM_BYTES // 2)
+        assert absent.absent_bytes == RAM_BYTES - there
+        found["scan" if library is None else "page by page"] = absent.absent_bytes
+        measured[f"us-{len(found)}"] = absent.scan_time
+        for guest in lab.guests:
+            guest.close()
+    assert found["scan"] == found["page by page"]

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Nobody's data at the destination: its RAM is empty before the first page is loaded.
+
+A page that is not sent shows what the destination's RAM held before. Here that is another guest's
+data, in a file that is used again; after the migration each page is the source's, or zero.
+"""
+
+import mmap
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional, Tuple
+
+import pytest
+
+from livemig import memory, paths, workload
+from livemig.checks import FREED_MIB, INIT_ON_FREE, NO_HINTS, SMALL, WITH_HINTS, assert_hints_if
+from livemig.checks import assert_intact, fill_and_free
+from livemig.errors import MigrationError
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.leftovers import LEFTOVER, RAM_BYTES, leave_data, leftovers
+from livemig.machine import MIB, PAGE
+from livemig.metal import CHURN, CHURN_PAGES, DOWNTIME_MS, HELD, HINTED_PAGES, SLOW, STRIP_PAGES
+from livemig.metal import WAIT_MS, Metal, metal, strips, wait_ended, wait_pass
+from livemig.migration import MigrationResult, cancel, finish, migrate, start, status_is
+from livemig.spec import GuestSpec, MigrationSpec
+
+EMPTIED = re.compile(r"^ram_make_empty block '(\S+)' (\w+) (\d+) bytes$", re.MULTILINE)
+HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
+HUGE_MIB = 2
+
+
+def emptied(destination: Guest) -> Dict[str, Tuple[str, int]]:
+    """How a QEMU emptied its files, and how many bytes of data it found, by block."""
+    text = destination.trace_log.read_text()
+    return {match[1]: (match[2], int(match[3])) for match in EMPTIED.finditer(text)}
+
+
+def blocks_used(file: Path) -> int:
+    """The bytes that are populated of a file."""
+    return file.stat().st_blocks * 512
+
+
+def arrival(guest: Metal, name: str = "destination", **changes: Any) -> Guest:
+    """A QEMU that waits for the guest, with other memory."""
+    there = guest.source.spec.but(mem_file=None, trace="ram_make_empty").but(**changes)
+    return guest.lab.incoming(there, name, running=False)
+
+
+def hold(hints: bool, **common: bool) -> MigrationSpec:
+    """A migration that waits for the guest's hints, and then goes as fast as it can."""
+    return MigrationSpec(
+        capabilities={"free-page-hint": hints},
+        parameters={
+            "free-page-hint-wait": WAIT_MS,
+            "max-bandwidth": 0,
+            "downtime-limit": 2000,
+        },
+        common={name.replace("_", "-"): value for name, value in common.items()},
+    )
+
+
+def hint(guest: Metal) -> None:
+    """Let the guest hint pages that hold data."""
+    cmd_id = guest.balloon.wait_asked()
+    guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
+    guest.balloon.send_end(cmd_id)
+    assert wait_ended(guest.source).skipped_bytes == len(HINTED_PAGES) * PAGE
+
+
+def move(guest: Metal, destination: Guest, hints: bool = True, **common: bool) -> MigrationResult:
+    """Migrate, with hints for pages that hold data, or without."""
+    start(guest.source, destination, hold(hints, **common))
+    if hints:
+        hint(guest)
+    return finish(guest.source, destination)
+
+
+def assert_empty_or_sent(guest: Metal, destination: Guest, hints: bool = True) -> None:
+    """Each page at the destination is the source's, but that hinted ones are zero."""
+    here, there = memory.ram_blocks(guest.source), memory.ram_blocks(destination)
+    different = {
+        (name, page * PAGE)
+        for name, mask in memory.different_pages(here, there).items()
+        for page in mask.nonzero()[0]
+    }
+    # The premise is in this too: what was hinted held data.
+    assert different == ({("pc.ram", addr) for addr in HINTED_PAGES} if hints else set())
+    with open(there["pc.ram"].path, "rb") as file:
+        for addr in HINTED_PAGES if hints else []:
+            file.seek(there["pc.ram"].offset + addr)
+            assert file.read(PAGE) == bytes(PAGE)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of memory that somebody else's data can be in."""
+
+    # Properties of the memory backend, besides its path.
+    properties: str
+    # How it is emptied.
+    how: str
+    directory: Optional[str] = None
+    changes: Dict[str, Any] = field(default_factory=dict)
+    # A preloaded library.
+    preload: Optional[str] = None
+    # Contents of a file that is mapped privately are its owner's.
+    file_changes: bool = True
+    # It is populated, and that was paid for.
+    populated: bool = False
+
+
+KINDS = {
+    "tmpfs": Kind("share=on", "punched", "/dev/shm"),
+    "disk": Kind("share=on", "punched"),
+    "cannot-punch": Kind("share=on", "zeroed", preload="no-punch-hole.so"),
+    "preallocated": Kind("share=on,prealloc=on", "zeroed", "/dev/shm", populated=True),
+    "locked": Kind(
+        "share=on", "zeroed", "/dev/shm", {"args": ("-overcommit", "mem-lock=on")}, populated=True
+    ),
+    "private": Kind("share=off", "zeroed", file_changes=False),
+    "read-only-file": Kind("share=off,readonly=on,rom=off", "zeroed", file_changes=False),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_leftovers_of_another_guest(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """A guest that hints pages to read what was in the destination's memory reads zeroes."""
+    kind = KINDS[name]
+    with metal(lab) as guest, leftovers(kind.directory) as file:
+        guest.write_all()
+        changes = dict(kind.changes)
+        if kind.preload:
+            changes["preload"] = paths.bare_metal(kind.preload)
+        backend = f"memory-backend-file,mem-path={file},{kind.properties}"
+        destination = arrival(guest, mem_backend=backend, **changes)
+        move(guest, destination)
+        measured.update(emptied=emptied(destination))
+        assert_empty_or_sent(guest, destination)
+        assert emptied(destination)["pc.ram"] == (kind.how, RAM_BYTES)
+        if kind.populated:
+            assert blocks_used(file) == RAM_BYTES
+        if not kind.file_changes:
+            assert file.read_bytes() == LEFTOVER * (RAM_BYTES // PAGE)
+        # The guest itself sees the same.
+        destination.qmp("cont")
+        guest.machine.moved_to(destination)
+        assert guest.machine.read(HINTED_PAGES[0], 4) == [0] * 4
+
+
+@pytest.mark.parametrize("hints", [True, False], ids=["hints", "no-hints"])
+@pytest.mark.parametrize("common", [{}, {"multifd": True}], ids=["plain", "multifd"])
+def test_ways_to_migrate(lab: Lab, common: Dict[str, bool], hints: bool) -> None:
+    """Nothing is left by any way to send RAM, with hints and without.
+
+    multifd does not write a zero page that is sent first, so that it needs this without hints too.
+    """
+    with metal(lab) as guest:
+        guest.write_all()
+        leave_data(guest.files[1])
+        destination = arrival(guest, mem_file=guest.files[1])
+        move(guest, destination, hints, **common)
+        assert_empty_or_sent(guest, destination, hints)
+
+
+@pytest.mark.parametrize("hints", [True, False], ids=["hints", "no-hints"])
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped-ram", "stream"])
+def test_saved_to_a_file(lab: Lab, tmp_path: Path, mapped: bool, hints: bool) -> None:
+    """A saved guest, whose file lacks what was hinted or is zero, comes back as it was."""
+    saved = tmp_path / "saved"
+    with metal(lab) as guest:
+        guest.write_all()
+        spec = hold(hints, mapped_ram=mapped)
+        # As migration.save() does, but for the guest that has to answer meanwhile.
+        capabilities = {**spec.capabilities, **spec.common, "events": True}
+        guest.source.qmp(
+            "migrate-set-capabilities",
+            capabilities=[{"capability": k, "state": v} for k, v in capabilities.items()],
+        )
+        guest.source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
+        guest.source.qmp("migrate", uri=f"file:{saved}")
+        if hints:
+            hint(guest)
+        guest.source.wait_event(status_is("completed"), "end of the save", 60)
+
+        leave_data(guest.files[1])
+        destination = arrival(guest, mem_file=guest.files[1])
+        memory_of = {"events": True, "mapped-ram": mapped}
+        destination.qmp(
+            "migrate-set-capabilities",
+            capabilities=[{"capability": k, "state": v} for k, v in memory_of.items()],
+        )
+        destination.qmp("migrate-incoming", uri=f"file:{saved}")
+        destination.wait_event(status_is("completed"), "end of the restore", 60)
+        assert_empty_or_sent(guest, destination, hints)
+
+
+def test_postcopy(lab: Lab) -> None:
+    """After a switch to postcopy nothing is left either."""
+    with metal(lab) as guest:
+        guest.write_all()
+        leave_data(guest.files[1])
+        destination = arrival(guest, mem_file=guest.files[1])
+        spec = hold(True, postcopy_ram=True).with_parameters(max_bandwidth=HELD)
+        start(guest.source, destination, spec)
+        hint(guest)
+        guest.source.qmp("migrate-start-postcopy")
+        assert finish(guest.source, destination).raw["ram"]["postcopy-bytes"] > 0
+        assert_empty_or_sent(guest, destination)
+
+
+def test_second_attempt(lab: Lab) -> None:
+    """What an attempt that was cancelled has left is gone when the next one begins."""
+    with metal(lab) as guest:
+        guest.write_all()
+        first = guest.incoming("abandoned")
+        held = hold(False).with_parameters(downtime_limit=DOWNTIME_MS, max_bandwidth=SLOW)
+        start(guest.source, first, held)
+        guest.machine.stamp(CHURN, CHURN_PAGES, 1)
+        wait_pass(guest.source, 2)
+        cancel(guest.source)
+        first.close()
+        # The premise: what is hinted in the second attempt was sent in the first one.
+        with open(guest.files[1], "rb") as file:
+            file.seek(HINTED_PAGES[0])
+            assert file.read(PAGE) != bytes(PAGE)
+        destination = arrival(guest, mem_file=guest.files[1])
+        move(guest, destination)
+        assert_empty_or_sent(guest, destination)
+
+
+def test_what_qemu_itself_put_there(lab: Lab, tmp_path: Path) -> None:
+    """A table that the destination's QEMU has made, and a program for it, do not show through.
+
+    ACPI tables cannot be hinted, but multifd does not write their zero pages.
+    """
+    files = [tmp_path / "here", tmp_path / "there"]
+    files[0].write_bytes(bytes(32 << 10))
+    files[1].write_bytes(LEFTOVER * 8)
+    tables = [("-acpitable", f"sig=TEST,data={file}") for file in files]
+    program = ("-device", f"loader,file={files[1]},addr={HINTED_PAGES[0]:#x},force-raw=on")
+    with metal(lab, args=tables[0]) as guest:
+        guest.write_all()
+        destination = arrival(guest, args=(*tables[1], *program))
+        # The premise: it is there before the guest comes.
+        block = memory.ram_blocks(destination)["/rom@etc/acpi/tables"]
+        with open(block.path, "rb") as file:
+            file.seek(block.offset)
+            assert LEFTOVER in file.read(block.pages * PAGE)
+        move(guest, destination, multifd=True)
+        assert_empty_or_sent(guest, destination)
+
+
+@pytest.mark.parametrize("template", [False, True], ids=["moved", "template"])
+def test_memory_that_stays(lab: Lab, template: bool) -> None:
+    """With x-ignore-shared, a file is the guest's memory, also for clones that only read it."""
+    with metal(lab) as guest:
+        guest.write_all()
+        changes: Dict[str, Any] = {"mem_file": guest.files[0]}
+        if template:
+            properties = f"mem-path={guest.files[0]},share=off,readonly=on,rom=off"
+            changes = {"mem_backend": f"memory-backend-file,{properties}"}
+        destination = arrival(guest, **changes)
+        start(guest.source, destination, hold(False, x_ignore_shared=True))
+        finish(guest.source, destination)
+        assert "pc.ram" not in emptied(destination)
+        assert not any(guest.lost(part, destination=False) for part in guest.seeds)
+        assert_empty_or_sent(guest, destination, hints=False)
+        destination.qmp("cont")
+        guest.machine.moved_to(destination)
+        for part, seed in guest.seeds.items():
+            assert guest.machine.wrong_pages(strips(part)[0], STRIP_PAGES, seed) == 0
+
+
+@pytest.mark.parametrize("contents", [True, False], ids=["contents", "zero"])
+def test_read_only_memory(lab: Lab, tmp_path: Path, contents: bool) -> None:
+    """Memory that is read-only and not empty is refused, with its name, and the source runs on."""
+    files = [tmp_path / "here", tmp_path / "there"]
+    for file in files:
+        file.write_bytes(bytes(2 * MIB))
+    if contents:
+        leave_data(files[1], 2 * MIB)
+    args = [
+        ("-machine", "nvdimm=on", "-m", "slots=1,maxmem=1G")
+        + ("-object", f"memory-backend-file,id=rom,mem-path={file},size=2M,share=on,readonly=on")
+        + ("-device", "nvdimm,id=dimm,memdev=rom,unarmed=on")
+        for file in files
+    ]
+    with metal(lab, args=args[0]) as guest:
+        guest.write_all()
+        destination = arrival(guest, args=args[1])
+        if not contents:
+            move(guest, destination)
+            assert_empty_or_sent(guest, destination)
+            return
+        with pytest.raises(MigrationError):
+            move(guest, destination, False, return_path=True)
+        message = "RAM block 'rom' has contents and is read-only"
+        assert message in destination.qemu_output()
+        assert guest.source.qmp("query-status")["status"] == "running"
+        assert guest.machine.wrong_pages(strips("free")[0], 1, guest.seeds["free"]) == 0
+
+
+FRESH = {
+    "memfd": "memory-backend-memfd,share=on",
+    "private": "memory-backend-ram",
+    "preallocated": "memory-backend-memfd,share=on,prealloc=on",
+    "new-file": "memory-backend-file,share=on,prealloc=on,mem-path={}/new",
+    "directory": "memory-backend-file,share=on,prealloc=on,mem-path={}",
+}
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_fresh_memory_is_left_alone(lab: Lab, tmp_path: Path, name: str) -> None:
+    """Memory that nobody else has used is not looked at, and remains populated if it was."""
+    with metal(lab) as guest:
+        guest.write_all()
+        destination = arrival(guest, mem_backend=FRESH[name].format(tmp_path))
+        move(guest, destination)
+        assert emptied(destination) == {}
+        assert_empty_or_sent(guest, destination)
+        if name == "new-file":
+            assert blocks_used(tmp_path / "new") >= RAM_BYTES
+
+
+@pytest.fixture(name="huge_pages")
+def _huge_pages(tmp_path: Path) -> Iterator[Path]:
+    """A hugetlbfs whose pool has two guests' memory, and some more: it is given back late."""
+    before = int(HUGE_PAGES.read_text(encoding="ascii"))
+    wanted = before + 2 * RAM_BYTES // (HUGE_MIB * MIB) + 16
+    where = tmp_path / "huge"
+    where.mkdir()
+    try:
+        HUGE_PAGES.write_text(f"{wanted}\n", encoding="ascii")
+        if int(HUGE_PAGES.read_text(encoding="ascii")) < wanted:
+            pytest.skip(f"this machine has no {wanted} huge pages of {HUGE_MIB} MiB to spare")
+        options = f"pagesize={HUGE_MIB}M"
+        subprocess.run(["mount", "-t", "hugetlbfs", "-o", options, "none", where], check=True)
+        try:
+            yield where
+        finally:
+            subprocess.run(["umount", where], check=True)
+    finally:
+        HUGE_PAGES.write_text(f"{before}\n", encoding="ascii")
+
+
+HUGE = {
+    "reserved": ("share=on,reserve=on", "zeroed"),
+    "not-reserved": ("share=on,reserve=off", "punched"),
+    "preallocated": ("share=on,prealloc=on", "zeroed"),
+    "private": ("share=off,reserve=on", "zeroed"),
+}
+
+
+# The pages come first, as they are given back when the lab has ended its guests.
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_pages(huge_pages: Path, lab: Lab, name: str) -> None:
+    """Nothing is left in hugetlbfs, and pages that were reserved remain so."""
+    file = huge_pages / "memory"
+    properties, how = HUGE[name]
+    with metal(lab) as guest:
+        guest.write_all()
+        with open(file, "w+b") as pages:
+            pages.truncate(RAM_BYTES)
+            with mmap.mmap(pages.fileno(), RAM_BYTES) as view:
+                view.write(LEFTOVER * (RAM_BYTES // PAGE))
+        backend = f"memory-backend-file,mem-path={file},{properties}"
+        destination = arrival(guest, mem_backend=backend)
+        move(guest, destination)
+        assert emptied(destination)["pc.ram"] == (how, RAM_BYTES)
+        assert_empty_or_sent(guest, destination)
+
+
+LINUX = {
+    "init-on-free": SMALL.but(cmdline=INIT_ON_FREE),
+    "two-nodes": SMALL.but(nodes=2),
+    "no-hints": SMALL.but(cmdline=INIT_ON_FREE),
+}
+
+
+@pytest.mark.parametrize("name", LINUX)
+def test_linux_guest(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """A Linux guest lives on in a file of another guest's data, and has none of it.
+
+    One that clears memory when it frees it gives what was hinted to its programs as it is.
+    """
+    hints = name != "no-hints"
+    spec: GuestSpec = LINUX[name]
+    with memory.memory_files("memory") as (file,):
+        leave_data(file, spec.mem_mib * MIB)
+        source = lab.boot(spec)
+        fill_and_free(source)
+        destination = lab.incoming(spec.but(mem_file=file, trace="ram_make_empty"))
+        result = migrate(source, destination, WITH_HINTS if hints else NO_HINTS)
+        assert_hints_if(hints, result, FREED_MIB * MIB)
+        measured.update(emptied=emptied(destination))
+        assert_intact(destination)
+        workload.stamp(destination, FREED_MIB, name="new")
+        assert_intact(destination, "new")
+        with open(file, "rb") as pages:
+            left = sum(page == LEFTOVER for page in iter(lambda: pages.read(PAGE), b""))
+        assert left == 0
+
+
+def test_persistent_memory_is_not_ours(lab: Lab) -> None:
+    """A file of persistent memory that source and destination share keeps what is in it."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "nvdimm"
+        leave_data(file, 16 * MIB)
+        args = ("-machine", "nvdimm=on", "-m", "maxmem=1G,slots=1")
+        args += ("-object", f"memory-backend-file,id=nv,mem-path={file},size=16M,share=on")
+        args += ("-device", "nvdimm,id=nvdimm0,memdev=nv")
+        with metal(lab, args=args) as guest:
+            destination = arrival(guest, args=args)
+            start(guest.source, destination, hold(True))
+            hint(guest)
+            # Nothing of it was lost while it could be seen from both sides.
+            finish(guest.source, destination)
+            assert "nv" not in emptied(destination)
+            with open(file, "rb") as contents:
+                assert contents.read() == LEFTOVER * (16 * MIB // PAGE)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A destination that takes its huge pages when it starts, as docs/operation.md advises.
+
+Hinted pages are not sent, and so take no huge page from the destination's pool. If it has fewer
+than the guest's memory needs, a migration without hints fails while the guest is still at the
+source; with hints it completes, and the guest dies when it uses what is not there. A destination
+that reserves or allocates its memory does not start then.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+from livemig import workload
+from livemig.checks import SMALL, WITH_HINTS, assert_hints_used, assert_intact
+from livemig.errors import GuestError
+from livemig.lab import Lab
+from livemig.migration import migrate
+from livemig.spec import GuestSpec
+
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+PAGES = {"whole": 256, "half": 128}
+MIB = 1 << 20
+FREED_MIB = 192
+GUEST = SMALL.but(mem_mib=512, balloon="free-page-hint=on,free-page-hint-arrays=on")
+
+MEMORY = {"reserved": "reserve=on", "allocated": "reserve=on,prealloc=on"}
+# What QEMU says of memory that is not there.
+TOO_LITTLE = "unable to map backing store for guest RAM: Cannot allocate memory"
+
+
+def in_huge_pages(how: str) -> GuestSpec:
+    """The guest with its memory in a memfd of huge pages."""
+    kind = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
+    return GUEST.but(mem_backend=f"{kind},{how}")
+
+
+def counted(name: str) -> int:
+    """A number of huge pages that the host reports."""
+    return int((POOL / name).read_text(encoding="ascii"))
+
+
+@contextlib.contextmanager
+def pool(pages: int) -> Iterator[None]:
+    """The host's pool has so many free huge pages; skips where it cannot."""
+    try:
+        before = counted("nr_hugepages")
+        if counted("free_hugepages"):
+            pytest.skip("others have set huge pages aside on this host")
+        (POOL / "nr_hugepages").write_text(str(before + pages), encoding="ascii")
+    except OSError as err:
+        pytest.skip(f"huge pages cannot be set aside on this host: {err}")
+    try:
+        if counted("nr_hugepages") < before + pages:
+            pytest.skip(f"this host has no {pages} free huge pages of 2 MiB")
+        yield
+    finally:
+        (POOL / "nr_hugepages").write_text(str(before), encoding="ascii")
+
+
+@pytest.mark.parametrize("how", MEMORY)
+def test_pool_too_small(lab: Lab, how: str) -> None:
+    """With half of the huge pages that a guest needs, such a destination says so and ends."""
+    with pool(PAGES["half"]):
+        # The premise: without, it starts, and the guest would be let in.
+        lab.incoming(in_huge_pages("reserve=off"), "unreserved").close()
+        with pytest.raises(GuestError, match=TOO_LITTLE):
+            lab.incoming(in_huge_pages(MEMORY[how]))
+
+
+@pytest.mark.parametrize("how", MEMORY)
+def test_pool_large_enough(lab: Lab, how: str) -> None:
+    """With all of them it takes the guest, with hints, and the guest can use all of its memory."""
+    source = lab.boot(GUEST)
+    workload.dirty_and_free(source, FREED_MIB)
+    workload.stamp(source, 16)
+    with pool(PAGES["whole"]):
+        destination = lab.incoming(in_huge_pages(MEMORY[how]))
+        assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+        available = destination.agent.run("awk '/^MemAvailable/ {print $2}' /proc/meminfo")
+        workload.dirty_and_free(destination, int(available) // 1024 - 32)
+        assert_intact(destination)
+        destination.close()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Guests move between the versions of QEMU that there are patches for, in both directions."""
+
+from dataclasses import replace
+from typing import Any, Dict, Mapping
+
+import pytest
+
+from livemig import paths, workload
+from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_used
+from livemig.checks import assert_intact, fill_and_free, hints_of, migration, start_churn
+from livemig.checks import wait_hints_ended
+from livemig.errors import MissingArtifact
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.migration import finish, migrate, query, start
+
+pytestmark = pytest.mark.integrity
+
+MIB = 1 << 20
+OLD, NEW = "ours", "ours-10.2"
+# The newest machine type that both know.
+MACHINE = "pc-q35-10.0"
+MULTIFD = {"postcopy-ram": True, "multifd": True}
+
+
+@pytest.fixture(autouse=True)
+def built() -> None:
+    """Not everybody builds several versions."""
+    for build in (OLD, NEW):
+        try:
+            paths.qemu_binary(build)
+        except MissingArtifact as err:
+            pytest.skip(str(err))
+
+
+def busy_guest(lab: Lab, **changes: Any) -> Guest:
+    """A guest at work, with free memory that is not zero."""
+    source = lab.boot(SMALL.but(machine=MACHINE, **changes))
+    fill_and_free(source)
+    start_churn(source)
+    return source
+
+
+@pytest.mark.parametrize("qemu", [OLD, NEW])
+def test_version(lab: Lab, qemu: str) -> None:
+    """The premise: the builds are of the versions that they are named after."""
+    version = lab.launch(SMALL.but(qemu=qemu, machine=MACHINE), qemu).qmp("query-version")["qemu"]
+    assert (version["major"], version["minor"]) == ((10, 0) if qemu == OLD else (10, 2))
+
+
+def test_there_and_back(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A guest with arrays moves to another version and back; both skip what it hints."""
+    here = busy_guest(lab, qemu=OLD)
+    for number, qemu in enumerate((NEW, NEW, OLD)):
+        there = lab.incoming(here.spec.but(qemu=qemu), f"{number}-{qemu}")
+        result = migrate(here, there, WITH_HINTS)
+        measured[there.name] = assert_hints_used(result, FREED_MIB * MIB).skipped_bytes
+        assert_intact(there)
+        assert_goes_on(there)
+        workload.dirty_and_free(there, FREED_MIB)
+        here.close()
+        here = there
+
+
+@pytest.mark.parametrize("destination", [OLD, NEW])
+@pytest.mark.parametrize("source", [OLD, NEW])
+def test_postcopy(lab: Lab, source: str, destination: str, measured: Dict[str, Any]) -> None:
+    """Hinted pages can be used after a switch to postcopy, whatever version is on either side."""
+    switched(lab, source, destination, {"postcopy-ram": True}, measured)
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+def test_multifd_with_postcopy(lab: Lab, preempt: bool, measured: Dict[str, Any]) -> None:
+    """Where multifd and postcopy can be on together, hints work with both, and no write is lost."""
+    switched(lab, NEW, NEW, {**MULTIFD, "postcopy-preempt": preempt}, measured)
+
+
+def switched(
+    lab: Lab,
+    source_qemu: str,
+    destination_qemu: str,
+    common: Mapping[str, bool],
+    measured: Dict[str, Any],
+) -> None:
+    """Move a busy guest, with a switch to postcopy when hints are there and little was sent."""
+    source = busy_guest(lab, qemu=source_qemu)
+    destination = lab.incoming(source.spec.but(qemu=destination_qemu))
+    # So slow that the first round is far from its end when the guest is switched over.
+    start(source, destination, replace(migration(max_bandwidth=MIB), common=common))
+    wait_hints_ended(source)
+    assert query(source).status == "active"
+    source.qmp("migrate-start-postcopy")
+    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+    result = finish(source, destination)
+    # The premise: the guest was switched over.
+    assert result.raw["ram"]["postcopy-bytes"] > 0
+    assert (result.raw["ram"]["multifd-bytes"] > 0) == common.get("multifd", False)
+    hints = assert_hints_used(result, FREED_MIB * MIB)
+    measured.update(skipped=hints.skipped_bytes, requested=hints.requested_bytes)
+    assert_intact(destination)
+    assert_goes_on(destination)
+    # The guest takes back what was hinted, and works on.
+    workload.dirty_and_free(destination, FREED_MIB)
+    assert_intact(destination)
+
+
+def test_monitor_says_what_hints_did(lab: Lab) -> None:
+    """A plain "info migrate" shows what became of hints, also where it has more with -a."""
+    source = busy_guest(lab, qemu=NEW, skip_absent=True)
+    destination = lab.incoming(source.spec)
+    migrate(source, destination, WITH_HINTS)
+    said = source.hmp("info migrate")
+    skipped = hints_of(query(source)).skipped_bytes // 1024
+    assert f"free pages skipped: {skipped} kbytes" in said
+    assert "free page hints: ended" in said
+    assert "absent pages" in said

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest of 256 GiB that hints as much as it can, as often as it can, delays QEMU a moment only.
+
+Nothing of this memory is populated, so that any machine can run it: it is the bitmaps that are
+large. Times are recorded and printed (pytest -s), not judged.
+"""
+
+import contextlib
+import re
+import struct
+import time
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+import pytest
+
+from livemig import paths
+from livemig.balloon import Balloon, Descriptor, chain
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.machine import MIB, PAGE, Machine, spec
+from livemig.metal import FIRST_ID, TO_NOWHERE, ask_meanwhile, hints_now, set_up, tcg_at_least
+from livemig.metal import usable, wait_ended
+from livemig.migration import cancel, query, set_capabilities, status_is
+
+GIB = 1 << 30
+MEM_MIB = 256 << 10
+# What does not fit below the PCI hole is above 4 GiB.
+ABOVE = 4 * GIB
+LOW_GIB = 2
+HIGH_BYTES = MEM_MIB * MIB - LOW_GIB * GIB
+# Armed in pieces of 1 GiB.
+ARMED_MIB = 4096
+WAIT_MS = 500
+# What the guest keeps.
+KEPT = 16 * MIB
+KEPT_PAGES = 1024
+
+MAX_ADDRS = 16384
+# VIRTQUEUE_MAX_SIZE
+MAX_DESCRIPTORS = 1024
+# TURN_BUDGET of the device
+TURN_BUDGET = 256
+
+FIRMWARE = 0xFFFF0000
+LOCAL_APIC = 0xFEE00000
+
+# HOLD_PAGES of the engine
+HOLD_PAGES = 4 << 20
+
+ASK, END, TURN, HOLD = EVENTS = (
+    "free_page_hint_ask",
+    "free_page_hint_end",
+    "virtio_balloon_hint_turn",
+    "free_page_hint_hold",
+)
+WORK = re.compile(r"(\d+) pages of work")
+STAMPED = re.compile(r"^\d+@(\d+\.\d+):(\w+) (.*)$", re.MULTILINE)
+
+
+def repeat(balloon: Balloon, cmd_id: int, size: int, count: int) -> None:
+    """Describe an array in slot 0 whose addresses are these of the pattern, over and over."""
+    header, pattern = (balloon.message_addr(i) for i in range(2))
+    balloon.machine.write(header, [cmd_id, size])
+    times = MAX_ADDRS // count
+    table = balloon.queue.descriptors
+    balloon.machine.command("chain", table, 1 + times, pattern, 8 * count, Descriptor.READ)
+    balloon.queue.describe([Descriptor(header, 8, Descriptor.NEXT, 1)])
+
+
+def consecutive(balloon: Balloon, cmd_id: int) -> int:
+    """Blocks of 2 GiB, one after another: all memory above 4 GiB, 128 times in each array."""
+    # The first is the PCI hole: what the guest's program is given has 32 bits.
+    count = 1 + HIGH_BYTES // (2 * GIB)
+    balloon.machine.command("series", balloon.message_addr(1), count, 2 * GIB, 2 * GIB)
+    repeat(balloon, cmd_id, 2 * GIB, count)
+    return 0
+
+
+def scattered(balloon: Balloon, cmd_id: int) -> int:
+    """Pages of memory, ROM, devices and nothing, in turn: none is where the one before it was."""
+    places = [KEPT - PAGE, FIRMWARE, 3 * GIB, LOCAL_APIC, LOW_GIB * GIB - PAGE]
+    data = struct.pack(f"<{len(places)}Q", *places) * 20
+    balloon.machine.write_bytes(balloon.message_addr(1), data)
+    repeat(balloon, cmd_id, PAGE, len(data) // 8)
+    return 0
+
+
+def descriptors(balloon: Balloon, cmd_id: int) -> int:
+    """Blocks of almost 4 GiB, as large as a descriptor can be: as many as there are descriptors."""
+    balloon.machine.write(balloon.message_addr(0), [cmd_id])
+    length = 4 * GIB - PAGE
+    places = HIGH_BYTES // length
+    blocks = [(ABOVE + i % places * length, length, True) for i in range(balloon.queue.size - 1)]
+    balloon.queue.describe(chain([(balloon.message_addr(0), 4, False)]))
+    balloon.queue.describe(chain(blocks, 1), 1)
+    return 1
+
+
+ARRAYS = Balloon.HINTS | Balloon.ARRAYS
+PROTOCOLS: Dict[str, Tuple[int, Callable[[Balloon, int], int]]] = {
+    "arrays": (ARRAYS, consecutive),
+    "arrays-scattered": (ARRAYS, scattered),
+    "blocks": (Balloon.HINTS, descriptors),
+}
+each_protocol = pytest.mark.parametrize("protocol", PROTOCOLS)
+
+
+class Liar:
+    """A large guest with its message prepared, to be sent as often as it can."""
+
+    def __init__(self, source: Guest, protocol: str):
+        self.source = source
+        self.machine = Machine(source)
+        self.machine.wait_ready()
+        self.machine.stamp(KEPT, KEPT_PAGES, 1)
+        features, prepare = PROTOCOLS[protocol]
+        self.balloon = Balloon(self.machine)
+        self.balloon.start(features)
+        self._begins = features == Balloon.HINTS
+        # All of it is there before the deadline begins.
+        self.head = prepare(self.balloon, FIRST_ID)
+
+    def wait_asked(self) -> None:
+        """Wait to be asked, and begin the report."""
+        assert self.balloon.wait_asked() == FIRST_ID
+        if self._begins:
+            self.balloon.queue.offer(0)
+
+    def lie(self) -> int:
+        """Wait to be asked, and begin to lie; returns what is to be stopped."""
+        self.wait_asked()
+        return self.balloon.queue.flood(self.head)
+
+    def stop(self, flood: int) -> None:
+        """Stop, and find what was kept unharmed."""
+        self.machine.stop(flood)
+        assert self.source.qmp("query-status")["status"] == "running"
+        assert self.machine.wrong_pages(KEPT, KEPT_PAGES, 1) == 0
+
+    def events(self) -> List[Tuple[float, str, str]]:
+        """The trace so far: seconds, event, arguments."""
+        text = self.source.trace_log.read_text()
+        return [(float(when), name, rest) for when, name, rest in STAMPED.findall(text)]
+
+    def overrun_ms(self, wait_ms: int) -> float:
+        """How long round 0 went on after the deadline."""
+        when = {name: seconds for seconds, name, _ in self.events()}
+        return (when[END] - when[ASK]) * 1000 - wait_ms
+
+    def holds(self) -> List[int]:
+        """The pages of work in each hold of the lock of the dirty bitmaps."""
+        rests = (rest for _, name, rest in self.events() if name == HOLD)
+        return [int(match.group(1)) for rest in rests if (match := WORK.search(rest))]
+
+
+@contextlib.contextmanager
+def liar(lab: Lab, accel: str, protocol: str) -> Iterator[Liar]:
+    """A large guest that will lie."""
+    args = ["-msg", "timestamp=on"]
+    for event in EVENTS[1:]:
+        args += ["-trace", event]
+    large = spec(MEM_MIB, accel=usable(accel), trace=EVENTS[0], args=tuple(args))
+    yield Liar(lab.launch(large, "source"), protocol)
+
+
+def show(measured: Dict[str, Any], what: str, **values: float) -> None:
+    """Keep what was measured, and print it."""
+    measured.update(values)
+    print(f"\n{what}:", ", ".join(f"{name} {value:.1f}" for name, value in values.items()))
+
+
+@tcg_at_least
+@each_protocol
+def test_the_deadline_holds(lab: Lab, accel: str, measured: Dict[str, Any], protocol: str) -> None:
+    """A report without an end is cut off at the deadline, and QEMU answers all the while.
+
+    The lock of the dirty bitmaps is held for a bounded number of pages at a time.
+    """
+    with liar(lab, accel, protocol) as guest:
+        set_up(guest.source, free_page_hint_wait=WAIT_MS)
+        guest.source.qmp("migrate", uri=TO_NOWHERE)
+        flood = guest.lie()
+        longest = 0.0
+        while hints_now(guest.source).state != "ended":
+            longest = max(longest, ask_meanwhile(guest.source, 0.05))
+        hints = hints_now(guest.source)
+        guest.stop(flood)
+        assert hints.reason == "timeout"
+        # The premise: there was a lot to do.
+        assert hints.messages > 1
+        assert hints.hinted_bytes > (0 if protocol == "arrays-scattered" else HIGH_BYTES)
+        cancel(guest.source)
+        assert guest.source.qmp("query-migrate")["status"] == "cancelled"
+        # The premise: messages that a hold has no room for.
+        assert max(guest.holds()) == HOLD_PAGES
+        show(
+            measured,
+            f"{protocol}, deadline {WAIT_MS} ms",
+            overrun_ms=guest.overrun_ms(WAIT_MS),
+            longest_answer_ms=longest,
+            messages=hints.messages,
+            hinted_gib=hints.hinted_bytes / GIB,
+        )
+
+
+@tcg_at_least
+@each_protocol
+def test_cancel_is_not_kept_waiting(
+    lab: Lab, accel: str, measured: Dict[str, Any], protocol: str
+) -> None:
+    """A migration can be cancelled in the middle of such a report, and the guest lives on."""
+    with liar(lab, accel, protocol) as guest:
+        set_up(guest.source)
+        guest.source.qmp("migrate", uri=TO_NOWHERE)
+        flood = guest.lie()
+        # The premise: in the middle of it.
+        while hints_now(guest.source).hinted_bytes == 0:
+            time.sleep(0.01)
+        asked = time.monotonic()
+        guest.source.qmp("migrate_cancel")
+        answered = time.monotonic()
+        guest.source.wait_event(status_is("cancelled"), "end of the cancelled migration", 60)
+        done = time.monotonic()
+        hints = wait_ended(guest.source)
+        guest.stop(flood)
+        assert hints.reason == "cancelled"
+        assert guest.source.qmp("query-migrate")["status"] == "cancelled"
+        show(
+            measured,
+            f"{protocol}, cancelled",
+            answer_ms=(answered - asked) * 1000,
+            cancelled_ms=(done - asked) * 1000,
+            messages=hints.messages,
+        )
+
+
+def test_cancelled_while_arming(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A migration that is cancelled before the log is armed looks for nothing, and says why."""
+    armed = spec(
+        ARMED_MIB,
+        accel=usable("kvm"),
+        trace=ASK,
+        preload=paths.bare_metal("slow-clear.so"),
+    )
+    source = lab.launch(armed, "source")
+    Machine(source).wait_ready()
+    set_up(source)
+    set_capabilities(source, {"skip-absent-pages": True})
+    source.qmp("migrate", uri=TO_NOWHERE)
+    while (state := hints_now(source).state) != "arming":
+        assert state == "idle"
+    cancel(source)
+    result = query(source)
+    assert result.hints and result.absent
+    measured.update(armed_mib=result.hints.armed_bytes // MIB)
+    # The premise: it did not come to an end.
+    assert result.hints.armed_bytes < ARMED_MIB * MIB
+    assert (result.hints.reason, result.absent.reason) == ("no-driver", "cancelled")
+    assert (result.absent.scan_time, result.absent.absent_bytes) == (0, 0)
+    assert ASK not in source.trace_log.read_text()
+
+
+@tcg_at_least
+@pytest.mark.parametrize("protocol", ["arrays-scattered", "blocks"])
+def test_turns_are_bounded(lab: Lab, accel: str, measured: Dict[str, Any], protocol: str) -> None:
+    """The device handles so many descriptors and addresses in one turn, and one element more.
+
+    In between, QEMU's main loop has the chance to do something else.
+    """
+    with liar(lab, accel, protocol) as guest:
+        set_up(guest.source)
+        guest.source.qmp("migrate", uri=TO_NOWHERE)
+        guest.wait_asked()
+        # Asked and unasked, many at a time.
+        guest.balloon.queue.pile(guest.head, 40)
+        guest.balloon.queue.wait_returned()
+        messages = hints_now(guest.source).messages
+        cancel(guest.source)
+        guest.balloon.queue.pile(guest.head, guest.balloon.queue.size)
+        guest.balloon.queue.wait_returned()
+        turns = [int(rest.split()[0]) for _, name, rest in guest.events() if name == TURN]
+        measured.update(turns=len(turns), most=max(turns))
+        assert max(turns) < TURN_BUDGET + MAX_DESCRIPTORS + (
+            MAX_ADDRS if protocol != "blocks" else 0
+        )
+        # The premise: elements that are larger than a turn, and all were looked at.
+        assert messages == 40
+        assert sum(turn > TURN_BUDGET for turn in turns) >= 40

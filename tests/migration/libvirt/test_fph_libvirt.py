@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""scripts/fph with a real libvirt, real guests and a real "virsh migrate --live"."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+import pytest
+
+from livefph import domainxml
+from livemig import domains, paths, workload
+from livemig.domains import FREED_MIB, MIB, STAMPED_MIB, TOOL, Guest, Hosts, start_hosts, two_hosts
+
+# A fixture
+hosts = domains.hosts_fixture
+
+FPH = paths.REPO / "scripts" / "fph"
+# MiB/s, so that a migration can be looked at
+SLOW = 40
+ANY_TIME = ["-global", "migration.free-page-hint-wait=60000"]
+
+
+def fph(hosts: Hosts, host: str, *args: Any) -> Tuple[int, List[str], List[str]]:
+    """Run the tool on a host; returns its exit status, its output's lines, and its errors'."""
+    done = hosts.call(host, FPH, *args)
+    return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+
+def said(hosts: Hosts, command: str, name: str) -> Dict[str, Any]:
+    """What a command says of a domain on host a, as JSON; it must succeed."""
+    status, out, err = fph(hosts, "a", *shlex.split(command), name, "--json")
+    assert (status, err) == (0, []), err
+    found: Dict[str, Any] = json.loads("\n".join(out))["domains"][name]
+    return found
+
+
+@pytest.fixture(name="guest")
+def guest_fixture(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """A running guest that answers however late, with much free memory, full of old data."""
+    # A console is kept, and one of another guest's would be taken for this one's.
+    name = request.node.name.split("_")[1]
+    with Guest(hosts, name, ANY_TIME) as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.fill()
+        yield guest
+
+
+def watch(hosts: Hosts, host: str, *args: Any) -> "subprocess.Popen[str]":
+    """Start to watch from a host, and wait until that waits for a migration."""
+    command = [TOOL, "on", "--state", hosts.state, host, FPH, "watch", "--wait", "120", *args]
+    watcher = subprocess.Popen(  # pylint: disable=consider-using-with  # for a with of its own
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert watcher.stdout
+    assert "waits for a migration" in watcher.stdout.readline()
+    return watcher
+
+
+def test_what_is_estimated_is_seen_to_be_skipped(
+    hosts: Hosts, guest: Guest, tmp_path: Path, measured: Dict[str, Any]
+) -> None:
+    """Status, estimate and watch agree on a guest that virsh migrates; its memory is unharmed.
+
+    Of a paused guest, only absent pages are estimated.
+    """
+    found = said(hosts, "status", guest.name)
+    assert (found["offered"], found["driver"], found["hints"]) == ("arrays", "arrays", True)
+    hosts.virsh("a", "suspend", guest.name)
+    stopped = said(hosts, "estimate", guest.name)
+    hosts.virsh("a", "resume", guest.name)
+    assert stopped["reason"] == "vm-stopped" and not stopped["free-bytes"]
+    estimated = said(hosts, "estimate --bandwidth 1Gbit", guest.name)
+    assert estimated["free-bytes"] > 0.9 * FREED_MIB * MIB and "round-time" in estimated
+
+    hosts.virsh("a", "migrate-setspeed", guest.name, SLOW)
+    base = tmp_path / "seen"
+    with watch(hosts, "a", guest.name, "-o", base) as watcher:
+        guest.migrate()
+        out, err = watcher.communicate(timeout=120)
+    guest.check()
+    assert (watcher.returncode, err) == (0, "")
+    assert f"{guest.name}: completed in " in out and " skipped" in out
+    record = json.loads((tmp_path / "seen.json").read_text("utf-8"))
+    left = [sample["remaining"] for sample in record["samples"]]
+    assert len(left) > 5 and left[-1] == 0
+    assert record["hints"]["complete"] and record["absent"]
+    skipped = record["samples"][0]["skipped"]
+    measured.update(estimated=estimated["free-bytes"] + estimated["absent-bytes"], skipped=skipped)
+    assert abs(measured["estimated"] - skipped) < 0.03 * skipped
+    assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
+    assert said(hosts, "status", guest.name)["state"] == "shut off"
+
+
+def test_read_only_connection_sees_and_changes_nothing(
+    hosts: Hosts, guest: Guest, tmp_path: Path
+) -> None:
+    """With --readonly, status has what libvirt knows, watch libvirt's figures; no more is done."""
+    before = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+    for command in ("disable", guest.name, "--write"), ("estimate", guest.name):
+        status, out, err = fph(hosts, "a", *command, "--readonly")
+        assert (status, out) == (3, [])
+        assert len(err) == 1 and err[0].startswith(
+            f"fph: {guest.name}: the connection is read-only"
+        )
+    assert hosts.virsh("a", "dumpxml", "--inactive", guest.name) == before
+    status, out, err = fph(hosts, "a", "status", guest.name, "--readonly")
+    assert (status, err) == (0, [])
+    assert out[1].split() == [guest.name, "running", "arrays", *"-----"]
+    assert "QEMU was not asked, the connection is read-only" in out[2]
+
+    hosts.virsh("a", "migrate-setspeed", guest.name, SLOW)
+    with watch(hosts, "a", guest.name, "--readonly", "-o", tmp_path / "seen") as watcher:
+        guest.migrate()
+        out, err = watcher.communicate(timeout=120)
+    guest.check()
+    assert (watcher.returncode, err) == (0, "")
+    record = json.loads((tmp_path / "seen.json").read_text("utf-8"))
+    assert record["skipped"] is None and len(record["samples"]) > 5
+
+
+def test_enabled_for_the_next_start(hosts: Hosts) -> None:
+    """Without --write the definition stays as it is; with it, the next start has arrays."""
+    guest = Guest(hosts, "switched")
+    text = guest.xml.read_text("utf-8")
+    text = re.sub(r"<alias [^>]*>", "", domainxml.disable(text))
+    assert "ua-balloon0" not in text
+    guest.xml.write_text(text, "utf-8")
+    with guest:
+        assert said(hosts, "status", guest.name)["offered"] == "no"
+        assert said(hosts, "estimate", guest.name)["reason"] == "no-device"
+        before = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+        shown = said(hosts, "enable --arrays", guest.name)
+        assert not shown["written"] and "free-page-hint-arrays" in shown["diff"]
+        assert hosts.virsh("a", "dumpxml", "--inactive", guest.name) == before
+        written = said(hosts, "enable --arrays --write", guest.name)
+        assert written == {**shown, "written": True}
+        after = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+        assert not [line for line in before.splitlines()[1:] if line not in after.splitlines()]
+        assert said(hosts, "enable --arrays --write", guest.name)["diff"] == ""
+        found = said(hosts, "status", guest.name)
+        assert (found["offered"], found["defined"]) == ("no", "arrays")
+
+        hosts.virsh("a", "destroy", guest.name)
+        # What is offered is known before anything runs.
+        hosts.virsh("a", "start", "--paused", guest.name)
+        assert said(hosts, "status", guest.name)["offered"] == "arrays"
+        said(hosts, "disable --write", guest.name)
+        assert "name='free-page-hint" not in hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+
+
+def test_stock_qemu_is_named(hosts: Hosts) -> None:
+    """Of a stock QEMU, status says that it is one; it is not given what it would not start with."""
+    guest = Guest(hosts, "stock")
+    stock = str(paths.qemu_binary("stock"))
+    text = guest.xml.read_text("utf-8").replace(str(paths.qemu_binary("ours")), stock)
+    # Stock QEMU does not know the trace event.
+    text = re.sub(r"(?s)<(\w+:commandline)>.*</\1>", "", text)
+    guest.xml.write_text(domainxml.disable(text), "utf-8")
+    with guest:
+        found = said(hosts, "status", guest.name)
+        assert (found["offered"], found["hints"]) == ("no", None)
+        assert "stock" in found["notes"][0]
+        before = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+        for command in (["estimate"], ["enable", "--write"]):
+            status, out, err = fph(hosts, "a", *command, guest.name)
+            assert (status, out, len(err)) == (1, [], 1)
+            assert "stock" in err[0]
+        assert hosts.virsh("a", "dumpxml", "--inactive", guest.name) == before
+        ours = paths.qemu_binary("ours")
+        said(hosts, f"enable --write --emulator {ours}", guest.name)
+        hosts.virsh("a", "destroy", guest.name)
+        # What is offered is known before anything runs.
+        hosts.virsh("a", "start", "--paused", guest.name)
+        assert said(hosts, "status", guest.name)["offered"] == "blocks"
+
+
+def test_connection_that_is_lost_half_way(tmp_path: Path) -> None:
+    """libvirt is killed while a migration is watched: one line, and what was seen is kept."""
+    own = Hosts(start_hosts("--state", tmp_path / "two-hosts-killed"))
+    uri = "qemu+tcp://host-a/system"
+    base = tmp_path / "seen"
+    migrate = ("virsh", "migrate", "--live", "cut", "qemu+tcp://host-b/system")
+    command = [str(word) for word in (TOOL, "on", "--state", own.state, "a", *migrate)]
+    try:
+        with Guest(own, "cut", ANY_TIME) as guest:
+            own.virsh("a", "migrate-setspeed", guest.name, 1)
+            # From the other host, since nothing on this one survives its libvirt.
+            with watch(own, "b", "-c", uri, guest.name, "-o", base) as watcher:
+                with subprocess.Popen(command, stderr=subprocess.DEVNULL):
+                    assert watcher.stdout
+                    for _ in range(2):
+                        assert "round" in watcher.stdout.readline()
+                    pid = own.call("a", "cat", "/run/libvirtd.pid").stdout
+                    own.call("a", "kill", "-KILL", pid)
+                _, err = watcher.communicate(timeout=120)
+    finally:
+        two_hosts("down", "--state", own.state)
+    assert watcher.returncode == 3
+    assert err.startswith(f"fph: cut: the connection to {uri} was lost: ")
+    assert err.count("\n") == 1
+    record = json.loads((tmp_path / "seen.json").read_text("utf-8"))
+    assert record["status"] == "lost" and record["samples"]

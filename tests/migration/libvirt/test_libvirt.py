@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hints under libvirt: "virsh migrate --live" between two libvirt hosts in namespaces.
+
+libvirt knows nothing of the hints.  These tests hold what docs/libvirt.md promises: the domain
+XML that switches them on, that they are used then, how to switch them off, what must match.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import pytest
+
+from livemig import domains, memory, paths, workload
+from livemig.domains import DOCUMENTATION, DOMAIN_XML, FREED_MIB, MEMORY_DIRECTORY, MIB, SPEC
+from livemig.domains import STAMPED_MIB, TOOL, UNSUPPORTED, Guest, Hosts, assert_unused, assert_used
+from livemig.domains import capability, processes_naming, start_hosts, two_hosts
+from livemig.migration import MigrationResult
+
+# A fixture
+hosts = domains.hosts_fixture
+
+
+def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
+    """Hints from the domain XML are used; switched off on the source, that one migration has none.
+
+    The guest is found unharmed on the other host each time.
+    """
+    # The test is not about how soon the guest answers: the longest wait that there is.
+    more_args = ["-global", "migration.free-page-hint-wait=60000"]
+    for events in (memory.KEPT_EVENTS, memory.ABSENT_EVENT):
+        more_args += ["-trace", events]
+    with Guest(hosts, "there-and-back", more_args, source="memfd") as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.fill()
+        hinted, seen = guest.migrate_and_compare()
+        guest.check()
+        assert_used(hinted)
+        # The premise of the comparison: what was freed is full of old data.
+        assert seen.different > FREED_MIB * MIB // 2 // memory.PAGE_BYTES
+        # The other place where an operator can look after the migration
+        assert re.search(r"\bfree_page_hint_end\b.*complete", guest.qemu_log("a"))
+
+        guest.fill()
+        guest.hmp("migrate_set_capability free-page-hint off")
+        control, seen = guest.migrate_and_compare()
+        guest.check()
+        assert_unused(control, "disabled")
+        assert (seen.kept, seen.different) == (0, 0)
+        assert control.sent_bytes - hinted.sent_bytes > 0.9 * FREED_MIB * MIB
+        for name, result in ("hints", hinted), ("no hints", control):
+            measured[name] = {"total_ms": result.total_ms, "sent_bytes": result.sent_bytes}
+
+        # A migration starts a new QEMU, and what was set on the old one's monitor is gone
+        assert capability(guest)
+        guest.fill()
+        assert_used(guest.migrate())
+        guest.check()
+
+
+def test_off_for_good(hosts: Hosts) -> None:
+    """-global migration.free-page-hint=off in the domain XML holds on both hosts."""
+    with Guest(hosts, "off", ["-global", "migration.free-page-hint=off"]) as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        assert not capability(guest)
+        guest.fill()
+        assert_unused(guest.migrate(), "disabled")
+        guest.check()
+        assert not capability(guest)
+
+
+def test_refused_migration(hosts: Hosts, tmp_path: Path) -> None:
+    """A destination whose balloon has other hint properties is refused; the guest stays unharmed.
+
+    What was set on its QEMU's monitor stays as well, parameters like capabilities.
+    """
+    properties = [
+        f"<qemu:property name='{name}' type='bool' value='true'/>"
+        for name in ("free-page-hint", "free-page-hint-arrays")
+    ]
+    with Guest(hosts, "refused") as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.hmp("migrate_set_capability free-page-hint off")
+        guest.hmp("migrate_set_parameter free-page-hint-wait 0")
+        xml = hosts.virsh("a", "dumpxml", "--migratable", guest.name)
+        for number, enabled in enumerate(properties):
+            assert enabled in xml
+            path = tmp_path / f"{number}.xml"
+            path.write_text(xml.replace(enabled, enabled.replace("true", "false")), "utf-8")
+            so_far = len(guest.qemu_log("b"))
+            done = guest.virsh_migrate("--xml", path)
+            assert done.returncode != 0 and done.stderr
+            refusal = r"error while loading state for instance \w+ of device '[^']*virtio-balloon'"
+            assert re.search(refusal, guest.qemu_log("b")[so_far:])
+            assert guest.state() == "running"
+            guest.check()
+        assert not capability(guest)
+        guest.hmp("migrate_set_capability free-page-hint on")
+        guest.fill()
+        assert_unused(guest.migrate(), "no-wait")
+        guest.check()
+
+
+def test_saved_and_restored(hosts: Hosts, measured: Dict[str, Any]) -> None:
+    """A guest comes back whole from a live snapshot, with hints, and from save and managedsave.
+
+    These two stop the guest first, so that it is not asked.
+    """
+    directory = "/var/lib/libvirt/qemu"
+    with Guest(hosts, "saved") as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.fill()
+        memory_file = f"file={directory}/live,snapshot=external"
+        options = ("--memspec", memory_file, "--live", "--atomic")
+        hosts.virsh("a", "snapshot-create-as", guest.name, "one", *options)
+        snapshot = MigrationResult.from_qmp(guest.qmp("query-migrate"))
+        assert_used(snapshot)
+        measured["snapshot_bytes"] = snapshot.sent_bytes
+        guest.check()
+        hosts.virsh("a", "snapshot-delete", guest.name, "one", "--metadata")
+
+        for save, restore in (
+            (("save", guest.name, f"{directory}/saved"), ("restore", f"{directory}/saved")),
+            (("managedsave", guest.name), ("start", guest.name)),
+            (("destroy", guest.name), ("restore", f"{directory}/live")),
+        ):
+            hosts.virsh("a", *save)
+            guest.hang_up()
+            hosts.virsh("a", *restore)
+            assert guest.state() == "running"
+            guest.check()
+
+
+def test_to_stock_and_back(hosts: Hosts, tmp_path: Path) -> None:
+    """A guest without arrays moves to a host with stock QEMU and back, as docs/libvirt.md says."""
+    binaries = [str(paths.qemu_binary(build)) for build in ("ours", "stock")]
+    guest = Guest(hosts, "to-stock")
+    iothread = ":property name='iothread' type='string' value='iothread1'/>"
+    assert f"<qemu{iothread}" in DOCUMENTATION.read_text("utf-8")
+    xml = guest.xml.read_text("utf-8")
+    xml = re.sub(r':property name="free-page-hint-arrays"[^>]*>', iothread, xml)
+    # Stock QEMU does not know the trace event.
+    xml = re.sub(r"(?s)<(\w+:commandline)>.*</\1>", "", xml)
+    guest.xml.write_text(xml.replace("<vcpu>", "<iothreads>1</iothreads><vcpu>"), "utf-8")
+    with guest:
+        assert "'iothread' is deprecated" in guest.qemu_log("a")
+        workload.stamp(guest, STAMPED_MIB)
+        for here, there in (binaries, binaries[::-1]):
+            guest.fill()
+            if here == binaries[0]:
+                # Nothing that is hinted shall be sent before that, however slow the guest is.
+                guest.hmp("migrate_set_parameter free-page-hint-wait 60000")
+            path = tmp_path / "there.xml"
+            xml = hosts.virsh(guest.host, "dumpxml", "--migratable", guest.name)
+            path.write_text(xml.replace(here, there), "utf-8")
+            result = guest.migrate("--xml", path)
+            if here == binaries[0]:
+                hints = result.hints
+                assert hints and hints.complete and hints.messages == hints.blocks
+                # Block hints do not drain the free lists of the CPUs: up to 16 % of what was just
+                # freed was not found.
+                assert hints.skipped_bytes > 0.75 * FREED_MIB * MIB
+            guest.check()
+            assert there in hosts.virsh(guest.host, "dumpxml", guest.name)
+
+
+def test_documented_xml_is_the_tested_one() -> None:
+    """docs/libvirt.md shows the XML of these tests."""
+    documented, tested = (
+        " ".join(p.read_text("utf-8").split()) for p in (DOCUMENTATION, DOMAIN_XML)
+    )
+    for element in "memballoon", "qemu:override":
+        match = re.search(rf"<{element}\b[^`]*?</{element}>", documented)
+        assert match and match[0] in tested, f"<{element}> of {DOCUMENTATION}"
+
+
+def assert_gone(state: Path) -> None:
+    """Nothing is left of a pair of hosts."""
+    assert not state.exists()
+    # The parent of a host's first process ends a moment after it.
+    deadline = time.monotonic() + 20
+    while left := processes_naming(str(state)):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert str(state) not in Path("/proc/mounts").read_text(encoding="utf-8")
+
+
+def test_two_hosts_leave_nothing(
+    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second pair of hosts does not disturb the first; "down" cleans up, even after a crash."""
+    other = Hosts(start_hosts("--state", tmp_path / "two-hosts-up"))
+    try:
+        # What a crash left of others does not keep one from finding these.
+        (tmp_path / "two-hosts-left").mkdir()
+        shutil.copy(other.state / "two-hosts.json", tmp_path / "two-hosts-left")
+        with monkeypatch.context() as patch:
+            patch.setenv("TMPDIR", str(tmp_path))
+            patch.delenv("TWO_HOSTS_STATE", raising=False)
+            done = two_hosts("on", "a", "hostname")
+            assert (done.returncode, done.stdout.strip()) == (0, "host-a"), done.stderr
+        for pair in hosts, other:
+            name = pair.virsh("a", "-c", "qemu+tcp://host-b/system", "hostname")
+            assert name.strip() == "host-b"
+        assert len(processes_naming(str(other.state))) >= 2
+        status = two_hosts("status", "--state", other.state).stdout
+        match = re.search(r"a: up, first process (\d+)", status)
+        assert match, status
+        os.kill(int(match[1]), 9)
+        deadline = time.monotonic() + 20
+        while "a: down" not in two_hosts("status", "--state", other.state).stdout:
+            assert time.monotonic() < deadline
+        done = other.call("a", "true")
+        assert done.returncode == 1 and "host a is not up" in done.stderr
+    finally:
+        down = two_hosts("down", "--state", other.state)
+    assert down.returncode == 0, down.stderr
+    assert_gone(other.state)
+    assert hosts.virsh("b", "hostname").strip() == "host-b"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_interrupted_up_leaves_nothing(hosts: Hosts, tmp_path: Path, number: int) -> None:
+    """A "two-hosts up" that is told to end before the hosts are up leaves nothing of them."""
+    assert hosts.state.exists()
+    state = tmp_path / "hosts"
+    # What runs the tests may ignore signals, as nohup does.
+    words = ["env", "--default-signal", TOOL, "up", "--state", state]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as command:
+        # From here on the hosts would live without it.
+        while not all((state / host / "var/log/libvirt/libvirtd.out").exists() for host in "ab"):
+            assert command.poll() is None
+            time.sleep(0.01)
+        command.send_signal(number)
+        out, err = command.communicate(timeout=60)
+    assert command.returncode == 130
+    assert not out and err.strip() == "two-hosts: interrupted"
+    assert_gone(state)
+
+
+# Somebody else, who can read this repository though it may be in root's home directory.
+NOT_ROOT = [
+    *("setpriv", "--reuid=65534", "--clear-groups", "--securebits=+no_setuid_fixup"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+]
+
+
+@pytest.mark.parametrize(
+    "wrapper, path, message",
+    [
+        (NOT_ROOT, None, "must be run as root"),
+        ([], "/nowhere", "libvirtd and virsh not installed: run scripts/install-deps libvirt"),
+        (["setpriv", "--bounding-set=-sys_admin"], None, "no namespaces allowed here"),
+    ],
+    ids=["no-root", "no-libvirt", "no-namespaces"],
+)
+def test_two_hosts_says_what_is_missing(
+    hosts: Hosts, wrapper: List[str], path: Optional[str], message: str
+) -> None:
+    """One line says what keeps the hosts from running here."""
+    assert hosts.state.exists()  # where the hosts run, nothing else is missing
+    command = [*wrapper, "/usr/bin/python3", str(TOOL), "up"]
+    env = {**os.environ, **({"PATH": path} if path else {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == UNSUPPORTED
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_memory_in_a_used_file(hosts: Hosts) -> None:
+    """<source type='file'/>: what another guest left in the file does not reach the guest."""
+    name = "used-file"
+    left = b"another guest's " * (memory.PAGE_BYTES // 16)
+    with Guest(hosts, name, source="file") as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.fill()
+        directory = hosts.path("b", MEMORY_DIRECTORY)
+        # Nobody knows which id the domain will have there.
+        files = [directory / f"{number}-{name}" / "pc.ram" for number in range(1, 100)]
+        for file in files:
+            file.parent.mkdir(parents=True)
+            if file != files[0]:
+                os.link(files[0], file)
+                continue
+            with open(file, "wb") as out:
+                for _ in range(SPEC.mem_mib):
+                    out.write(left * (MIB // memory.PAGE_BYTES))
+        with open(files[0], "rb") as used:
+            assert_used(guest.migrate())
+            guest.check()
+            # The premise: it is the guest's memory now.
+            pids = list(processes_naming(f"guest={name},"))
+            maps = Path(f"/proc/{pids[0]}/maps").read_text(encoding="utf-8")
+            assert f" {os.fstat(used.fileno()).st_ino} " in maps
+            assert all(page != left for page in iter(lambda: used.read(len(left)), b""))
+
+
+def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> None:
+    """Cold page cache is freed for the one migration that it is asked for, as in the guide."""
+    size_mib = 128
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "cold").write_bytes(os.urandom(size_mib * MIB))
+    image = tmp_path / "image"
+    command = ["/sbin/mke2fs", "-q", "-t", "ext4", "-d", tmp_path / "files", image, "192M"]
+    subprocess.run(list(map(str, command)), check=True)
+    args = (
+        *("-global", "migration.free-page-hint-wait=60000"),
+        *("-drive", f"file={image},format=raw,if=none,id=files,readonly=on"),
+        *("-device", "virtio-blk-pci,drive=files,bus=pcie.0,addr=0x1d"),
+    )
+    with Guest(hosts, "page-cache", args, properties=["free-page-hint-cache"]) as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.agent.run("mkdir -p /mnt && mount -t ext4 -o ro /dev/vda /mnt")
+        read = "sha256sum /mnt/cold"
+        before = guest.agent.run(read, timeout=120)
+        # Nobody asks for it.
+        kept = guest.migrate()
+        guest.hmp("migrate_set_parameter free-page-hint-cache 1G")
+        freed = guest.migrate()
+        guest.check()
+        assert guest.agent.run(read, timeout=120) == before
+        for name, result in ("kept", kept), ("freed", freed):
+            assert result.hints and result.hints.complete, result
+            freed_bytes = result.hints.cache_freed_bytes
+            measured[name] = {"sent_bytes": result.sent_bytes, "cache_freed_bytes": freed_bytes}
+        assert measured["kept"]["cache_freed_bytes"] == 0
+        assert measured["freed"]["cache_freed_bytes"] > 0.9 * size_mib * MIB
+        assert kept.sent_bytes - freed.sent_bytes > 0.8 * size_mib * MIB

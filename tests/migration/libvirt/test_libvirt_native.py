@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hints under a libvirt that knows them: ours, with the patches of libvirt/.
+
+The domain has nothing of what libvirt warns of: no properties set behind its back, no monitor.
+docs/libvirt.md explains what is used here. "make libvirt" builds it.
+"""
+
+import json
+import os
+import re
+import subprocess
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Dict, Iterator, Sequence
+from xml.etree import ElementTree
+
+import pytest
+
+from livemig import paths, workload
+from livemig.domains import DOCUMENTATION, MIB, OTHER_HOST, QEMU_NAMESPACE, STAMPED_MIB, TOOL, Guest
+from livemig.domains import Hosts, assert_unused, assert_used, running_hosts, two_hosts
+from livemig.migration import Absent, Hints, MigrationResult
+
+ATTRIBUTES = ("freePageHinting", "freePageHintArrays", "freePageHintCache")
+ARRAYS = ATTRIBUTES[:2]
+# The longest wait that there is: no test is about how soon the guest answers.
+WAIT = ("--free-page-hint-wait", 60000)
+# What --rawstats calls the members of query-migrate's objects.
+HINT_STATISTICS = {
+    "hinted_bytes": "memory_free_page_hinted",
+    "skipped_bytes": "memory_free_page_skipped",
+    "redirtied_bytes": "memory_free_page_redirtied",
+    "requested_bytes": "memory_free_page_requested",
+    "ask_to_end": "memory_free_page_time",
+    "reason": "memory_free_page_reason",
+    "cache_freed_bytes": "memory_free_page_cache",
+    "cache_time": "memory_free_page_cache_time",
+}
+ABSENT_STATISTICS = {
+    "absent_bytes": "memory_absent",
+    "scan_time": "memory_absent_time",
+    "reason": "memory_absent_reason",
+}
+# These are left out where there is nothing to say.
+IF_ANY = ("ask_to_end", "reason", "cache_time")
+
+
+class NativeGuest(Guest):
+    """A guest whose domain XML has attributes of <memballoon> and nothing for QEMU alone."""
+
+    def __init__(
+        self, on: Hosts, name: str, attributes: Sequence[str] = ARRAYS, devices: Sequence[str] = ()
+    ):
+        super().__init__(on, name)
+        domain = ElementTree.fromstring(self.xml.read_text("utf-8"))
+        for element in "commandline", "override":
+            found = domain.find(f"{{{QEMU_NAMESPACE}}}{element}")
+            assert found is not None
+            domain.remove(found)
+        parent = domain.find("devices")
+        assert parent is not None
+        balloon = parent.find("memballoon")
+        assert balloon is not None
+        parent.remove(balloon)
+        switched_on = {attribute: "on" for attribute in attributes}
+        ElementTree.SubElement(parent, "memballoon", {"model": "virtio", **switched_on})
+        parent.extend(map(ElementTree.fromstring, devices))
+        self.xml.write_text(ElementTree.tostring(domain, encoding="unicode"), "utf-8")
+
+    def virsh(self, *args: Any) -> str:
+        """Run virsh where the guest is."""
+        return self.hosts.virsh(self.host, *args)
+
+    def job_info(self, host: str, *options: str) -> Dict[str, str]:
+        """What domjobinfo says of the last migration, on a host."""
+        words = ("domjobinfo", self.name, "--completed", "--keep-completed", *options)
+        lines = re.findall(r"^ *([^:\n]+): +(.*)$", self.hosts.virsh(host, *words), re.MULTILINE)
+        return dict(lines)
+
+    def parameters(self) -> Any:
+        """QEMU's migration parameters that are ours."""
+        found = self.qmp("query-migrate-parameters")
+        return [found[f"free-page-hint-{name}"] for name in ("wait", "cache")]
+
+
+@pytest.fixture(name="hosts", scope="module")
+def hosts_fixture() -> Iterator[Hosts]:
+    """Two hosts with our libvirt."""
+    run = paths.cache_dir() / "libvirt-ours" / "build" / "run"
+    if not run.exists():
+        pytest.skip(f"{run} is missing: run make libvirt")
+    with running_hosts("--run", run) as hosts:
+        yield hosts
+
+
+def assert_reported(guest: NativeGuest, result: MigrationResult) -> None:
+    """Wherever the domain is known, domjobinfo has QEMU's figures of the last migration.
+
+    After the way back, host b knows it no more: it was not defined there.
+    """
+    assert result.hints and result.absent
+
+    def expected(figures: Any, names: Dict[str, str]) -> Dict[str, str]:
+        members = {name: getattr(figures, member) for member, name in names.items()}
+        optional = [names[member] for member in IF_ANY if member in names]
+        return {n: str(v) for n, v in members.items() if n not in optional or v}
+
+    wanted = {
+        **expected(result.hints, HINT_STATISTICS),
+        **expected(result.absent, ABSENT_STATISTICS),
+    }
+    for host in "ab" if guest.host == "b" else "a":
+        raw = guest.job_info(host, "--rawstats")
+        seen = {
+            n: v for n, v in raw.items() if n.startswith(("memory_free_page_", "memory_absent"))
+        }
+        assert seen == wanted, host
+
+
+def assert_untainted(guest: NativeGuest) -> None:
+    """No host has taken the domain for a special one but for what two-hosts and its CPU are."""
+    for host in OTHER_HOST:
+        taints = re.findall(r" is tainted: (\S+)", guest.qemu_log(host))
+        # As root; and with mode='maximum'.
+        assert "high-privileges" in taints
+        assert set(taints) <= {"high-privileges", "host-cpu"}, (host, taints)
+    assert "custom" not in guest.virsh("dominfo", guest.name)
+
+
+def test_statistics_have_fields() -> None:
+    """What is compared with domjobinfo is what query-migrate has."""
+    assert set(HINT_STATISTICS) <= {item.name for item in fields(Hints)}
+    assert set(ABSENT_STATISTICS) == {item.name for item in fields(Absent)}
+
+
+def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
+    """Attributes in the XML, nothing else: hints are used, nothing is tainted, the guest unharmed.
+
+    virsh domjobinfo has QEMU's figures afterwards, at both ends, with hints and without.
+    """
+    with NativeGuest(hosts, "native") as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        xml = guest.virsh("dumpxml", "--migratable", guest.name)
+        assert "qemu:" not in xml and "freePageHintArrays='on'" in xml
+        for name, wait in ("hints", WAIT), ("no hints", ("--free-page-hint-wait", 0)):
+            guest.fill()
+            result = guest.migrate(*wait)
+            guest.check()
+            if name == "hints":
+                assert_used(result)
+            else:
+                assert_unused(result, "no-wait")
+            assert_reported(guest, result)
+            assert_untainted(guest)
+            seen = {
+                k: v
+                for k, v in guest.job_info("a").items()
+                if re.match("Free|Absent|Page cache", k)
+            }
+            measured[name] = {"total_ms": result.total_ms, "sent_bytes": result.sent_bytes, **seen}
+            documented = DOCUMENTATION.read_text("utf-8")
+            assert len(seen) >= 5 and all(f"\n    {label}: " in documented for label in seen)
+
+
+def test_stock_format(hosts: Hosts) -> None:
+    """With freePageHinting alone, the guest hints block by block."""
+    with NativeGuest(hosts, "blocks", ATTRIBUTES[:1]) as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.fill()
+        result = guest.migrate(*WAIT)
+        guest.check()
+        assert result.hints and result.hints.complete, result
+        assert result.hints.messages == result.hints.blocks > 0
+        assert_reported(guest, result)
+        assert_untainted(guest)
+
+
+def test_parameters_of_one_migration(hosts: Hosts) -> None:
+    """The wait and the budget of virsh migrate are QEMU's for this migration, and no longer."""
+    with NativeGuest(hosts, "parameters", ATTRIBUTES) as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        before = guest.parameters()
+        wanted = [1234, 7 * MIB]
+        assert all(is_now != shall_be for is_now, shall_be in zip(before, wanted))
+        options = ("--free-page-hint-wait", wanted[0], "--free-page-hint-cache", wanted[1])
+        command = (TOOL, "on", "--state", hosts.state, "a", "virsh", "migrate", "--live")
+        # Slow enough to be looked at
+        slowly = ("--bandwidth", 1, guest.name, "qemu+tcp://host-b/system")
+        words = [str(word) for word in (*command, *options, *slowly)]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as virsh:
+            try:
+                deadline = time.monotonic() + 60
+                while guest.qmp("query-migrate").get("status") != "active":
+                    assert time.monotonic() < deadline and virsh.poll() is None
+                    time.sleep(0.1)
+                assert guest.parameters() == wanted
+                guest.virsh("domjobabort", guest.name)
+                assert "canceled by client" in virsh.communicate(timeout=60)[1]
+            finally:
+                virsh.kill()
+        assert guest.parameters() == before
+        assert guest.state() == "running"
+        guest.check()
+
+
+def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> None:
+    """Cold page cache is dropped for the migration that says how much, and domjobinfo says so."""
+    size_mib = 128
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "cold").write_bytes(os.urandom(size_mib * MIB))
+    image = tmp_path / "image"
+    command = ["/sbin/mke2fs", "-q", "-t", "ext4", "-d", tmp_path / "files", image, "192M"]
+    subprocess.run(list(map(str, command)), check=True)
+    disk = (
+        "<disk type='file' device='disk'><driver name='qemu' type='raw'/>"
+        f"<source file='{image}'/><target dev='vda' bus='virtio'/><readonly/></disk>"
+    )
+    with NativeGuest(hosts, "page-cache", ATTRIBUTES, [disk]) as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.agent.run("mkdir -p /mnt && mount -t ext4 -o ro /dev/vda /mnt")
+        read = "sha256sum /mnt/cold"
+        before = guest.agent.run(read, timeout=120)
+        kept = guest.migrate(*WAIT)
+        assert_reported(guest, kept)
+        dropped = guest.migrate(*WAIT, "--free-page-hint-cache", 1 << 30)
+        assert_reported(guest, dropped)
+        assert_untainted(guest)
+        guest.check()
+        assert guest.agent.run(read, timeout=120) == before
+        assert kept.hints and dropped.hints
+        assert kept.hints.cache_freed_bytes == 0
+        assert dropped.hints.cache_freed_bytes > 0.9 * size_mib * MIB
+        assert kept.sent_bytes - dropped.sent_bytes > 0.8 * size_mib * MIB
+        info = guest.job_info("a")
+        measured.update({label: info[label] for label in info if label.startswith("Page cache")})
+        documented = DOCUMENTATION.read_text("utf-8")
+        assert len(measured) == 2 and all(f"*{label}*" in documented for label in measured)
+
+
+def test_other_features_at_the_destination(hosts: Hosts, tmp_path: Path) -> None:
+    """An XML for the destination with other hint features is refused, and nothing has begun."""
+    with NativeGuest(hosts, "changed", ATTRIBUTES) as guest:
+        workload.stamp(guest, STAMPED_MIB)
+        xml = guest.virsh("dumpxml", "--migratable", guest.name)
+        for number, attribute in enumerate(ATTRIBUTES):
+            # Those that depend on it have to be off, too.
+            changed = xml
+            for name in ATTRIBUTES[number:]:
+                assert f"{name}='on'" in xml
+                changed = changed.replace(f"{name}='on'", f"{name}='off'")
+            path = tmp_path / "changed.xml"
+            path.write_text(changed, "utf-8")
+            done = guest.virsh_migrate("--xml", path)
+            assert done.returncode != 0
+            message = f"Target balloon {attribute} attribute value 'off' does not match source 'on'"
+            assert message in done.stderr
+        assert guest.qemu_log("b") == ""
+        assert guest.state() == "running"
+        guest.check()
+        # The premise: as it is, it is taken.
+        path.write_text(xml, "utf-8")
+        guest.migrate("--xml", path)
+        guest.check()
+
+
+def test_stock_qemu(hosts: Hosts) -> None:
+    """Of a QEMU without hints nothing is asked for: attributes and parameters are refused."""
+    ours, stock = (str(paths.qemu_binary(build)) for build in ("ours", "stock"))
+    guest = NativeGuest(hosts, "on-stock")
+    xml = guest.xml.read_text("utf-8").replace(ours, stock)
+    guest.xml.write_text(xml, "utf-8")
+    done = hosts.call("a", "virsh", "define", guest.xml)
+    assert done.returncode and "freePageHinting is not supported by this QEMU binary" in done.stderr
+    guest.xml.write_text(re.sub(r' freePage\w+="on"', "", xml), "utf-8")
+    with guest:
+        for name in "wait", "cache":
+            done = guest.virsh_migrate(f"--free-page-hint-{name}", 1)
+            assert done.returncode
+            message = f"'free-page-hint-{name}' is not supported by QEMU binary"
+            assert message in done.stderr
+        assert guest.state() == "running"
+        # The premise: without them, it is taken.
+        done = guest.virsh_migrate()
+        assert done.returncode == 0, done.stderr
+
+
+def test_to_a_libvirt_without_hints(hosts: Hosts, tmp_path: Path) -> None:
+    """A host whose libvirt knows nothing of the attributes refuses the guest, which runs on.
+
+    A guest with an override for QEMU goes there and back, with hints.
+    """
+    run = json.loads((hosts.state / "two-hosts.json").read_text("utf-8"))["run"][0]
+    either = tmp_path / "run"
+    either.write_text(f'#!/bin/sh\n[ "$(hostname)" = host-b ] || set -- {run} "$@"\nexec "$@"\n')
+    either.chmod(0o755)
+    with running_hosts("--run", either) as mixed:
+        helps = [mixed.virsh(host, "help", "migrate") for host in OTHER_HOST]
+        assert [("free-page-hint" in text) for text in helps] == [True, False]
+        with NativeGuest(mixed, "mixed") as guest:
+            workload.stamp(guest, STAMPED_MIB)
+            for options, message in (
+                ((), "load of migration failed"),
+                (WAIT, "parameter 'free_page_hint.wait' not supported"),
+            ):
+                done = guest.virsh_migrate(*options)
+                assert done.returncode and message in done.stderr
+            assert guest.state() == "running"
+            guest.check()
+        arguments = ["-global", "migration.free-page-hint-wait=60000"]
+        with Guest(mixed, "override", arguments) as overridden:
+            workload.stamp(overridden, STAMPED_MIB)
+            for _ in OTHER_HOST:
+                overridden.fill()
+                assert_used(overridden.migrate())
+                overridden.check()
+
+
+def test_no_such_libvirt(tmp_path: Path) -> None:
+    """two-hosts says in one line that there is no program to run a libvirt with."""
+    done = two_hosts("up", "--state", tmp_path / "hosts", "--run", tmp_path / "run")
+    assert done.returncode == 1
+    assert done.stderr == f"two-hosts: error: --run {tmp_path / 'run'}: no such program\n"
+    assert not (tmp_path / "hosts").exists()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest with disks goes back to what it was with "virsh snapshot-revert", or to sleep and on.
+
+Each time it migrates with hints afterwards.
+"""
+
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, Iterator
+
+import pytest
+
+from livemig import domains, workload
+from livemig.domains import STAMPED_MIB, Guest, Hosts, assert_used
+from livemig.migration import MigrationResult
+
+# A fixture
+hosts = domains.hosts_fixture
+
+FORMATS = {"vda": "raw", "vdb": "qcow2"}
+DISK = """<disk type="file" device="disk"><driver name="qemu" type="{format}"/>
+<source file="{path}"/><target dev="{name}" bus="virtio"/></disk>"""
+
+
+@pytest.fixture(name="guest", scope="module")
+def guest_fixture(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
+    """A running guest with a raw and a qcow2 disk."""
+    guest = Guest(hosts, "with-disks", ["-global", "migration.free-page-hint-wait=60000"])
+    directory = tmp_path_factory.mktemp("disks")
+    xml = guest.xml.read_text("utf-8")
+    for name, disk_format in FORMATS.items():
+        path = directory / name
+        create = ["qemu-img", "create", "-q", "-f", disk_format, str(path), "4M"]
+        subprocess.run(create, check=True)
+        disk = DISK.format(format=disk_format, path=path, name=name)
+        xml = xml.replace("</devices>", f"{disk}</devices>")
+    guest.xml.write_text(xml, "utf-8")
+    with guest:
+        workload.stamp(guest, STAMPED_MIB)
+        yield guest
+
+
+def write(guest: Guest, word: str) -> None:
+    """Write a word to a file in memory and to each disk."""
+    guest.agent.run(f"echo {word} >/tmp/word")
+    for name in FORMATS:
+        guest.agent.run(f"printf %4096s {word} | dd of=/dev/{name} bs=4096 oflag=direct")
+
+
+def read(guest: Guest) -> Dict[str, str]:
+    """What was written last."""
+    found = {"memory": guest.agent.run("cat /tmp/word").strip()}
+    for name in FORMATS:
+        command = f"dd if=/dev/{name} bs=4096 count=1 iflag=direct 2>/dev/null"
+        found[name] = guest.agent.run(command).strip()
+    return found
+
+
+def everywhere(word: str) -> Dict[str, str]:
+    """The same word in memory and on the disks."""
+    return dict.fromkeys(("memory", *FORMATS), word)
+
+
+def migrate_there_and_back(guest: Guest) -> None:
+    """Use hints in both directions."""
+    for _ in range(2):
+        guest.fill()
+        # The disks' files are shared, but libvirt does not know how.
+        assert_used(guest.migrate("--unsafe"))
+        guest.check()
+
+
+def test_reverted_to_an_external_snapshot(
+    hosts: Hosts, guest: Guest, tmp_path: Path, measured: Dict[str, Any]
+) -> None:
+    """A snapshot that was taken live, with hints, brings memory and disks back to its moment."""
+    write(guest, "before")
+    guest.fill()
+    options = ["--memspec", f"file={tmp_path}/memory,snapshot=external", "--live", "--atomic"]
+    for name in FORMATS:
+        options += ["--diskspec", f"{name},snapshot=external"]
+    hosts.virsh("a", "snapshot-create-as", guest.name, "one", *options)
+    snapshot = MigrationResult.from_qmp(guest.qmp("query-migrate"))
+    assert_used(snapshot)
+    measured["snapshot_bytes"] = snapshot.sent_bytes
+    write(guest, "after")
+    assert read(guest) == everywhere("after")
+
+    hosts.virsh("a", "snapshot-revert", guest.name, "one")
+    guest.hang_up()
+    assert guest.state() == "running"
+    assert read(guest) == everywhere("before")
+    guest.check()
+    # libvirt refuses to migrate a domain that has snapshots.
+    hosts.virsh("a", "snapshot-delete", "--metadata", guest.name, "one")
+    migrate_there_and_back(guest)
+    assert read(guest) == everywhere("before")
+
+
+def test_managed_save(hosts: Hosts, guest: Guest) -> None:
+    """What managedsave put away, start brings back, and the guest's next migration has hints."""
+    write(guest, "saved")
+    guest.fill()
+    hosts.virsh("a", "managedsave", guest.name)
+    guest.hang_up()
+    assert guest.state() == "shut off"
+    hosts.virsh("a", "start", guest.name)
+    assert guest.state() == "running"
+    assert read(guest) == everywhere("saved")
+    guest.check()
+    migrate_there_and_back(guest)

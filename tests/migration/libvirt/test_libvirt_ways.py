@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The ways to migrate that "virsh migrate" knows, each with hints, and what can happen meanwhile.
+
+One guest goes from host to host. While something is to be looked at, RAM is sent slowly.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+
+import pytest
+
+from livemig import domains, workload
+from livemig.domains import FREED_MIB, LIBVIRTD_LOG, MIB, OTHER_HOST, STAMPED_MIB, TOOL, Guest
+from livemig.domains import Hosts, assert_used, processes_naming
+from livemig.errors import GuestError
+from livemig.migration import MigrationResult
+
+# A fixture
+hosts = domains.hosts_fixture
+
+# MiB/s. At the first rate the guest takes more than a minute, which no test waits for.
+SLOW, MEDIUM, FAST = 1, 40, 10000
+# Nothing that is waited for takes as long, unless the machine is very busy.
+SECONDS = 120
+# The test is not about how soon the guest answers: the longest wait that there is.
+ANY_TIME = ["-global", "migration.free-page-hint-wait=60000"]
+
+
+class Traveller(Guest):
+    """A guest that can be looked at while virsh migrates it."""
+
+    meanwhile: Optional[Callable[["Traveller"], None]] = None
+    # Where libvirt's log of the last migration begins, on the host that the guest left.
+    _log_start: Tuple[Path, int] = (Path(), 0)
+    # Its QEMU, before there was a second one.
+    before: Set[int] = set()
+    # What query-migrate said when RAM was being sent.
+    seen: Dict[str, Any] = {}
+
+    def start_virsh(self, host: str, *args: Any) -> "subprocess.Popen[str]":
+        """Start virsh on a host."""
+        words = [TOOL, "on", "--state", self.hosts.state, host, "virsh", "-q", *args]
+        return subprocess.Popen(
+            list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def virsh_migrate(self, *options: Any) -> "subprocess.CompletedProcess[str]":
+        """Let virsh migrate the guest; once RAM is being sent, call what is to be done then."""
+        if not self.meanwhile:
+            return super().virsh_migrate(*options)
+        log = self.hosts.path(self.host, LIBVIRTD_LOG)
+        self._log_start = (log, log.stat().st_size)
+        self.before = set(self.pids())
+        uri = f"qemu+tcp://host-{OTHER_HOST[self.host]}/system"
+        with self.start_virsh(self.host, "migrate", "--live", *options, self.name, uri) as virsh:
+            try:
+                self.wait_until(lambda: self.sent_bytes() > 0, virsh)
+                self.meanwhile(self)
+                out, err = virsh.communicate(timeout=SECONDS)
+            except BaseException:
+                self.hosts.call(self.host, "virsh", "domjobabort", self.name)
+                raise
+        return subprocess.CompletedProcess(virsh.args, virsh.returncode, out, err)
+
+    def migrate_and(
+        self, meanwhile: Callable[["Traveller"], None], *options: Any, rate: int = SLOW
+    ) -> MigrationResult:
+        """Migrate the guest at a rate, in MiB/s, and do something when RAM is being sent."""
+        with self.doing(meanwhile):
+            return self.migrate("--bandwidth", rate, *options)
+
+    def fail_and(
+        self, meanwhile: Callable[["Traveller"], None], *options: Any
+    ) -> "subprocess.CompletedProcess[str]":
+        """The same, of a migration that is to fail."""
+        with self.doing(meanwhile):
+            return self.virsh_migrate("--bandwidth", SLOW, *options)
+
+    @contextlib.contextmanager
+    def doing(self, meanwhile: Callable[["Traveller"], None]) -> Iterator[None]:
+        """What is to be done when RAM is being sent."""
+        self.meanwhile = meanwhile
+        try:
+            yield
+        finally:
+            self.meanwhile = None
+
+    def wait_until(
+        self, ready: Callable[[], Any], virsh: "Optional[subprocess.Popen[str]]" = None
+    ) -> None:
+        """Wait for something, which has to come before a virsh ends."""
+        deadline = time.monotonic() + SECONDS
+        while not ready():
+            if virsh and virsh.poll() is not None:
+                pytest.fail(f"the migration was over too soon: {virsh.communicate()}")
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def info(self) -> Dict[str, Any]:
+        """QEMU's answer to query-migrate, or nothing while it cannot be asked."""
+        text = json.dumps({"execute": "query-migrate"})
+        done = self.hosts.call(self.host, "virsh", "-q", "qemu-monitor-command", self.name, text)
+        info: Dict[str, Any] = json.loads(done.stdout)["return"] if not done.returncode else {}
+        return info
+
+    def sent_bytes(self) -> int:
+        """How much of RAM a migration has sent; nothing before the guest's free pages are known."""
+        info = self.info()
+        if info.get("free-page-hint", {}).get("state") != "ended" or info["status"] != "active":
+            return 0
+        self.seen = info
+        return int(info["ram"]["transferred"])
+
+    def said(self) -> str:
+        """What the source's QEMU told libvirt during the last migration."""
+        path, start = self._log_start
+        with open(path, "rb") as log:
+            log.seek(start)
+            return log.read().decode(errors="replace")
+
+    def hurry(self) -> None:
+        """Let a migration end."""
+        self.hosts.virsh(self.host, "migrate-setspeed", self.name, FAST)
+
+    def arrived(self) -> None:
+        """It is on the other host from here on."""
+        self.host = OTHER_HOST[self.host]
+        self.hang_up()
+
+    def pids(self) -> List[int]:
+        """The processes of its QEMUs."""
+        return list(processes_naming(f"guest={self.name},"))
+
+
+class Travellers:
+    """Lends a guest that runs; a new one where a test has left none."""
+
+    def __init__(self, hosts: Hosts, directory: Path):
+        """Boot nothing yet."""
+        self.hosts = hosts
+        self.disk = directory / "disk"
+        self.disk.write_bytes(bytes(MIB))
+        self.number = 0
+        self.stack = contextlib.ExitStack()
+        self.guest: Optional[Traveller] = None
+
+    def get(self) -> Traveller:
+        """A guest that is unharmed, and has much free memory full of old data."""
+        if self.guest:
+            try:
+                if self.guest.state() == "running":
+                    self.guest.check()
+                    self.guest.fill()
+                    return self.guest
+            except (AssertionError, GuestError):
+                pass
+            guest, self.guest = self.guest, None
+            guest.__exit__(AssertionError, None, None)
+        self.number += 1
+        # The first write to the disk fails, once in the life of each QEMU. Nothing else writes.
+        image = f"file.image.driver=file,file.image.filename={self.disk}"
+        fault = "file.inject-error.0.event=pwritev,file.inject-error.0.once=on"
+        args = [
+            *("-drive", f"driver=raw,if=none,id=disk,file.driver=blkdebug,{image},{fault}"),
+            *("-device", "virtio-blk-pci,drive=disk,bus=pcie.0,addr=0x1d,werror=stop"),
+        ]
+        guest = Traveller(self.hosts, f"traveller{self.number}", [*ANY_TIME, *args])
+        # Its exit is called when all tests are done, or above.
+        self.guest = guest.__enter__()  # pylint: disable=unnecessary-dunder-call
+        workload.stamp(guest, STAMPED_MIB)
+        guest.fill()
+        return guest
+
+    def end(self) -> None:
+        """End the last guest."""
+        if self.guest:
+            self.guest.__exit__(None, None, None)
+
+
+@pytest.fixture(name="travellers", scope="module")
+def travellers_fixture(
+    hosts: Hosts, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Travellers]:
+    """The guest of this file's tests."""
+    travellers = Travellers(hosts, tmp_path_factory.mktemp("ways"))
+    yield travellers
+    travellers.end()
+
+
+@pytest.fixture
+def guest(travellers: Travellers) -> Traveller:
+    """A running guest, on one of the hosts."""
+    return travellers.get()
+
+
+# ---- Ways to migrate: what is looked at while RAM is sent, and after --------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to migrate, and the proof that it was this one."""
+
+    options: Sequence[str]
+    meanwhile: Callable[[Traveller], None]
+    proof: Callable[[Traveller, MigrationResult], None] = lambda guest, result: None
+    rate: int = SLOW
+
+
+def switch(guest: Traveller) -> None:
+    """Let the guest run at the destination, before it has all its memory."""
+    guest.hosts.virsh(guest.host, "migrate-postcopy", guest.name)
+
+
+def switched(guest: Traveller, result: MigrationResult) -> None:
+    """It ran there before it had all."""
+    assert '"status": "postcopy-active"' in guest.said()
+    assert result.raw["ram"]["postcopy-bytes"] > 0
+
+
+def connections(guest: Traveller) -> List[int]:
+    """How much each of QEMU's connections to the other host has sent."""
+    states = guest.hosts.call(
+        guest.host, "ss", "-tinH", "state", "established", "dport", ">=", 49152
+    )
+    assert states.returncode == 0, states.stderr
+    return [int(sent) for sent in re.findall(r"\bbytes_sent:(\d+)", states.stdout)]
+
+
+def in_parallel(guest: Traveller) -> None:
+    """Two channels of their own carry RAM, beside the stream."""
+
+    def two_busy() -> bool:
+        found = connections(guest)
+        assert len(found) == 3, found
+        return sorted(found)[1] > MIB // 4
+
+    guest.wait_until(two_busy)
+    guest.hurry()
+
+
+def by_channels(_: Traveller, result: MigrationResult) -> None:
+    """Nearly all of RAM came through the channels."""
+    ram = result.raw["ram"]
+    assert ram["multifd-bytes"] > 0.9 * ram["transferred"]
+
+
+def limited(guest: Traveller) -> None:
+    """QEMU has the limit."""
+    parameters = guest.qmp("query-migrate-parameters")
+    assert parameters["max-bandwidth"] == SLOW * MIB
+    guest.hurry()
+
+
+def throttled(guest: Traveller) -> None:
+    """The guest's vCPUs are slowed down, as it writes faster than RAM is sent."""
+    guest.wait_until(lambda: guest.info().get("cpu-throttle-percentage", 0) >= 30)
+    guest.hurry()
+
+
+def moved_for_good(guest: Traveller, _: MigrationResult) -> None:
+    """The domain is defined here, with its hints, and over there it is not known any more."""
+    names = {
+        host: guest.hosts.virsh(host, "list", "--all", "--persistent", "--name").split()
+        for host in OTHER_HOST
+    }
+    assert guest.name in names[guest.host]
+    assert guest.name not in names[OTHER_HOST[guest.host]]
+    xml = guest.hosts.virsh(guest.host, "dumpxml", "--inactive", guest.name)
+    assert xml.count("name='free-page-hint") == 2
+
+
+WAYS = {
+    "postcopy": Way(["--postcopy"], switch, switched),
+    "parallel": Way(["--parallel", "--parallel-connections", "2"], in_parallel, by_channels),
+    "persistent": Way(["--persistent", "--undefinesource"], Traveller.hurry, moved_for_good),
+    "auto-converge": Way(
+        ["--auto-converge", "--auto-converge-initial", "30"], throttled, rate=MEDIUM
+    ),
+    "bandwidth": Way([], limited),
+    "abort-on-error": Way(["--abort-on-error"], Traveller.hurry),
+}
+
+
+SLOWEST = "auto-converge"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name == SLOWEST)) for name in WAYS]
+)
+def test_way(guest: Traveller, measured: Dict[str, Any], name: str) -> None:
+    """Hints are used in each way to migrate, and the guest arrives whole."""
+    way = WAYS[name]
+    busy = name == SLOWEST
+    if busy:
+        workload.stamp(guest, STAMPED_MIB, churn=True, name="busy")
+        # What that took had been free.
+        guest.fill()
+    result = guest.migrate_and(way.meanwhile, *way.options, rate=way.rate)
+    guest.check()
+    way.proof(guest, result)
+    hints = result.hints
+    assert hints and hints.complete and hints.skipped_bytes > 0.9 * FREED_MIB * MIB
+    measured.update(sent_bytes=result.sent_bytes, skipped_bytes=hints.skipped_bytes)
+    if not busy:
+        assert_used(result)
+        return
+    # What it goes on writing is sent over and over.
+    assert workload.verify(guest, name="busy").good
+    guest.agent.run("memstamp stop --name busy")
+
+
+# ---- What can happen meanwhile -------------------------------------------------------------------
+
+
+def abort(guest: Traveller) -> None:
+    """The operator thinks better of it."""
+    guest.hosts.virsh(guest.host, "domjobabort", guest.name)
+
+
+def kill_destination(guest: Traveller) -> None:
+    """The QEMU at the destination dies."""
+    (pid,) = set(guest.pids()) - guest.before
+    os.kill(pid, signal.SIGKILL)
+
+
+def fail_a_write(guest: Traveller) -> None:
+    """The guest cannot write to its disk, and is stopped for that."""
+    guest.agent.send("dd if=/dev/zero of=/dev/vda bs=4096 count=1 oflag=direct")
+
+
+FAILURES = {
+    "domjobabort": ([], abort, "canceled by client"),
+    "destination-dies": ([], kill_destination, "(?s)."),
+    "abort-on-error": (["--abort-on-error"], fail_a_write, "failed due to I/O error"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_source_runs_on(guest: Traveller, measured: Dict[str, Any], name: str) -> None:
+    """A migration fails while RAM is sent: the guest runs on at the source, and the next works."""
+    options, meanwhile, message = FAILURES[name]
+    here, there = guest.host, OTHER_HOST[guest.host]
+    done = guest.fail_and(meanwhile, *options)
+    measured["message"] = done.stderr
+    assert done.returncode and re.search(message, done.stderr), done
+    if name == "abort-on-error":
+        assert guest.state() == "paused"
+        guest.hosts.virsh(here, "resume", guest.name)
+    assert guest.state() == "running"
+    guest.wait_until(lambda: guest.name not in guest.hosts.virsh(there, "list", "--name"))
+    guest.check()
+    # Pages had been taken out by then, all of which the next migration has to ask for anew.
+    assert guest.seen["free-page-hint"]["skipped-bytes"] > 0.9 * FREED_MIB * MIB
+
+    guest.fill()
+    assert_used(guest.migrate("--bandwidth", FAST))
+    guest.check()
+
+
+def link(guest: Traveller, state: str) -> None:
+    """Pull the cable out of a host, or put it in again."""
+    done = guest.hosts.call(guest.host, "ip", "link", "set", "eth0", state)
+    assert done.returncode == 0, done.stderr
+
+
+def stands_still(guest: Traveller) -> bool:
+    """Nothing gets out any more: what QEMU wrote waits in the kernel."""
+    before = guest.sent_bytes()
+    time.sleep(2)
+    return before == guest.sent_bytes()
+
+
+def test_link_comes_back(guest: Traveller) -> None:
+    """The link is lost for some seconds while RAM is sent: the migration waits, and goes on."""
+
+    def lose(guest: Traveller) -> None:
+        link(guest, "down")
+        try:
+            guest.wait_until(lambda: stands_still(guest))
+        finally:
+            link(guest, "up")
+        guest.hurry()
+
+    result = guest.migrate_and(lose)
+    guest.check()
+    assert_used(result)
+
+
+@pytest.mark.long
+def test_link_stays_away(guest: Traveller, measured: Dict[str, Any]) -> None:
+    """With --p2p the source's libvirt gives the migration up; the guest runs on at the source."""
+    lost = threading.Event()
+
+    def lose(guest: Traveller) -> None:
+        link(guest, "down")
+        lost.set()
+
+    here = guest.host
+    try:
+        done = guest.fail_and(lose, "--p2p")
+    finally:
+        link(guest, "up")
+    assert lost.is_set()
+    measured["message"] = done.stderr
+    assert done.returncode and re.search("keepalive|connection|socket is closed", done.stderr), done
+    assert (guest.host, guest.state()) == (here, "running")
+    guest.check()
+
+    guest.fill()
+    guest.wait_until(lambda: not guest.hosts.call(here, "ping", "-c1", "host-a").returncode)
+    assert_used(guest.migrate("--bandwidth", FAST))
+    guest.check()
+
+
+@pytest.mark.long
+def test_three_leave_at_once(hosts: Hosts, measured: Dict[str, Any]) -> None:
+    """Three guests leave a host at the same time, each with hints of its own."""
+    guests = [Traveller(hosts, f"leaver{number}", ANY_TIME) for number in range(3)]
+    # All three are at it before one may end.
+    together = threading.Barrier(len(guests))
+
+    def leave(guest: Traveller) -> MigrationResult:
+        def look(guest: Traveller) -> None:
+            together.wait(SECONDS)
+            guest.hurry()
+
+        with guest.doing(look):
+            done = guest.virsh_migrate("--bandwidth", SLOW)
+        assert done.returncode == 0, done.stderr
+        guest.arrived()
+        # Whose final statistics are whose cannot be seen in libvirt's log.
+        job = hosts.virsh(guest.host, "domjobinfo", "--completed", "--rawstats", guest.name)
+        sent = re.search(r"memory_processed: +(\d+)", job)
+        assert sent, job
+        return replace(MigrationResult.from_qmp(guest.seen), sent_bytes=int(sent[1]))
+
+    def start(guest: Traveller) -> None:
+        stack.enter_context(guest)
+        workload.stamp(guest, STAMPED_MIB)
+        guest.fill()
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(guests)) as pool:
+        list(pool.map(start, guests))
+        for guest, result in zip(guests, pool.map(leave, guests)):
+            assert guest.state() == "running"
+            guest.check()
+            assert_used(result)
+            measured[guest.name] = result.sent_bytes

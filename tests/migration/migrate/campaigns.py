@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Long campaigns: hundreds of migrations under churn, each with the oracle.
+
+"make test-long" runs them, FPH_MIGRATIONS and FPH_TRIPS say how many. Each migration is a line on
+the console; the totals are in the results file.
+"""
+
+import collections
+import itertools
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Counter, Dict, Iterator, Mapping, Tuple
+
+import pytest
+
+from livemig import resident, workload
+from livemig.checks import SMALL, assert_goes_on, assert_hints_used, assert_intact, migration
+from livemig.checks import wait_hints_ended, wait_rounds
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.migration import MigrationResult, finish, start
+from livemig.modes import MODES
+from livemig.oracle import Oracle
+from livemig.resident import Resident, residents
+
+MIGRATIONS = int(os.environ.get("FPH_MIGRATIONS", "200"))
+TRIPS = int(os.environ.get("FPH_TRIPS", "50"))
+# After so many migrations another guest is booted.
+PER_GUEST = 20
+
+MIB = 1 << 20
+GUEST = SMALL.but(mem_mib=256)
+# Written and freed before each migration, so that there is something for hints to take out.
+FREED_MIB = 64
+TAKEN_BACK_MIB = 64
+HELD_BACK = 4 * MIB
+# A boot may take a minute or more under KVM: each of these has its share of all migrations.
+KVM_GUESTS: Tuple[Dict[str, Any], ...] = (
+    {"vcpus": 2, "cmdline": ("movablecore=128M",)},
+    {"vcpus": 2, "balloon": MODES["block"].balloon},
+    {"vcpus": 1},
+    {"vcpus": 1, "balloon": MODES["block"].balloon},
+)
+# A source was a destination before: what another way has switched on is switched off.
+PLAIN = {"multifd": False, "xbzrle": False, "postcopy-ram": False, "postcopy-preempt": False}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to migrate."""
+
+    common: Mapping[str, bool] = field(default_factory=dict)
+    bandwidth: int = 400 * MIB
+    # The guest runs on until memory is sent for the n-th time; no use with postcopy.
+    rounds: int = 3
+    postcopy: bool = False
+
+
+WAYS = {
+    "plain": Way(),
+    "multifd": Way({"multifd": True}),
+    "xbzrle": Way({"xbzrle": True}),
+    "many rounds": Way(bandwidth=128 * MIB, rounds=8),
+    "postcopy": Way({"postcopy-ram": True}, postcopy=True),
+    "preempt": Way({"postcopy-ram": True, "postcopy-preempt": True}, postcopy=True),
+}
+BALLOONS = (MODES["array"].balloon, MODES["array"].balloon, MODES["block"].balloon)
+
+
+def migrate_in(way: Way, source: Guest, destination: Guest) -> MigrationResult:
+    """Migrate a busy guest in a given way."""
+    # So slow that the guest is still there for what it is told below.
+    spec = migration(max_bandwidth=HELD_BACK, downtime_limit=1, max_postcopy_bandwidth=0)
+    start(source, destination, replace(spec, common={**PLAIN, **way.common}))
+    wait_hints_ended(source)
+    # Takes memory back that was hinted a moment ago.
+    source.agent.run(f"dirtyfree {TAKEN_BACK_MIB} 2 > /dev/null 2>&1 &")
+    if way.postcopy:
+        source.qmp("migrate-start-postcopy")
+    else:
+        source.qmp("migrate-set-parameters", max_bandwidth=way.bandwidth)
+        wait_rounds(source, way.rounds)
+        source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
+    return finish(source, destination)
+
+
+def add(totals: Counter[str], about: str, counts: Mapping[str, int], began: float) -> None:
+    """Count a migration, and put it on the console."""
+    totals["migrations"] += 1
+    totals.update(counts)
+    text = ", ".join(f"{name} {n}" for name, n in counts.items())
+    seconds = time.monotonic() - began
+    sys.stdout.write(f"{totals['migrations']:4} {about}: {text}, {seconds:.1f} s\n")
+    sys.stdout.flush()
+
+
+class Journey:
+    """A busy guest that is migrated from one QEMU to the next one, and never loses a write."""
+
+    def __init__(self, oracle: Oracle, totals: Counter[str]):
+        self._oracle = oracle
+        self._totals = totals
+        self.here = oracle.boot()
+        workload.stamp(self.here, 16)
+        workload.stamp(self.here, 24, churn=True, realloc_mib=64, name="churn")
+
+    def move(self, way: Way, about: str) -> None:
+        """Migrate once."""
+        began = time.monotonic()
+        workload.dirty_and_free(self.here, FREED_MIB)
+        before = assert_intact(self.here, "churn")
+        there = self._oracle.arrival(running=way.postcopy)
+        result = migrate_in(way, self.here, there)
+        hints = assert_hints_used(result, 0)
+        absent_bytes = result.absent.absent_bytes if result.absent else 0
+        # The premise: there was something to take out.
+        assert hints.skipped_bytes + absent_bytes >= FREED_MIB // 2 * MIB
+        kept = 0 if way.postcopy else self._oracle.check().kept
+        self.here = self._oracle.move_on()
+        verdicts = [assert_intact(self.here), assert_goes_on(self.here)]
+        counts = {
+            "compared": int(not way.postcopy),
+            "rounds": result.rounds,
+            "absent_mib": absent_bytes // MIB,
+            "skipped_mib": hints.skipped_bytes // MIB,
+            "redirtied_mib": hints.redirtied_bytes // MIB,
+            "kept_pages": kept,
+            "stale_bytes": hints.stale_bytes,
+            "blocks_reallocated": verdicts[1].reallocs - before.reallocs,
+            "pages_verified": sum(verdict.pages for verdict in verdicts),
+        }
+        add(self._totals, about, counts, began)
+
+
+@pytest.fixture
+def totals(measured: Dict[str, Any]) -> Iterator[Counter[str]]:
+    """What is counted over all migrations, also of a campaign that failed."""
+    counts: Counter[str] = collections.Counter()
+    began = time.monotonic()
+    yield counts
+    measured.update(counts, seconds=round(time.monotonic() - began))
+    sys.stdout.write(f"totals: {measured}\n")
+
+
+def test_every_way(lab: Lab, totals: Counter[str]) -> None:
+    """No write is lost in hundreds of migrations, in all ways in turn, with and without arrays.
+
+    Nor with and without absent pages.
+    """
+    ways = itertools.cycle(WAYS.items())
+    numbers = range(0, MIGRATIONS, PER_GUEST)
+    absent = itertools.cycle((True, False))
+    for number, balloon, skip in zip(numbers, itertools.cycle(BALLOONS), absent):
+        oracle = Oracle(lab, GUEST.but(balloon=balloon, skip_absent=skip))
+        journey = Journey(oracle, totals)
+        for name, way in itertools.islice(ways, min(PER_GUEST, MIGRATIONS - number)):
+            journey.move(way, name)
+        journey.here.close()
+    assert totals["migrations"] == MIGRATIONS
+    # The premises: the guest took back and wrote what it had hinted; something was absent.
+    assert totals["redirtied_mib"] > 0 and totals["absent_mib"] > 0
+
+
+def test_there_and_back(lab: Lab, totals: Counter[str]) -> None:
+    """A guest that goes there and back many times keeps all that it has, and hints each time."""
+    oracle = Oracle(lab, GUEST.but(skip_absent=True))
+    journey = Journey(oracle, totals)
+    for _ in range(TRIPS):
+        for about in ("there", "back"):
+            journey.move(WAYS["plain"], about)
+    assert totals["migrations"] == 2 * TRIPS
+    assert totals["redirtied_mib"] > 0
+
+
+@dataclass(frozen=True)
+class KvmWay:
+    """A QEMU that a guest leaves under KVM, and how."""
+
+    qemu: Mapping[str, Any]
+    postcopy: bool = False
+    preempt: bool = False
+
+
+KVM_WAYS = {
+    **{name: KvmWay(qemu) for name, qemu in resident.WAYS.items()},
+    "postcopy": KvmWay({}, postcopy=True),
+    "postcopy, absent": KvmWay({"skip_absent": True}, postcopy=True),
+    "preempt": KvmWay({}, postcopy=True, preempt=True),
+}
+
+
+def migrate_under_kvm(guest: Resident, name: str, then: str, totals: Counter[str]) -> None:
+    """Migrate a guest in a given way, into the QEMU of the next one."""
+    began = time.monotonic()
+    way, into = KVM_WAYS[name], dict(KVM_WAYS[then].qemu)
+    counts: Dict[str, int] = {"compared": int(not way.postcopy)}
+    if way.postcopy:
+        guest.move_in_postcopy(counts, preempt=way.preempt, into=into)
+    else:
+        guest.move(counts, into=into)
+    # A time.
+    del counts["ask_to_end"]
+    add(totals, name, counts, began)
+
+
+def test_every_way_under_kvm(lab: Lab, totals: Counter[str]) -> None:
+    """No Linux guest under KVM loses a write, with arrays and blocks, however writes are logged."""
+    names = list(KVM_WAYS)
+    share = math.ceil(MIGRATIONS / len(KVM_GUESTS))
+    for number, changes in zip(range(0, MIGRATIONS, share), KVM_GUESTS):
+        numbers = range(number, min(number + share, MIGRATIONS))
+        way = KVM_WAYS[names[number % len(names)]]
+        with residents(lab, **changes) as guest, guest.living_in(**way.qemu):
+            for i in numbers:
+                name, then = names[i % len(names)], names[(i + 1) % len(names)]
+                migrate_under_kvm(guest, name, then, totals)
+    assert totals["migrations"] == MIGRATIONS
+    # The premises: hinted pages were written before the host knew, and again after that.
+    assert totals["taken"] > 0 and totals["rewritten"] > 0 and totals["redirtied"] > 0
+    assert MIGRATIONS < len(names) or (totals["absent"] > 0 and totals["requested"] > 0)

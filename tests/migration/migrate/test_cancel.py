@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A migration that ended early, in whatever state, leaves nothing behind.
+
+It is cancelled, or its destination is killed; the guest runs on where it is, and goes elsewhere
+with hints afterwards. In each test the migration is held in the state that is meant.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Mapping, Tuple
+
+import pytest
+
+from livemig import memory
+from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_used
+from livemig.checks import assert_intact, fill_and_free, hints_of, in_check, migration, start_churn
+from livemig.checks import wait_hints, wait_hints_ended, wait_rounds
+from livemig.guest import Guest
+from livemig.lab import ABSENT, Lab
+from livemig.machine import PAGE
+from livemig.metal import HINTED_PAGES, PARTS, WAIT_MS, Metal, held, let_go, metal, wait_ended
+from livemig.metal import wait_hinted
+from livemig.migration import migrate, query, set_capabilities, start, status_is
+from livemig.oracle import Oracle
+
+pytestmark = pytest.mark.integrity
+
+MIB = 1 << 20
+ENDED = {"cancel": "cancelled", "destination-dies": "failed"}
+
+
+@contextlib.contextmanager
+def busy_peer(directory: Path) -> Iterator[Tuple[str, socket.socket]]:
+    """A destination that takes no connection: who connects to it waits."""
+    path = str(directory / "busy")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        # One connection may wait to be accepted.
+        first.connect(path)
+        yield f"unix:{path}", listener
+
+
+def end(source: Guest, how: str, kill: Callable[[], object]) -> None:
+    """End a migration early."""
+    if how == "cancel":
+        source.qmp("migrate_cancel")
+    else:
+        kill()
+        if query(source).status == "pre-switchover":
+            source.qmp("migrate-continue", state="pre-switchover")
+    # Well before the deadline for the guest's answer.
+    source.wait_event(status_is(ENDED[how]), "end of the migration", WAIT_MS / 2000)
+    kill()
+
+
+# States of the migration, with a guest that answers at once
+
+
+# Where the debug build takes checksums, which takes a while.
+ARMED = "scanning" if ABSENT else "arming"
+
+
+def in_arming(source: Guest, doomed: Guest) -> None:
+    """The dirty log was armed, and nobody was asked yet."""
+    start(source, doomed, migration(max_bandwidth=MIB))
+    wait_hints(source, ARMED)
+
+
+def in_round_1(source: Guest, doomed: Guest) -> None:
+    """The hints are there, what remains is sent slowly."""
+    start(source, doomed, migration(max_bandwidth=MIB))
+    assert wait_hints(source, "ended").hinted_bytes > FREED_MIB * MIB
+    assert query(source).rounds == 1
+
+
+def in_later_round(source: Guest, doomed: Guest) -> None:
+    """Memory is sent for the fourth time."""
+    start(source, doomed, migration(max_bandwidth=100 * MIB, downtime_limit=1))
+    wait_rounds(source, 4)
+
+
+def before_switchover(source: Guest, doomed: Guest) -> None:
+    """All was sent, the guest is stopped."""
+    start(source, doomed, migration())
+    source.wait_event(status_is("pre-switchover"), "switchover", 120)
+    assert source.qmp("query-status")["status"] != "running"
+
+
+def in_device(source: Guest, doomed: Guest) -> None:
+    """All was sent, with the devices, and the destination does not say that it has it.
+
+    The guest writes nothing more, and what is left to be sent at the end is less than a socket
+    takes: QEMU's monitor waits for a peer that does not read then, hints or not.
+    """
+    start(source, doomed, migration(max_bandwidth=32 * MIB, downtime_limit=1))
+    wait_hints_ended(source)
+    source.qmp("stop")
+    source.wait_event(status_is("pre-switchover"), "switchover", 120)
+    assert doomed.pid
+    os.kill(doomed.pid, signal.SIGSTOP)
+    source.qmp("migrate-continue", state="pre-switchover")
+    source.wait_event(status_is("device"), "sending of the devices", 60)
+    time.sleep(0.2)
+
+
+@dataclass(frozen=True)
+class State:
+    """A state that a migration can be held in."""
+
+    reach: Callable[[Guest, Guest], None]
+    # What query-migrate says then.
+    status: str = "active"
+    hints: str = "ended"
+    capabilities: Mapping[str, bool] = field(default_factory=dict)
+
+
+PAUSE = {"pause-before-switchover": True}
+STATES = {
+    "arming": State(in_arming, hints=ARMED),
+    "round-1": State(in_round_1),
+    "later-round": State(in_later_round),
+    "before-switchover": State(before_switchover, "pre-switchover", capabilities=PAUSE),
+    "device": State(in_device, "device", capabilities={**PAUSE, "return-path": True}),
+}
+
+
+@pytest.mark.parametrize("name", in_check(STATES, "round-1", long=("later-round",)))
+def test_ended_early(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """After migrations that ended in this state the guest is whole, and hints are used anew."""
+    state = STATES[name]
+    oracle = Oracle(lab, SMALL)
+    source = oracle.boot(trace="free_page_hint_*")
+    fill_and_free(source)
+    start_churn(source)
+    for how in ENDED:
+        doomed = lab.incoming(SMALL, how)
+        for guest in (source, doomed):
+            set_capabilities(guest, state.capabilities)
+        state.reach(source, doomed)
+        # The premise: this is when it ends.
+        now = query(source)
+        assert (now.status, hints_of(now).state) == (state.status, state.hints)
+        end(source, how, doomed.close)
+        measured[how] = hints_of(query(source)).reason
+        if source.qmp("query-status")["status"] == "paused":
+            source.qmp("cont")
+        assert_intact(source)
+        assert_goes_on(source)
+    if name == "arming":
+        # Nobody was asked by what was cancelled then.
+        assert measured["cancel"] == "cancelled"
+        assert source.trace_log.read_text().count("free_page_hint_ask ") == 1
+    set_capabilities(source, dict.fromkeys(state.capabilities, False))
+    destination = oracle.arrival()
+    result = migrate(source, destination, WITH_HINTS)
+    measured["skipped"] = assert_hints_used(result, FREED_MIB * MIB).skipped_bytes
+    oracle.check()
+    assert_intact(destination)
+    assert_goes_on(destination)
+
+
+@pytest.mark.parametrize("how", ENDED)
+def test_ended_in_setup(lab: Lab, tmp_path: Path, how: str) -> None:
+    """A migration that ends before it is connected asks for nothing, and the next one does."""
+    oracle = Oracle(lab, SMALL)
+    with busy_peer(tmp_path) as (uri, listener):
+        source = oracle.boot()
+        fill_and_free(source)
+        start_churn(source)
+        set_capabilities(source, {"events": True, "free-page-hint": True})
+        source.qmp("migrate", uri=uri)
+        # The premise: it is not further, and will not be.
+        time.sleep(0.5)
+        assert (query(source).status, hints_of(query(source)).state) == ("setup", "idle")
+        end(source, how, listener.close)
+        assert hints_of(query(source)).messages == 0
+        destination = oracle.arrival()
+        assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+        oracle.check()
+        assert_intact(destination)
+        assert_goes_on(destination)
+
+
+# States of the hints, with a guest that does one step at a time
+
+
+def in_asked(guest: Metal, doomed: Guest) -> int:
+    """The guest was asked and has not answered."""
+    start(guest.source, doomed, held())
+    return guest.balloon.wait_asked()
+
+
+def in_reporting(guest: Metal, doomed: Guest) -> int:
+    """The guest has sent one array, and no end."""
+    cmd_id = in_asked(guest, doomed)
+    guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
+    wait_hinted(guest.source, len(HINTED_PAGES) * PAGE)
+    return cmd_id
+
+
+@pytest.mark.parametrize("how", in_check(ENDED, "cancel"))
+@pytest.mark.parametrize("state", ["asked", "reporting"])
+def test_ended_while(lab: Lab, state: str, how: str) -> None:
+    """A migration that ends while its guest answers takes no page out of the next one."""
+    reach = {"asked": in_asked, "reporting": in_reporting}[state]
+    with metal(lab) as guest:
+        guest.write_all()
+        doomed = guest.incoming("doomed")
+        old_id = reach(guest, doomed)
+        hints = hints_of(query(guest.source))
+        assert hints.state == state
+        assert hints.skipped_bytes == (len(HINTED_PAGES) * PAGE if state == "reporting" else 0)
+        if how == "destination-dies":
+            doomed.close()
+            # Nothing is sent while the guest is waited for, so that nobody notices.
+            assert hints_of(query(guest.source)).state == state
+            guest.balloon.send_end(old_id)
+        end(guest.source, how, doomed.close)
+        hints = wait_ended(guest.source)
+        assert hints.reason == ("cancelled" if how == "cancel" else None)
+        assert guest.source.qmp("query-status")["status"] == "running"
+
+        # What was hinted is kept by its owner now, and some of it written.
+        guest.write("in round 1")
+        destination = guest.incoming()
+        start(guest.source, destination, held())
+        cmd_id = guest.balloon.wait_asked()
+        assert cmd_id != old_id
+        # An answer that is late.
+        guest.balloon.send_array(old_id, PAGE, HINTED_PAGES)
+        guest.balloon.queue.wait_returned()
+        free = HINTED_PAGES[:16]
+        guest.balloon.send_array(cmd_id, PAGE, free)
+        guest.balloon.send_end(cmd_id)
+        wait_ended(guest.source)
+        hints = hints_of(let_go(guest.source, destination))
+        assert (hints.complete, hints.reason) == (True, None)
+        assert hints.skipped_bytes == len(free) * PAGE
+        assert hints.stale_bytes == len(HINTED_PAGES) * PAGE
+        seen = memory.compare(guest.source, destination)
+        assert not seen.lost
+        # With absent pages on, they were kept back too.
+        assert seen.kept > len(free) if ABSENT else seen.kept == len(free)
+        assert sum(guest.lost(part) for part in PARTS) == len(free)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest that uses its memory while it migrates loses none of it."""
+
+from typing import Any, Dict
+
+import pytest
+
+from livemig import workload
+from livemig.checks import INIT_ON_FREE, SMALL, assert_goes_on, assert_intact, hints_of, in_check
+from livemig.checks import migration, patient, start_churn, wait_rounds
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.migration import MigrationResult, finish, start
+from livemig.modes import MODES, Mode
+from livemig.oracle import Oracle
+
+pytestmark = pytest.mark.integrity
+
+ROUNDS = 5
+MIB = 1 << 20
+
+
+def migrate_in_rounds(source: Guest, destination: Guest, mode: Mode) -> MigrationResult:
+    """Migrate, and let the guest run on until memory has been sent in ROUNDS rounds at least."""
+    # With such limits, it is ready to be stopped only if it wrote less than 32 pages in a round, as
+    # even a guest does not that hardly runs on a busy machine.
+    spec = migration(patient(mode), downtime_limit=1, max_bandwidth=128 * MIB)
+    start(source, destination, spec)
+    wait_rounds(source, ROUNDS)
+    source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
+    return finish(source, destination)
+
+
+CASES = {
+    "array": ("array", ()),
+    "block": ("block", ()),
+    # The control: what fails here too is not the hints' fault.
+    "none": ("none", ()),
+    # What was not sent must read as zero, or such a guest hands out memory that is not clear.
+    "init-on-free": ("array", INIT_ON_FREE),
+}
+
+
+@pytest.mark.parametrize("name", in_check(CASES, "array", "init-on-free"))
+def test_memory_survives_churn(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """Pages rewritten, freed and taken back during migrations there and back arrive as written."""
+    mode_name, cmdline = CASES[name]
+    mode = MODES[mode_name]
+    oracle = Oracle(lab, mode.spec(SMALL).but(cmdline=cmdline))
+    here = oracle.boot()
+    workload.dirty_and_free(here, 256)
+    workload.stamp(here, 32)
+    start_churn(here)
+
+    redirtied = 0
+    for hop in range(2):
+        before = assert_intact(here, "churn")
+        there = oracle.arrival()
+        result = migrate_in_rounds(here, there, mode)
+        seen = oracle.check()
+        here = oracle.move_on()
+        assert_intact(here)
+        after = assert_goes_on(here)
+        # The premise: the guest wrote all the while, or there would have been one round.
+        assert result.rounds >= ROUNDS
+        hints = hints_of(result)
+        assert (hints.reason is None) == (mode_name != "none")
+        redirtied += hints.redirtied_bytes
+        measured[f"hop-{hop}"] = {
+            "rounds": result.rounds,
+            "reallocs": after.reallocs - before.reallocs,
+            "skipped": hints.skipped_bytes,
+            "redirtied": hints.redirtied_bytes,
+            "kept": seen.kept,
+            "different": seen.different,
+        }
+    # What was not sent can be used, and is clear.
+    workload.stamp(here, 512, name="new")
+    assert_intact(here, "new")
+    # The premise: hinted pages were taken back and written.
+    assert (redirtied > 0) == (mode_name != "none")

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""An estimate says what a migration would skip, and changes nothing."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional, Sequence
+
+import pytest
+
+from livemig.balloon import Balloon
+from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, assert_hints_used
+from livemig.checks import assert_intact, fill_and_free, hints_of, in_check, start_churn
+from livemig.errors import GuestError
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.machine import PAGE
+from livemig.metal import FIRST_ID, HINTED_PAGES, Metal, held, let_go, metal, set_up
+from livemig.migration import migrate, query, start
+from livemig.oracle import Oracle
+from livemig.spec import BLOCKS, GuestSpec
+
+# How often a guest that works is asked, one time after the other.
+TIMES = int(os.environ.get("FPH_ESTIMATES", "50"))
+# Of what an estimate says, a migration may skip so much more or less.
+PERCENT = 3
+
+
+def begin(guest: Guest, wait_ms: int = PATIENT_MS, **arguments: Any) -> None:
+    """Begin to make an estimate."""
+    guest.qmp("migrate-set-parameters", free_page_hint_wait=wait_ms)
+    guest.qmp("calc-free-page-estimate", **arguments)
+
+
+def ended(guest: Guest) -> Dict[str, Any]:
+    """Wait until it is made, and check that it adds up: no event says so."""
+    deadline = time.monotonic() + PATIENT_MS / 1000 + 10
+    while (info := guest.qmp("query-free-page-estimate"))["status"] != "measured":
+        assert info == {"status": "measuring"} and time.monotonic() < deadline
+        time.sleep(0.01)
+    found: Dict[str, Any] = info["estimate"]
+    parts = ("absent-bytes", "free-bytes", "remaining-bytes")
+    assert sum(found[part] for part in parts) == found["total-bytes"]
+    return found
+
+
+def estimate(guest: Guest, wait_ms: int = PATIENT_MS, **arguments: Any) -> Dict[str, Any]:
+    """Make an estimate."""
+    begin(guest, wait_ms, **arguments)
+    return ended(guest)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A bare-metal guest of which an estimate is wanted, and that has not answered yet."""
+
+    guest: Metal
+    source: Guest
+    balloon: Balloon
+    cmd_id: int
+
+
+@pytest.fixture(name="asked")
+def asked_guest(lab: Lab) -> Iterator[Asked]:
+    """See Asked."""
+    with metal(lab, trace="free_page_* virtio_balloon_hint_*", qemu="debug") as guest:
+        assert guest.source.qmp("query-free-page-estimate") == {"status": "unstarted"}
+        guest.write_all()
+        set_up(guest.source)
+        begin(guest.source)
+        yield Asked(guest, guest.source, guest.balloon, guest.balloon.wait_asked())
+
+
+GUESTS: Dict[str, GuestSpec] = {
+    "fresh": SMALL,
+    "filled": SMALL,
+    "memfd": SMALL.but(mem_backend="memory-backend-memfd,share=on"),
+}
+
+
+@pytest.mark.parametrize("kind", in_check(GUESTS, "filled"))
+def test_agrees_with_the_migration(lab: Lab, measured: Dict[str, Any], kind: str) -> None:
+    """A migration skips what was estimated, to a few percent: absent pages, and free ones."""
+    oracle = Oracle(lab, GUESTS[kind].but(skip_absent=True))
+    source = oracle.boot()
+    if kind != "fresh":
+        fill_and_free(source)
+    before = estimate(source, bandwidth=125000000)
+    destination = oracle.arrival()
+    result = migrate(source, destination, WITH_HINTS)
+    oracle.check()
+    hints = hints_of(result)
+    assert result.absent and before["complete"] and "reason" not in before
+    skipped = result.absent.absent_bytes + hints.skipped_bytes
+    estimated = before["absent-bytes"] + before["free-bytes"]
+    measured.update(skipped=skipped, estimated=estimated)
+    measured.update(scan_us=before["scan-time"], ask_us=before["ask-to-end"])
+    measured.update(migration_us=hints.ask_to_end)
+    assert abs(skipped - estimated) < skipped * PERCENT / 100
+    # The premise: both sources are there, in the guest that was filled.
+    assert before["absent-bytes"] > 64 * MIB
+    assert (before["free-bytes"] > FREED_MIB * MIB * 0.9) == (kind != "fresh")
+    # By size, free blocks are reported whether they are absent or not.
+    sizes = [blocks["block-size"] for blocks in before["blocks"]]
+    assert sizes == sorted(sizes) and {2 * MIB, 4 * MIB} >= set(sizes)
+    assert abs(sum(blocks["bytes"] for blocks in before["blocks"]) - hints.hinted_bytes) < (
+        hints.hinted_bytes * PERCENT / 100
+    )
+    assert before["round-time"] == before["remaining-bytes"] // 125000
+
+
+def test_changes_nothing(lab: Lab) -> None:
+    """Nothing is logged or populated, and what the latest migration did is reported as before."""
+    source = lab.boot(SMALL.but(trace="global_dirty_changed free_page_*"))
+    fill_and_free(source)
+    start_churn(source)
+    destination = lab.incoming(SMALL)
+    # One that fails.
+    start(source, destination, WITH_HINTS.with_parameters(max_bandwidth=MIB))
+    destination.close()
+    source.wait_event(lambda e: e.get("data") == {"status": "failed"}, "failure", 60)
+    told = source.qmp("query-migrate")
+    events = source.trace_log.read_text().count("global_dirty_changed")
+    # The premise.
+    assert events > 0
+    resident = rss_mib(source)
+    for _ in range(5):
+        assert estimate(source)["complete"]
+    assert source.qmp("query-migrate") == told
+    assert source.trace_log.read_text().count("global_dirty_changed") == events
+    assert source.trace_log.read_text().count("free_page_hint_ask ") == 1
+    # What the guest itself takes in the meantime is less than what the freed memory would be.
+    assert rss_mib(source) - resident < FREED_MIB // 4
+    assert_intact(source)
+    oracle_destination = lab.incoming(SMALL, "next")
+    assert_hints_used(migrate(source, oracle_destination, WITH_HINTS), FREED_MIB // 2 * MIB)
+    assert_intact(oracle_destination, "churn")
+
+
+def rss_mib(guest: Guest) -> int:
+    """How much memory a guest's QEMU has."""
+    pages = Path(f"/proc/{guest.pid}/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * PAGE // MIB
+
+
+def test_many_in_a_row(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A guest at work is asked time and again, and goes on with all its memory as it was."""
+    source = lab.boot(SMALL)
+    fill_and_free(source)
+    start_churn(source)
+    before = assert_intact(source, "churn")
+    for _ in range(TIMES):
+        found = estimate(source)
+        assert found["complete"], found
+    after = assert_intact(source, "churn")
+    measured.update(times=TIMES, reallocs=after.reallocs - before.reallocs)
+    # The premise: it was at work.
+    assert after.reallocs > before.reallocs
+    assert_intact(source)
+
+
+NOT_ASKED: Dict[str, Sequence[Any]] = {
+    # Balloon, and why it is not asked.
+    "blocks": (BLOCKS, "no-arrays"),
+    "no-balloon": (None, "no-device"),
+    "no-hints": ("", "no-device"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_ASKED)
+def test_who_is_not_asked(lab: Lab, kind: str) -> None:
+    """Who would have to allocate what it hints, or cannot answer, is not asked; absent pages are
+    found."""
+    balloon, reason = NOT_ASKED[kind]
+    guest = lab.boot(SMALL.but(balloon=balloon, trace="virtio_balloon_hint_status free_page_*"))
+    before = guest.trace_log.read_text().count("virtio_balloon_hint_status")
+    found = estimate(guest)
+    assert (found["reason"], found["complete"], found["free-bytes"]) == (reason, False, 0)
+    assert found["absent-bytes"] > 256 * MIB and "absent-reason" not in found
+    assert guest.trace_log.read_text().count("virtio_balloon_hint_status") == before
+
+
+def refused(guest: Guest, **arguments: Any) -> Optional[str]:
+    """Why there is no estimate."""
+    try:
+        guest.qmp("calc-free-page-estimate", **arguments)
+    except GuestError as err:
+        return str(err)
+    return None
+
+
+def test_refused(asked: Asked) -> None:
+    """There is one at a time, none with a bandwidth of 0, and none while a guest is moved."""
+    assert "an estimate is being made already" in str(refused(asked.source))
+    asked.balloon.send_end(asked.cmd_id)
+    assert ended(asked.source)["complete"]
+    assert "must not be 0" in str(refused(asked.source, bandwidth=0))
+    destination = asked.guest.incoming()
+    start(asked.source, destination, held())
+    for guest in asked.source, destination:
+        assert "during a migration" in str(refused(guest))
+
+
+def test_stopped(asked: Asked) -> None:
+    """A guest that is stopped while it is asked, or before, is not waited for."""
+    asked.source.qmp("stop")
+    assert ended(asked.source)["reason"] == "vm-stopped"
+    begin(asked.source)
+    assert ended(asked.source)["reason"] == "vm-stopped"
+    asked.source.qmp("cont")
+    begin(asked.source)
+    asked.balloon.send_end(asked.balloon.wait_asked())
+    assert ended(asked.source)["complete"]
+
+
+def test_reset(asked: Asked) -> None:
+    """A device that is reset while its guest is asked ends the estimate."""
+    asked.balloon.reset()
+    answer = ended(asked.source)
+    assert (answer["reason"], answer["complete"]) == ("reset", False)
+
+
+def test_migration_begins_meanwhile(asked: Asked) -> None:
+    """A migration ends the estimate, and an answer to that takes nothing out of the migration."""
+    destination = asked.guest.incoming()
+    start(asked.source, destination, held())
+    assert ended(asked.source)["reason"] == "cancelled"
+    cmd_id = asked.balloon.wait_asked()
+    assert asked.cmd_id >= FIRST_ID and cmd_id != asked.cmd_id
+    # What the estimate would have been told was written since.
+    asked.guest.write("in round 1")
+    asked.balloon.send_array(asked.cmd_id, PAGE, HINTED_PAGES)
+    asked.balloon.queue.wait_returned()
+    asked.balloon.send_end(asked.cmd_id)
+    asked.balloon.queue.wait_returned()
+    assert hints_of(query(asked.source)).state == "asked"
+    asked.balloon.send_end(cmd_id)
+    hints = hints_of(let_go(asked.source, destination))
+    assert (hints.complete, hints.skipped_bytes) == (True, 0)
+    assert hints.stale_bytes == len(HINTED_PAGES) * PAGE
+    assert not any(asked.guest.lost(part) for part in ("kept", "in round 1", "free"))
+
+
+def test_anything_is_counted_once(asked: Asked) -> None:
+    """Memory that is hinted twice, that is not there, or in a huge block counts for what it is."""
+    for size, addrs in (
+        (PAGE, HINTED_PAGES),
+        (PAGE, HINTED_PAGES),
+        (1 << 30, [1 << 40]),
+        (2 * MIB, [32 * MIB, 32 * MIB]),
+    ):
+        asked.balloon.send_array(asked.cmd_id, size, addrs)
+        asked.balloon.queue.wait_returned()
+    asked.balloon.send_end(asked.cmd_id)
+    found = ended(asked.source)
+    # Of the block of 2 MiB nothing was ever written.
+    assert found["free-bytes"] + found["absent-bytes"] <= found["total-bytes"]
+    assert found["free-bytes"] == len(HINTED_PAGES) * PAGE
+    assert found["complete"]
+
+
+def test_nobody_waits_for_ever(asked: Asked) -> None:
+    """A guest that does not answer is given up at the deadline, and asked again the next time."""
+    asked.balloon.send_end(asked.cmd_id)
+    ended(asked.source)
+    assert estimate(asked.source, wait_ms=300)["reason"] == "timeout"
+    assert asked.balloon.cmd_id() == asked.balloon.DONE
+    begin(asked.source)
+    asked.balloon.send_end(asked.balloon.wait_asked())
+    assert ended(asked.source)["complete"]
+
+
+def test_human_monitor(lab: Lab) -> None:
+    """The human monitor has it too."""
+    guest = lab.boot(SMALL)
+    guest.qmp("migrate-set-parameters", free_page_hint_wait=PATIENT_MS)
+    assert "unstarted" in guest.hmp("info free_page_estimate")
+    assert not guest.hmp("calc_free_page_estimate")
+    ended(guest)
+    text = guest.hmp("info free_page_estimate")
+    for words in "absent: ", "free besides: ", "complete", "blocks of 4096 kbytes", "to be sent: ":
+        assert words in text
+
+
+def test_migrations_go_on_as_before(lab: Lab) -> None:
+    """After an estimate that found nothing, a migration asks anew and uses what it hears."""
+    with metal(lab, qemu="debug") as guest:
+        guest.write_all()
+        set_up(guest.source)
+        assert estimate(guest.source, wait_ms=200)["reason"] == "timeout"
+        destination = guest.incoming()
+        start(guest.source, destination, held())
+        cmd_id = guest.balloon.wait_asked()
+        guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
+        guest.balloon.send_end(cmd_id)
+        hints = hints_of(let_go(guest.source, destination))
+        assert hints.complete and hints.skipped_bytes == len(HINTED_PAGES) * PAGE
+        assert guest.lost("free") > 0 and not guest.lost("kept")

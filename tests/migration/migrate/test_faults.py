@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whatever goes wrong while hints are in flight, the guest runs on and nothing is lost."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import pytest
+
+from livemig import workload
+from livemig.checks import SMALL, WITH_HINTS, assert_goes_on, assert_intact, fill_and_free, hints_of
+from livemig.checks import in_check, migration, start_churn, wait_hints_ended
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.machine import PAGE
+from livemig.metal import HINTED_PAGES, WAIT_MS, metal, wait_hinted
+from livemig.migration import migrate, query, set_capabilities, start, status_is
+from livemig.oracle import Oracle
+
+pytestmark = pytest.mark.integrity
+
+MIB = 1 << 20
+# A command that has to wait for a stalled link waits for ever; one that does not is done in
+# milliseconds. A machine that is busy with other things is not counted as a stall.
+ANSWER_SECONDS = 10
+
+
+@pytest.mark.check
+def test_source_dies(lab: Lab) -> None:
+    """A destination whose source is killed says so and ends; it does not run half a guest."""
+    source = lab.boot(SMALL)
+    fill_and_free(source)
+    start_churn(source)
+    destination = lab.incoming(SMALL)
+    start(source, destination, migration(max_bandwidth=MIB))
+    wait_hints_ended(source)
+    assert source.pid
+    os.kill(source.pid, signal.SIGKILL)
+    destination.machine.wait(timeout=60)
+    assert destination.machine.exitcode() == 1
+    assert "load of migration failed" in destination.qemu_output()
+
+
+COMMANDS: Dict[str, Callable[[Guest], Any]] = {
+    "stop": lambda source: source.qmp("stop"),
+    "reset": lambda source: source.qmp("system_reset"),
+    "cancel": lambda source: source.qmp("migrate_cancel"),
+}
+ENDED_BY = {"stop": "vm-stopped", "reset": "reset", "cancel": "cancelled"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_stalled_link(lab: Lab, measured: Dict[str, Any], command: str) -> None:
+    """While the link stalls, in the round after the hints, the monitor answers all the same."""
+    source = lab.boot(SMALL.but(qemu="debug"))
+    source.qmp("set-action", reboot="reset")
+    fill_and_free(source)
+    start_churn(source)
+    destination = lab.incoming(SMALL)
+    start(source, destination, migration(max_bandwidth=8 * MIB))
+    assert destination.pid
+    os.kill(destination.pid, signal.SIGSTOP)
+    wait_hints_ended(source)
+    # The premise: nothing is sent any more.
+    sent = -1
+    while sent != (now := query(source).sent_bytes):
+        sent = now
+        time.sleep(1)
+    began = time.monotonic()
+    COMMANDS[command](source)
+    source.qmp("query-status")
+    measured["answer_ms"] = round((time.monotonic() - began) * 1000)
+    assert measured["answer_ms"] < ANSWER_SECONDS * 1000
+    if command == "cancel":
+        source.wait_event(status_is("cancelled"), "end of the cancelled migration", 60)
+        assert_intact(source)
+        assert_goes_on(source)
+    os.kill(destination.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("command", in_check(COMMANDS, "reset"))
+def test_stalled_link_while_reporting(
+    lab: Lab, measured: Dict[str, Any], tmp_path: Path, command: str
+) -> None:
+    """With a link that stalls from the start and a report half done, the monitor answers."""
+    with metal(lab, qemu="debug") as guest, socket.socket(socket.AF_UNIX) as deaf:
+        source = guest.source
+        source.qmp("set-action", reboot="reset")
+        guest.write_all()
+        # Whoever connects is never read from.
+        deaf.bind(str(tmp_path / "deaf"))
+        deaf.listen(1)
+        set_capabilities(source, {"events": True})
+        source.qmp("migrate-set-parameters", free_page_hint_wait=WAIT_MS)
+        source.qmp("migrate", uri=f"unix:{tmp_path}/deaf")
+        cmd_id = guest.balloon.wait_asked()
+        guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
+        assert wait_hinted(source, len(HINTED_PAGES) * PAGE).state == "reporting"
+        # The queue is full of arrays when the command comes.
+        guest.balloon.queue.flood(0)
+        began = time.monotonic()
+        COMMANDS[command](source)
+        source.qmp("query-status")
+        measured["answer_ms"] = round((time.monotonic() - began) * 1000)
+        assert measured["answer_ms"] < ANSWER_SECONDS * 1000
+        hints = wait_hints_ended(source)
+        assert hints.reason == ENDED_BY[command]
+
+
+@pytest.mark.check
+def test_no_memory_left(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A guest whose memory is nearly all in use answers, if only that nothing is free."""
+    oracle = Oracle(lab, SMALL)
+    source = oracle.boot()
+    available = source.agent.run("awk '/^MemAvailable/ {print $2}' /proc/meminfo")
+    workload.stamp(source, int(available) // 1024 - 64)
+    destination = oracle.arrival()
+    result = migrate(source, destination, WITH_HINTS)
+    hints = hints_of(result)
+    assert (hints.state, hints.complete, hints.reason) == ("ended", True, None)
+    measured.update(hinted=hints.hinted_bytes)
+    assert hints.hinted_bytes < 128 * MIB
+    oracle.check()
+    assert_intact(destination)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hints arrive and are used."""
+
+import re
+from typing import Any, Dict
+
+import pytest
+
+from livemig import workload
+from livemig.checks import FREED_MIB, FREED_PAGES, NO_HINTS, SMALL, WITH_HINTS, assert_hints_used
+from livemig.checks import assert_intact, fill_and_free, hints_of, in_check, patient, start_churn
+from livemig.lab import Lab
+from livemig.migration import MigrationResult, migrate
+from livemig.modes import MODES
+from livemig.oracle import Oracle
+
+pytestmark = pytest.mark.integrity
+
+MIB = 1 << 20
+HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
+
+
+@pytest.fixture(scope="module")
+def without_hints(module_lab: Lab) -> MigrationResult:
+    """The control: the same guest, migrated with hints switched off."""
+    source = module_lab.boot(MODES["none"].spec(SMALL))
+    fill_and_free(source)
+    destination = module_lab.incoming(source.spec)
+    result = migrate(source, destination, NO_HINTS)
+    assert_intact(destination)
+    for guest in (source, destination):
+        guest.close()
+    return result
+
+
+@pytest.mark.parametrize("mode_name", in_check(["array", "block"], "block"))
+def test_freed_memory_is_not_sent(
+    lab: Lab, without_hints: MigrationResult, measured: Dict[str, Any], mode_name: str
+) -> None:
+    """A guest that wrote and freed half of its memory migrates without sending that memory."""
+    assert hints_of(without_hints).reason == "disabled"
+    assert without_hints.normal_pages > 0.95 * FREED_PAGES, "nothing to save in the control run"
+
+    mode = MODES[mode_name]
+    oracle = Oracle(lab, mode.spec(SMALL))
+    source = oracle.boot()
+    fill_and_free(source)
+    free_bytes = workload.free_reported_bytes(source)
+    destination = oracle.arrival()
+    result = migrate(source, destination, patient(mode))
+    oracle.check()
+    assert_intact(destination)
+
+    hints = assert_hints_used(result, FREED_MIB * MIB)
+    measured.update(
+        hinted_share=hints.hinted_bytes / free_bytes,
+        sent_share=result.sent_bytes / without_hints.sent_bytes,
+        arrays=hints.messages,
+        blocks=hints.blocks,
+    )
+    # The guest took some of it when it was connected to and while it answered.
+    assert hints.hinted_bytes >= 0.9 * free_bytes
+    # Not all that was freed lies in blocks that large.
+    assert without_hints.sent_bytes - result.sent_bytes > 0.8 * FREED_MIB * MIB
+    assert without_hints.normal_pages - result.normal_pages > 0.8 * FREED_PAGES
+
+
+def test_many_blocks_share_a_message(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A report takes one queue element per 8192 blocks, and one more per reported order at most."""
+    source = lab.boot(SMALL.but(mem_mib=4096))
+    order = int(source.agent.run(f"cat {HINT_ORDER}"))
+    assert workload.MAX_ORDER_PAGES >> order == 1 << workload.TOLD_ORDERS - 1
+    destination = lab.incoming(source.spec)
+    result = migrate(source, destination, WITH_HINTS)
+    hints = assert_hints_used(result, 3 << 30)
+    measured.update(arrays=hints.messages, blocks=hints.blocks)
+    assert hints.blocks > 700
+    assert hints.messages <= workload.TOLD_ORDERS + hints.blocks // 8192
+
+
+@pytest.mark.check
+def test_counter_matches_bitmap(lab: Lab, measured: Dict[str, Any]) -> None:
+    """After round 0 and each sync, the counter of dirty pages is the number of bits set."""
+    oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*"))
+    source = oracle.boot()
+    start_churn(source)
+    destination = oracle.arrival()
+    result = migrate(source, destination, WITH_HINTS)
+    assert_hints_used(result, 256 * MIB)
+    oracle.check()
+    assert_intact(destination, "churn")
+    found = re.findall(
+        r"^free_page_hint_check counter (\d+) bits (\d+)$",
+        source.trace_log.read_text(),
+        re.MULTILINE,
+    )
+    measured.update(checks=found)
+    # One before round 1, and one in the last sync at least.
+    assert len(found) >= 2
+    assert all(counter == bits for counter, bits in found)

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Page cache that a guest frees for a migration: cold and clean, and no more than it may.
+
+The guest's files are on a disk that both QEMUs open; what became of their pages, the guest says.
+"""
+
+import hashlib
+import re
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, Iterator
+
+import pytest
+
+from livemig import workload
+from livemig.balloon import Balloon
+from livemig.checks import INIT_ON_FREE, MIB, PATIENT_MS, SMALL, STAMP_MIB, assert_goes_on
+from livemig.checks import assert_intact, hints_of, start_churn, wait_hints_ended
+from livemig.disk import disk_copy
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.metal import WAIT_MS, held, hints_now, let_go, lost_strips, metal, wait_ended
+from livemig.migration import Hints, MigrationResult, cancel, finish, migrate, query, start
+from livemig.oracle import Oracle
+from livemig.spec import ARRAYS, MigrationSpec
+
+pytestmark = pytest.mark.integrity
+
+BALLOON = f"{ARRAYS},free-page-hint-cache=on"
+# More than the guest has.
+EVERYTHING = 4096 * MIB
+COLD_MIB = 192
+FILES = {"cold": COLD_MIB, "hot": 32, "held": 16, "locked": 16}
+DIRTY_MIB = 16
+PAGES_PER_MIB = 256
+# The guest frees so much before it looks at its limits, and can be slowed down.
+STEP_BYTES = 4 * MIB
+STEP_MS = 200
+TRACE = "/sys/kernel/tracing/trace"
+CACHE_EVENT = "/sys/kernel/tracing/events/virtio_balloon_hint/virtio_balloon_hint_cache/enable"
+RESIDENT = re.compile(r"^resident=(\d+) pages=(\d+)$", re.MULTILINE)
+
+
+def contents(name: str) -> bytes:
+    """A file's contents: no page of it is zero or another's."""
+    size = FILES[name] * MIB
+    seed = hashlib.sha256(name.encode()).digest() * (4096 // 32)
+    pages = (i.to_bytes(8, "little") + seed[8:] for i in range(size // 4096))
+    return b"".join(pages)
+
+
+@pytest.fixture(name="image", scope="module")
+def image_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk image with the files."""
+    path = tmp_path_factory.mktemp("disk")
+    (path / "files").mkdir()
+    for name in FILES:
+        (path / "files" / name).write_bytes(contents(name))
+    image = path / "image"
+    command = ["/sbin/mke2fs", "-q", "-t", "ext4", "-d", path / "files", image, "384M"]
+    subprocess.run(list(map(str, command)), check=True)
+    return image
+
+
+@pytest.fixture(name="disk")
+def disk_fixture(image: Path) -> Iterator[Path]:
+    """A copy that a guest may write to."""
+    with disk_copy(image) as disk:
+        yield disk
+
+
+def resident(guest: Guest, name: str) -> int:
+    """How many MiB of a file are in the guest's page cache."""
+    output = guest.agent.run(f"filepages resident /mnt/{name}")
+    match = RESIDENT.search(output)
+    assert match, output
+    return int(match.group(1)) // PAGES_PER_MIB
+
+
+def with_cache(budget: int, **parameters: Any) -> MigrationSpec:
+    """A migration for which so many bytes of page cache may be freed."""
+    settings = {"max-bandwidth": 0, "downtime-limit": 2000, "free-page-hint-wait": PATIENT_MS}
+    spec = MigrationSpec(
+        capabilities={"free-page-hint": True, "skip-absent-pages": False},
+        parameters={**settings, "free-page-hint-cache": budget},
+    )
+    return spec.with_parameters(**parameters)
+
+
+def boot(lab: Lab, disk: Path, before: str = "true", **changes: Any) -> Oracle:
+    """A guest that has the files mounted, after a command."""
+    drive = ("-drive", f"file={disk},format=raw,if=none,id=data", "-device")
+    args = (*drive, "virtio-blk-pci,drive=data")
+    oracle = Oracle(lab, SMALL.but(**{"balloon": BALLOON, "args": args, **changes}))
+    guest = oracle.boot()
+    workload.stamp(guest, STAMP_MIB)
+    guest.agent.run(before)
+    guest.agent.run("mkdir -p /mnt && mount -t ext4 /dev/vda /mnt")
+    # What is dirty is to stay so until it is looked at.
+    guest.agent.run("echo 100000 | tee /proc/sys/vm/dirty_expire_centisecs")
+    guest.agent.run("echo 0 > /proc/sys/vm/dirty_writeback_centisecs")
+    return oracle
+
+
+def boot_full(lab: Lab, disk: Path, before: str = "true", **changes: Any) -> Oracle:
+    """A guest whose page cache has the files."""
+    oracle = boot(lab, disk, before, **changes)
+    guest = oracle.source
+    assert guest
+    guest.agent.run("cat /mnt/hot /mnt/hot /mnt/hot > /dev/null")
+    guest.agent.run("filepages hold /mnt/held && filepages lock /mnt/locked")
+    guest.agent.run("cat /mnt/cold > /dev/null", timeout=300)
+    assert resident(guest, "cold") == COLD_MIB
+    return oracle
+
+
+def move(oracle: Oracle, spec: MigrationSpec) -> MigrationResult:
+    """Migrate it; its memory is compared, and found intact by itself."""
+    assert oracle.source
+    destination = oracle.arrival()
+    result = migrate(oracle.source, destination, spec)
+    oracle.check()
+    assert_intact(destination)
+    return result
+
+
+def assert_complete(result: MigrationResult) -> Hints:
+    """The guest gave a whole answer."""
+    hints = hints_of(result)
+    assert hints.complete and hints.reason is None and hints.invalid_messages == 0, hints
+    return hints
+
+
+def assert_files(guest: Guest) -> None:
+    """All files are what they were."""
+    for name in FILES:
+        output = guest.agent.run(f"sha256sum /mnt/{name}", timeout=300)
+        assert output.split()[0] == hashlib.sha256(contents(name)).hexdigest(), name
+
+
+def refaults(guest: Guest) -> int:
+    """Pages of files that were read again although they had been freed, so far."""
+    match = re.search(r"^workingset_refault_file (\d+)$", guest.agent.run("cat /proc/vmstat"), re.M)
+    assert match
+    return int(match.group(1))
+
+
+# The other LRU keeps what is hot and what is cold in one list. Only the debug kernel has it.
+SWITCH = "/sys/kernel/mm/lru_gen/enabled"
+GENERATIONS = f"echo y > {SWITCH} && grep -q 0x000[1-9a-f] {SWITCH}"
+LRUS = {"lists": ("ours", "true"), "generations": ("debug", GENERATIONS)}
+
+
+@pytest.mark.parametrize("lru", LRUS)
+def test_cold_cache_is_not_sent(lab: Lab, disk: Path, measured: Dict[str, Any], lru: str) -> None:
+    """What was read once is freed and not sent; what is hot, mapped, locked or dirty stays.
+
+    Files are whole at the destination, those too that are only in memory, and what is read again
+    is known to have been there.
+    """
+    kernel, before = LRUS[lru]
+    oracle = boot_full(lab, disk, before, kernel=kernel)
+    source = oracle.source
+    assert source
+    source.agent.run(f"dd if=/dev/urandom of=/mnt/dirty bs=1M count={DIRTY_MIB}")
+    source.agent.run(f"dd if=/dev/urandom of=/tmp/shmem bs=1M count={DIRTY_MIB}")
+    sums = source.agent.run("sha256sum /mnt/dirty /tmp/shmem")
+    kept = {name: resident(source, name) for name in ("hot", "held", "locked", "dirty")}
+    hints = assert_complete(result := move(oracle, with_cache(EVERYTHING)))
+    there = oracle.destination
+    assert there
+    measured.update(
+        freed=hints.cache_freed_bytes, us=hints.cache_time, sent=result.sent_bytes, **kept
+    )
+    assert hints.cache_freed_bytes > 0.9 * COLD_MIB * MIB
+    assert resident(there, "cold") < COLD_MIB // 10
+    left = {name: resident(there, name) for name in kept}
+    # A page that still waits in one CPU's batch when another reads it is not made active by that: a
+    # few of the hot ones may be gone.
+    assert kept["hot"] - left.pop("hot") <= 1 and left.items() <= kept.items(), left
+    assert there.agent.run("sha256sum /mnt/dirty /tmp/shmem") == sums
+    refaulted = refaults(there)
+    assert_files(there)
+    measured["refaulted"] = (refaults(there) - refaulted) // PAGES_PER_MIB
+    assert measured["refaulted"] > 0.9 * hints.cache_freed_bytes / MIB
+    there.agent.run("sync")
+    assert there.agent.run("sha256sum /mnt/dirty /tmp/shmem") == sums
+
+
+@pytest.mark.parametrize("budget", [0, 64 * MIB], ids=["none", "a-part"])
+def test_budget(lab: Lab, disk: Path, measured: Dict[str, Any], budget: int) -> None:
+    """No more is freed than the operator allows: nothing unless asked for."""
+    oracle = boot_full(lab, disk)
+    hints = assert_complete(move(oracle, with_cache(budget)))
+    assert oracle.destination
+    measured.update(freed=hints.cache_freed_bytes, us=hints.cache_time)
+    assert budget * 0.9 <= hints.cache_freed_bytes <= budget
+    left = resident(oracle.destination, "cold")
+    assert COLD_MIB - budget // MIB <= left + 1
+    assert_files(oracle.destination)
+
+
+@pytest.mark.parametrize("percent", [0, 10])
+def test_owner_limits_it(lab: Lab, disk: Path, measured: Dict[str, Any], percent: int) -> None:
+    """The guest's owner decides how much of the cache a host may have freed."""
+    oracle = boot_full(lab, disk, cmdline=(f"virtio_balloon_hint.cache_percent={percent}",))
+    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
+    measured.update(freed=hints.cache_freed_bytes)
+    cache = (sum(FILES.values()) + 16) * MIB
+    assert hints.cache_freed_bytes <= cache * percent // 100
+    assert (hints.cache_freed_bytes > 0) == (percent > 0)
+
+
+def test_time_is_limited(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
+    """Half of the wait is for the cache at most, by the guest's clock."""
+    slow = f"insmod /lib/modules/hint_faults.ko cache_delay={STEP_MS}"
+    oracle = boot_full(lab, disk, f"{slow} && echo 1 > {CACHE_EVENT}", kernel="debug")
+    result = move(oracle, with_cache(EVERYTHING, free_page_hint_wait=20 * STEP_MS))
+    there = oracle.destination
+    assert there
+    # Whether or not the guest could tell the host so in time.
+    match = re.search(r"virtio_balloon_hint_cache: .* freed=(\d+)", there.agent.run(f"cat {TRACE}"))
+    assert match
+    freed = int(match.group(1)) // PAGES_PER_MIB * MIB
+    measured.update(freed=freed, us=hints_of(result).cache_time)
+    assert 0 < freed <= (10 + 1) * STEP_BYTES < 0.9 * COLD_MIB * MIB
+
+
+@pytest.mark.parametrize("balloon", [ARRAYS, None], ids=["off", "no-device"])
+def test_not_offered(lab: Lab, disk: Path, balloon: Any) -> None:
+    """Without the device's property, the parameter does nothing."""
+    oracle = boot_full(lab, disk, balloon=balloon)
+    result = move(oracle, with_cache(EVERYTHING))
+    assert oracle.destination
+    assert hints_of(result).cache_freed_bytes == 0
+    assert resident(oracle.destination, "cold") == COLD_MIB
+
+
+def test_stock_driver(lab: Lab, disk: Path) -> None:
+    """A driver that does not know of it hints as ever."""
+    oracle = boot_full(lab, disk, kernel="stock")
+    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
+    assert hints.cache_freed_bytes == 0 and hints.blocks == hints.messages > 0
+    assert oracle.destination
+    assert_files(oracle.destination)
+
+
+# Writes a file and reads it again, and a cold one; says what it found.
+WORK = (
+    "(while :; do"
+    " dd if=/dev/urandom bs=64k count=16 2>/dev/null | tee /mnt/work | sha256sum > /tmp/sum;"
+    " sha256sum < /mnt/work | cmp -s - /tmp/sum || echo wrong >> /tmp/wrong;"
+    " dd if=/mnt/cold of=/dev/null bs=1M count=32 2>/dev/null;"
+    " echo >> /tmp/rounds;"
+    " done) > /dev/null 2>&1 &"
+)
+
+
+def rounds_of_work(guest: Guest) -> int:
+    """How often the work was done so far, without a mistake."""
+    output = guest.agent.run(
+        "cat /tmp/rounds 2>/dev/null | wc -l; ls /tmp/wrong 2>/dev/null || true"
+    )
+    assert "wrong" not in output
+    return int(output)
+
+
+@pytest.mark.parametrize("cmdline", [(), INIT_ON_FREE], ids=["plain", "init-on-free"])
+def test_at_work(lab: Lab, disk: Path, measured: Dict[str, Any], cmdline: Any) -> None:
+    """A guest that writes and reads files and takes memory back all the while loses nothing."""
+    oracle = boot_full(lab, disk, cmdline=cmdline)
+    source = oracle.source
+    assert source
+    start_churn(source)
+    source.agent.run(WORK)
+    while rounds_of_work(source) < 2:
+        time.sleep(0.2)
+    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
+    there = oracle.destination
+    assert there
+    measured.update(freed=hints.cache_freed_bytes, us=hints.cache_time)
+    # The premise.
+    assert hints.cache_freed_bytes > 0
+    rounds = rounds_of_work(there)
+    while rounds_of_work(there) < rounds + 2:
+        time.sleep(0.2)
+    assert_goes_on(there)
+    assert_files(there)
+
+
+def test_cancelled(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
+    """A migration that is cancelled costs the guest nothing but cache, and another one works."""
+    oracle = boot_full(lab, disk)
+    source = oracle.source
+    assert source
+    abandoned = lab.incoming(source.spec, "abandoned")
+    start(source, abandoned, with_cache(EVERYTHING, max_bandwidth=MIB))
+    while hints_of(query(source)).state in ("idle", "arming", "scanning"):
+        pass
+    cancel(source)
+    abandoned.close()
+    measured["left"] = resident(source, "cold")
+    assert_intact(source)
+    assert_files(source)
+    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
+    assert hints.cache_freed_bytes > 0
+    assert oracle.destination
+    assert_files(oracle.destination)
+
+
+def test_postcopy(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
+    """What was freed, and is asked for at the destination, is read from the disk again."""
+    oracle = boot_full(lab, disk)
+    source = oracle.source
+    assert source
+    destination = oracle.arrival(running=True)
+    spec = with_cache(EVERYTHING, max_bandwidth=MIB, max_postcopy_bandwidth=0)
+    start(source, destination, replace(spec, common={"postcopy-ram": True}))
+    hints = wait_hints_ended(source)
+    source.qmp("migrate-start-postcopy")
+    result = finish(source, destination)
+    measured.update(freed=hints.cache_freed_bytes)
+    assert hints.cache_freed_bytes > 0.9 * COLD_MIB * MIB
+    # The premise: it was switched over.
+    assert result.raw["ram"]["postcopy-bytes"] > 0
+    assert_intact(destination)
+    assert_files(destination)
+
+
+# A group that may not have much, one that is to keep what it has, within one that has nothing by
+# itself, a file system on top of the disk's, and one of huge pages.
+OTHERS = (
+    "mount -t cgroup2 none /sys/fs/cgroup && cd /sys/fs/cgroup && mkdir limited kept",
+    "echo +memory > cgroup.subtree_control && echo +memory > kept/cgroup.subtree_control",
+    "mkdir kept/inner",
+    "echo 64M > kept/memory.low && echo 64M > kept/inner/memory.low",
+    "echo 48M > limited/memory.max",
+    "sh -c 'echo $$ > kept/inner/cgroup.procs; cat /mnt/hot > /dev/null'",
+    "mkdir /over /tmp/upper /tmp/work",
+    "mount -t overlay none -o lowerdir=/mnt,upperdir=/tmp/upper,workdir=/tmp/work /over",
+    "dd if=/dev/urandom of=/over/new bs=1M count=16",
+    "sh -c 'echo $$ > limited/cgroup.procs; cat /over/cold > /dev/null;"
+    " dd if=/dev/urandom of=/tmp/limited bs=1M count=16'",
+    "mkdir /huge && mount -t hugetlbfs none /huge && echo 8 > /proc/sys/vm/nr_hugepages",
+    "truncate -s 8M /huge/file && filepages fill /huge/file",
+)
+LIMITED = "cat /sys/fs/cgroup/limited/memory.events"
+OF_OTHERS = "sha256sum /tmp/limited /tmp/upper/new /over/new /huge/file"
+
+
+def test_other_kinds(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
+    """What a control group limits or protects, and files on tmpfs, overlays and huge pages."""
+    oracle = boot(lab, disk, kernel="debug")
+    source = oracle.source
+    assert source
+    source.agent.run(" && ".join(OTHERS), timeout=300)
+    sums = source.agent.run(OF_OTHERS)
+    assert len(sums.splitlines()) == 4
+    cold = resident(source, "cold")
+    # The premise: the group has reached its limit, by what it read.
+    assert 0 < cold <= 48 and "max 0" not in source.agent.run(LIMITED)
+    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
+    there = oracle.destination
+    assert there
+    measured.update(freed=hints.cache_freed_bytes, cold=cold)
+    assert resident(there, "cold") < cold // 4
+    # As cold, but protected.
+    assert resident(there, "hot") == FILES["hot"]
+    assert there.agent.run(OF_OTHERS) == sums
+    assert "oom_kill 0" in there.agent.run(LIMITED)
+    assert_files(there)
+
+
+MOST = (1 << 64) - 1
+
+
+@pytest.mark.parametrize("words", [(0, 0), (1 << 63, 7), (MOST, MOST)], ids=["0", "large", "most"])
+def test_any_value_is_a_number(lab: Lab, words: Any) -> None:
+    """What a guest says that it freed is in a statistic, whatever it is, and nowhere else."""
+    features = Balloon.HINTS | Balloon.ARRAYS | Balloon.CACHE
+    with metal(lab, features, balloon=BALLOON) as guest:
+        guest.write_all()
+        destination = guest.incoming()
+        start(guest.source, destination, held().with_parameters(free_page_hint_cache=100 * MIB))
+        cmd_id = guest.balloon.wait_asked()
+        mib, budget_ms = guest.balloon.cache_budget()
+        assert mib == 100 and 0 < budget_ms <= WAIT_MS // 2
+        guest.balloon.send_array(cmd_id, 0, words)
+        hints = wait_ended(guest.source)
+        assert (hints.cache_freed_bytes, hints.cache_time) == words
+        assert hints.complete and hints.invalid_messages == 0
+        let_go(guest.source, destination)
+        assert lost_strips(guest) == []
+
+
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [(Balloon.CACHE, [1]), (Balloon.CACHE, [1, 2, 3]), (0, [1, 2])],
+    ids=["too-short", "too-long", "not-negotiated"],
+)
+def test_an_end_of_another_length_is_none(lab: Lab, features: int, words: Any) -> None:
+    """A last message that says more, or less, than was agreed on ends nothing, and is counted."""
+    with metal(lab, Balloon.HINTS | Balloon.ARRAYS | features, balloon=BALLOON) as guest:
+        destination = guest.incoming()
+        start(guest.source, destination, held())
+        cmd_id = guest.balloon.wait_asked()
+        assert guest.balloon.cache_budget()[0] == 0
+        guest.balloon.send_array(cmd_id, 0, words)
+        guest.balloon.queue.wait_returned()
+        hints = hints_now(guest.source)
+        assert (hints.complete, hints.invalid_messages, hints.cache_freed_bytes) == (False, 1, 0)
+        guest.balloon.send_end(cmd_id)
+        assert wait_ended(guest.source).complete
+        let_go(guest.source, destination)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hints work together with postcopy."""
+
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Dict, Mapping
+
+import pytest
+
+from livemig import workload
+from livemig.checks import FREED_MIB, SMALL, assert_goes_on, assert_hints_if, assert_hints_used
+from livemig.checks import assert_intact, fill_and_free, hints_of, huge_pages_set_aside, in_check
+from livemig.checks import migration, start_churn, wait_hints_ended
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.migration import POSTCOPY, MigrationResult, finish, query, start, status_is
+from livemig.oracle import Oracle
+
+pytestmark = pytest.mark.integrity
+
+MIB = 1 << 20
+RESIDENT = re.compile(r"^RssAnon:\s+(\d+) kB$", re.MULTILINE)
+# What QEMU itself is made of, with sanitizers.
+QEMU_MIB = 256
+PREEMPT = {"postcopy-preempt": True}
+
+
+def switch_early(
+    source: Guest,
+    destination: Guest,
+    common: Mapping[str, bool],
+    hints_on: bool = True,
+    **parameters: object,
+) -> None:
+    """Start a migration, and switch to postcopy when the hints are there and little was sent."""
+    # So slow that the first round is far from its end when the guest is switched over.
+    spec = migration(hints=hints_on, max_bandwidth=MIB, **parameters)
+    start(source, destination, replace(spec, common={"postcopy-ram": True, **common}))
+    if hints_on:
+        wait_hints_ended(source)
+    assert query(source).status == "active"
+    source.qmp("migrate-start-postcopy")
+
+
+def finish_fast(source: Guest, destination: Guest) -> MigrationResult:
+    """Let postcopy complete."""
+    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+    result = finish(source, destination)
+    # The premise: the guest was switched over.
+    assert result.raw["ram"]["postcopy-bytes"] > 0
+    return result
+
+
+# What nobody asks for comes so slowly that a guest can start a program before it is all there.
+BACKGROUND = 4 * MIB
+
+
+def resident_mib(guest: Guest) -> int:
+    """How much anonymous memory a guest's QEMU is made of."""
+    match = RESIDENT.search(Path(f"/proc/{guest.pid}/status").read_text(encoding="ascii"))
+    assert match
+    return int(match.group(1)) // 1024
+
+
+def busy_guest(lab: Lab, **changes: Any) -> Guest:
+    """A guest at work, whose QEMU checks when it has stopped that no write is lost."""
+    source = lab.boot(SMALL.but(qemu="checked", **changes))
+    fill_and_free(source)
+    start_churn(source)
+    return source
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to switch over."""
+
+    common: Mapping[str, bool]
+    # The guest runs at the destination, while its memory comes. If not, memory can be compared.
+    running: bool = True
+    hints_on: bool = True
+
+
+CASES = {
+    "plain": Case({}),
+    "preempt": Case(PREEMPT),
+    "compared": Case({}, running=False),
+    "control": Case({}, hints_on=False),
+}
+
+
+@pytest.mark.parametrize("name", in_check(CASES, "compared"))
+def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """A switch to postcopy before hinted pages could be sent: each can be used, none is lost."""
+    case = CASES[name]
+    oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*"))
+    source = oracle.boot()
+    fill_and_free(source)
+    start_churn(source)
+    destination = oracle.arrival(running=case.running)
+    switch_early(source, destination, case.common, case.hints_on)
+    result = finish_fast(source, destination)
+    hints = assert_hints_if(case.hints_on, result, FREED_MIB * MIB)
+    measured.update(redirtied=hints.redirtied_bytes, requested=hints.requested_bytes)
+    # Of what was skipped, that alone was sent which was written again or asked for.
+    kept = hints.skipped_bytes - hints.redirtied_bytes - hints.requested_bytes
+    measured["resident_mib"] = resident_mib(destination)
+    if not case.running:
+        seen = oracle.check()
+        measured.update(kept=seen.kept, different=seen.different)
+        assert seen.different > 0
+        assert (hints.requested_bytes, kept) == (0, seen.kept * 4096)
+        assert measured["resident_mib"] < SMALL.mem_mib + QEMU_MIB - kept // MIB
+    assert_intact(destination)
+    assert_goes_on(destination)
+    # The guest takes back what was hinted, and works on.
+    workload.dirty_and_free(destination, FREED_MIB)
+    assert_intact(destination)
+
+
+def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A source that drops what it sent has given everything to a postcopy destination."""
+    source = busy_guest(lab)
+    destination = lab.incoming(source.spec)
+    switch_early(source, destination, {"release-ram": True})
+    result = finish_fast(source, destination)
+    measured["skipped"] = assert_hints_used(result, FREED_MIB * MIB).skipped_bytes
+    assert_intact(destination)
+    assert_goes_on(destination)
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
+    """Postcopy that was cut off after hints goes on over a new connection, nothing lost."""
+    source = busy_guest(lab)
+    destination = lab.incoming(source.spec)
+    switch_early(source, destination, PREEMPT if preempt else {}, max_postcopy_bandwidth=MIB)
+    # Before it runs there, a guest that is cut off is lost, hints or not.
+    destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
+    source.qmp_oob("migrate-pause")
+    source.wait_event(status_is("postcopy-paused"), "the source's pause", 60)
+    destination.wait_event(status_is("postcopy-paused"), "the destination's pause", 60)
+    uri = f"unix:{lab.logs}/again"
+    # A vCPU that waits for a page that was not sent holds up all other commands.
+    destination.qmp_oob("migrate-recover", uri=uri)
+    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+    source.qmp("migrate", uri=uri, resume=True)
+    assert_hints_used(finish_fast(source, destination), FREED_MIB * MIB)
+    assert_intact(destination)
+    assert_goes_on(destination)
+
+
+def use_hinted_memory(source: Guest, destination: Guest) -> None:
+    """Let the guest use memory that was hinted while most of it is still to come."""
+    destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
+    destination.agent.run(f"dirtyfree {FREED_MIB // 2} 2 > /dev/null 2>&1 &", timeout=300)
+    while not hints_of(query(source)).requested_bytes:
+        assert query(source).status in POSTCOPY
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", ["plain", "preempt"])
+def test_taken_back_in_postcopy(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """A guest that takes back hinted memory while the rest of it comes gets zeros, and works on."""
+    source = busy_guest(lab)
+    destination = lab.incoming(source.spec)
+    switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=BACKGROUND)
+    use_hinted_memory(source, destination)
+    result = finish_fast(source, destination)
+    hints = assert_hints_used(result, FREED_MIB * MIB)
+    measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
+    # The premise
+    assert hints.requested_bytes > 0
+    assert_intact(destination)
+    assert_goes_on(destination)
+
+
+@pytest.mark.parametrize("name", ["plain", "preempt"])
+def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """With huge pages behind the guest, one that is used in postcopy comes as a whole."""
+    with huge_pages_set_aside(2048, SMALL.mem_mib):
+        backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
+        source = busy_guest(lab, mem_backend=backend)
+        destination = lab.incoming(source.spec)
+        switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=BACKGROUND)
+        use_hinted_memory(source, destination)
+        hints = assert_hints_used(finish_fast(source, destination), FREED_MIB * MIB)
+        measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
+        # The premise
+        assert hints.requested_bytes > 0 and hints.requested_bytes % (2 * MIB) == 0
+        assert_intact(destination)
+        assert_goes_on(destination)
+        source.close()
+        destination.close()

@@ -1,0 +1,506 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hints are used, and no write is lost, in situations that users meet and other tests do not.
+
+The balloon in other shapes, memory in other layouts, and what goes on in a guest, or is done to it,
+while it is asked and while its RAM is sent.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import Any, Callable, Counter, Dict, Iterator, Mapping, Tuple
+
+import pytest
+
+from livemig import workload
+from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, ask, assert_goes_on, assert_hints_used
+from livemig.checks import assert_intact, hints_of, in_check, migration, wait_hints_ended
+from livemig.errors import MigrationError
+from livemig.guest import Guest
+from livemig.lab import Lab
+from livemig.machine import PAGE
+from livemig.metal import HINTED_PAGES, held, let_go, metal, wait_ended
+from livemig.migration import Hints, cancel, finish, migrate, query, set_capabilities, start
+from livemig.oracle import Oracle
+from livemig.spec import GuestSpec
+
+MIB = 1 << 20
+ARRAYS = "free-page-hint=on,free-page-hint-arrays=on"
+BLOCKS = "free-page-hint=on,free-page-hint-arrays=off"
+# There are many of them: smaller than elsewhere.
+GUEST = SMALL.but(mem_mib=512, balloon=ARRAYS)
+FREED_MIB = 192
+# So slow that there is time for what is to happen while RAM is sent.
+SLOW = migration(max_bandwidth=MIB)
+
+
+def prepare(guest: Guest) -> None:
+    """Free memory that is not clear, memory that knows its contents, and memory in use."""
+    workload.dirty_and_free(guest, FREED_MIB)
+    workload.stamp(guest, 8)
+    workload.stamp(guest, 16, churn=True, realloc_mib=32, name="churn")
+
+
+def assert_whole(guest: Guest) -> None:
+    """What prepare() left in the guest is there, and goes on."""
+    assert_intact(guest)
+    assert_goes_on(guest)
+
+
+def assert_arrives(oracle: Oracle, source: Guest) -> Hints:
+    """Migrate what prepare() prepared, with hints: nothing is lost."""
+    destination = oracle.arrival()
+    hints = assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+    oracle.check()
+    assert_whole(destination)
+    return hints
+
+
+def release(source: Guest, destination: Guest) -> Hints:
+    """Let a slow migration complete; what hints took out at its start counts."""
+    assert query(source).status == "active"
+    source.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=20000)
+    return assert_hints_used(finish(source, destination), 1)
+
+
+def wait_until(what: Callable[[], bool], about: str, seconds: float = 120) -> None:
+    """Wait for what no event reports."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, about
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def going_on(guest: Guest, command: str) -> Iterator[None]:
+    """Run a command in the guest over and over meanwhile; /tmp/rounds has a line for each time."""
+    guest.agent.run(
+        f"(while [ ! -e /tmp/enough ]; do {command}; echo >> /tmp/rounds; done;"
+        " touch /tmp/done) > /tmp/loop 2>&1 &"
+    )
+    yield
+    guest.agent.run("touch /tmp/enough; until [ -e /tmp/done ]; do sleep 0.1; done")
+    assert not guest.agent.run("cat /tmp/loop")
+
+
+def rounds(guest: Guest) -> int:
+    """How often the command of going_on() was run."""
+    return int(guest.agent.run("cat /tmp/rounds 2> /dev/null | wc -l"))
+
+
+# The balloon in other shapes
+
+BALLOON = "/sys/bus/virtio/drivers/virtio_balloon/virtio*"
+# Feature bits
+PAGE_POISON = 4
+EVENT_IDX = 29
+VERSION_1 = 32
+RING_PACKED = 34
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Properties of a balloon, and how the guest can tell."""
+
+    properties: str
+    # Feature bits that the driver has accepted, or not.
+    features: Mapping[int, bool] = field(default_factory=dict)
+    # A shell command of the guest, which must succeed.
+    seen: str = "true"
+    cmdline: Tuple[str, ...] = ()
+    # A PCI Express device, as it is not on the root bus.
+    express: bool = False
+
+    @property
+    def guest(self) -> GuestSpec:
+        """A guest with such a balloon."""
+        balloon = f"{ARRAYS},{self.properties}"
+        spec = GUEST.but(cmdline=self.cmdline)
+        if not self.express:
+            return spec.but(balloon=balloon)
+        device = f"virtio-balloon-pci,id=balloon,bus=hot,{balloon}"
+        port = "pcie-root-port,id=hot,chassis=1,slot=1"
+        return spec.but(balloon=None, args=("-device", port, "-device", device))
+
+
+SHAPES = {
+    "packed": Shape("packed=on,disable-modern=off", {RING_PACKED: True}),
+    "no-event-idx": Shape("event_idx=off", {EVENT_IDX: False}),
+    "legacy": Shape("disable-legacy=off,disable-modern=on", {VERSION_1: False}),
+    "no-vectors": Shape("vectors=0", seen=f"! ls {BALLOON}/../msi_irqs"),
+    # ATS: the extended capability with the id 15, in the registers from 256 on.
+    "ats": Shape(
+        "ats=on",
+        seen=f"od -A n -v -t x4 -w4 -j 256 {BALLOON}/../config | grep -q '1000f$'",
+        express=True,
+    ),
+    "no-poison": Shape("page-poison=off", {PAGE_POISON: False}, cmdline=INIT_ON_FREE),
+    "iothread": Shape("iothread=hints"),
+}
+
+
+# Not here: transitional ones and those with page-poison=on are in other tests, and Linux never uses
+# indirect descriptors with a balloon.
+@pytest.mark.parametrize("name", in_check(SHAPES, "packed", "legacy"))
+def test_balloon_of_shape(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """Whatever kind of virtio device the balloon is, its arrays are used."""
+    shape = SHAPES[name]
+    oracle = Oracle(lab, shape.guest)
+    source = oracle.boot()
+    # The premise
+    features = source.agent.run(f"cat {BALLOON}/features").strip()
+    assert {bit: features[bit] == "1" for bit in shape.features} == shape.features
+    source.agent.run(shape.seen)
+    backend = "/machine/peripheral/balloon/virtio-backend"
+    iothread = source.qmp("qom-get", path=backend, property="iothread")
+    assert bool(iothread) == (name == "iothread")
+    prepare(source)
+    hints = assert_arrives(oracle, source)
+    measured.update(messages=hints.messages, blocks=hints.blocks)
+    assert hints.messages < hints.blocks
+
+
+def resident_mib(guest: Guest) -> int:
+    """How much memory a QEMU has from the host."""
+    with open(f"/proc/{guest.pid}/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * PAGE // MIB
+
+
+@pytest.mark.parametrize("kernel", ["ours", "stock"])
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+def test_with_reporting(lab: Lab, measured: Dict[str, Any], machine: str, kernel: str) -> None:
+    """A guest that reports its free pages to the host, all the time, has hints as well."""
+    balloon = f"{ARRAYS},free-page-reporting=on"
+    spec = GUEST.but(kernel=kernel, balloon=balloon, args=("-machine", machine))
+    oracle = Oracle(lab, spec)
+    source = oracle.boot()
+    before = resident_mib(source)
+    workload.dirty_and_free(source, FREED_MIB)
+    # The premise: what was written has been taken back by the host.
+    wait_until(lambda: resident_mib(source) < before + FREED_MIB // 2, "nothing is reported")
+    measured["resident_mib"] = (before, resident_mib(source))
+    prepare(source)
+    hints = assert_arrives(oracle, source)
+    assert (hints.messages < hints.blocks) == (kernel == "ours")
+
+
+# Memory in other layouts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a guest's memory is laid out."""
+
+    guest: Mapping[str, Any]
+    freed_mib: int
+    # A shell command that prints a number, which must not be 0.
+    premise: str
+    # What hints must take out at least.
+    skipped_mib: int
+
+
+MOVABLE_KIB = "awk '/^Node/ {zone = $4} /managed/ && zone == \"Movable\" {print $2 * 4}'"
+LAYOUTS = {
+    # More than there is in all other zones.
+    "movable-zone": Layout(
+        {"cmdline": ("movablecore=384M",)}, 256, f"{MOVABLE_KIB} /proc/zoneinfo", 192
+    ),
+    # A third node, which has a processor and no memory.
+    "node-without-memory": Layout(
+        {
+            "nodes": 2,
+            "args": (
+                *("-smp", "2,sockets=2", "-numa", "node,nodeid=2"),
+                *("-numa", "cpu,node-id=0,socket-id=0", "-numa", "cpu,node-id=2,socket-id=1"),
+            ),
+        },
+        FREED_MIB,
+        "cat /sys/devices/system/node/node*/meminfo | grep -c 'MemTotal: *0 kB'",
+        FREED_MIB,
+    ),
+    "96-mib": Layout({"mem_mib": 96}, 24, "echo 1", 8),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_memory_of_layout(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+    """Free memory is hinted wherever it is, and however little there is."""
+    layout = LAYOUTS[name]
+    oracle = Oracle(lab, GUEST.but(**layout.guest))
+    source = oracle.boot()
+    measured["premise"] = int(source.agent.run(layout.premise))
+    assert measured["premise"] > 0
+    workload.dirty_and_free(source, layout.freed_mib)
+    workload.stamp(source, 8)
+    workload.stamp(source, 8, churn=True, realloc_mib=8, name="churn")
+    destination = oracle.arrival()
+    result = migrate(source, destination, WITH_HINTS)
+    hints = assert_hints_used(result, layout.skipped_mib * MIB)
+    measured["skipped_mib"] = hints.skipped_bytes // MIB
+    oracle.check()
+    assert_whole(destination)
+
+
+DIMM_MIB = 512
+ROOM = ("-m", "maxmem=8G,slots=4")
+DIMM = (
+    *("-object", f"memory-backend-ram,id=dimm,size={DIMM_MIB}M,reserve=off"),
+    *("-device", "pc-dimm,id=dimm0,memdev=dimm"),
+)
+
+
+def test_memory_plugged_a_moment_before(lab: Lab, measured: Dict[str, Any]) -> None:
+    """Memory that the guest is still taking into use when it is asked arrives and is used."""
+    online = ("memhp_default_state=online_movable",)
+    oracle = Oracle(lab, GUEST.but(args=ROOM, cmdline=online))
+    source = oracle.boot()
+    prepare(source)
+    before = total_mib(source)
+    backend = {"qom-type": "memory-backend-ram", "id": "dimm", "size": DIMM_MIB * MIB}
+    destination = oracle.arrival(args=(*ROOM, *DIMM))
+    source.qmp_dict("object-add", {**backend, "reserve": False})
+    source.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="dimm")
+    hints = assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+    measured["skipped_mib"] = hints.skipped_bytes // MIB
+    oracle.check()
+    wait_until(lambda: total_mib(destination) > before + DIMM_MIB // 2, "the memory does not come")
+    # More than there was before.
+    workload.dirty_and_free(destination, before + 64)
+    assert_whole(destination)
+
+
+def total_mib(guest: Guest) -> int:
+    """What the guest manages, in MiB."""
+    return int(guest.agent.run("awk '/^MemTotal/ {print $2}' /proc/meminfo")) // 1024
+
+
+# What goes on meanwhile
+
+
+def test_vcpus_come_and_go(lab: Lab, measured: Dict[str, Any]) -> None:
+    """Processors that go off- and online while the guest is asked keep no page from a report."""
+    oracle = Oracle(lab, GUEST.but(vcpus=4))
+    source = oracle.boot()
+    prepare(source)
+    online = "/sys/devices/system/cpu/cpu$cpu/online"
+    command = f"for cpu in 1 2 3; do echo 0 > {online}; echo 1 > {online}; done"
+    with going_on(source, command):
+        wait_until(lambda: rounds(source) > 0, "no processor goes")
+        so_far = rounds(source)
+        measured["asked"] = 0
+        # The premise: some went between the first and the last request.
+        while measured["asked"] < 6 or rounds(source) < so_far + 2:
+            hints = ask(source)
+            assert (hints.state, hints.reason) == ("ended", None)
+            assert hints.hinted_bytes > FREED_MIB * MIB
+            measured["asked"] += 1
+        measured["rounds"] = rounds(source) - so_far
+    assert_arrives(oracle, source)
+
+
+@pytest.mark.check
+def test_driver_comes_and_goes(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A driver that is unbound and bound while it is asked is there for the next request.
+
+    The same with arrays in flight and with a kernel that checks itself is in test_guest_faults.
+    """
+    oracle = Oracle(lab, GUEST)
+    source = oracle.boot()
+    prepare(source)
+    driver = "/sys/bus/virtio/drivers/virtio_balloon"
+    dev = source.agent.run(f"basename {BALLOON}").strip()
+    reasons = set()
+    with going_on(source, f"echo {dev} > {driver}/unbind; echo {dev} > {driver}/bind"):
+        while not {"no-driver", "reset"} & reasons:
+            reasons.add(ask(source, wait_ms=2000).reason)
+    measured["reasons"] = sorted(map(str, reasons))
+    assert_arrives(oracle, source)
+
+
+def balloon_mib(guest: Guest) -> int:
+    """What the balloon leaves to the guest."""
+    return int(guest.qmp("query-balloon")["actual"]) // MIB
+
+
+def inflate_to(guest: Guest, mib: int) -> None:
+    """Let the balloon leave so much to the guest."""
+    guest.qmp("balloon", value=mib * MIB)
+    wait_until(lambda: balloon_mib(guest) == mib, f"the balloon does not leave {mib} MiB")
+
+
+def test_balloon_grows_and_shrinks(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A balloon may grow while the guest is asked, and shrink and grow while RAM is sent.
+
+    What is in the balloon has no contents, so that only the guest can be asked what was lost.
+    """
+    spec = GUEST.but(qemu="checked")
+    source = lab.boot(spec)
+    prepare(source)
+    destination = lab.incoming(spec)
+    source.qmp("balloon", value=256 * MIB)
+    start(source, destination, SLOW)
+    wait_hints_ended(source)
+    measured["mib_when_hinted"] = balloon_mib(source)
+    for target in (256, 480, 320):
+        inflate_to(source, target)
+    measured["skipped_mib"] = release(source, destination).skipped_bytes // MIB
+    assert balloon_mib(destination) == 320
+    assert_whole(destination)
+    inflate_to(destination, 512)
+    workload.dirty_and_free(destination, FREED_MIB)
+    assert_whole(destination)
+
+
+RESETS: Dict[str, Callable[[Guest], object]] = {
+    "reset": lambda guest: guest.qmp("system_reset"),
+    "reboot": lambda guest: guest.agent.send("echo b > /proc/sysrq-trigger"),
+}
+
+
+@pytest.mark.parametrize("how", in_check(RESETS, "reset", long=("reboot",)))
+def test_boots_again_while_ram_is_sent(lab: Lab, measured: Dict[str, Any], how: str) -> None:
+    """A guest that boots again in memory that it had hinted arrives whole."""
+    oracle = Oracle(lab, GUEST)
+    source = oracle.boot()
+    workload.dirty_and_free(source, FREED_MIB)
+    destination = oracle.arrival()
+    for guest in (source, destination):
+        # The harness lets a QEMU end when its guest reboots.
+        guest.qmp("set-action", reboot="reset")
+    start(source, destination, SLOW)
+    wait_hints_ended(source)
+    so_far = len(source.console.text())
+    RESETS[how](source)
+    source.console.wait_for(r"^READY\n", 120, so_far)
+    prepare(source)
+    hints = release(source, destination)
+    measured["redirtied_mib"] = hints.redirtied_bytes // MIB
+    # The premise
+    assert measured["redirtied_mib"] > FREED_MIB // 2
+    oracle.check()
+    assert_whole(destination)
+
+
+@pytest.mark.check
+def test_network_card_goes_while_asked(lab: Lab) -> None:
+    """A device that the guest ejects while it is asked, with RAM of its own, ends nothing.
+
+    Not with the debug build: QEMU goes on counting the dirty pages of RAM that is gone, with hints
+    and without, and the check of the counter finds that.
+    """
+    args = ("-machine", "pc", "-device", "virtio-net-pci,id=nic,addr=10")
+    with metal(lab, balloon=ARRAYS, args=args) as guest:
+        source = guest.source
+        # The premise: its ROM is a block of RAM that is sent.
+        assert "/virtio-net-pci.rom" in source.hmp("info ramblock")
+        guest.write_all()
+        destination = guest.incoming()
+        start(source, destination, held())
+        cmd_id = guest.balloon.wait_asked()
+        # The chipset's register for this: slot 16 of the first bus.
+        guest.machine.write_port(0xAE10, 0, 32)
+        guest.machine.write_port(0xAE08, 1 << 16, 32)
+        source.wait_event(lambda e: e["event"] == "DEVICE_DELETED", "end of the card", 60)
+        wait_until(lambda: "virtio-net" not in source.hmp("info ramblock"), "its ROM stays")
+        guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
+        guest.balloon.send_end(cmd_id)
+        wait_ended(source)
+        guest.write("in round 1")
+        hints = hints_of(let_go(source, destination))
+        assert (hints.reason, hints.hinted_bytes) == (None, len(HINTED_PAGES) * PAGE)
+        # What it wrote and did not write again after it had hinted it.
+        assert (guest.lost("kept"), guest.lost("kept too"), guest.lost("in round 1")) == (0, 0, 0)
+        assert guest.lost("free") > 0
+
+
+# Migrations that do not come to their end
+
+
+@pytest.mark.check
+def test_a_hundred_cancels(lab: Lab, measured: Dict[str, Any]) -> None:
+    """After a hundred migrations that were cancelled within 20 ms, the next one is as ever."""
+    source = lab.boot(GUEST)
+    prepare(source)
+    set_capabilities(source, {"events": True})
+    source.qmp_dict("migrate-set-parameters", dict(SLOW.parameters))
+    states: Counter[str] = Counter()
+    for number in range(100):
+        source.qmp("migrate", uri="exec:cat > /dev/null")
+        time.sleep(number % 20 / 1000)
+        cancel(source)
+        hints = hints_of(query(source))
+        states[hints.reason or hints.state] += 1
+    measured.update(states)
+    # The premise: some were cancelled before the guest had answered.
+    assert states["cancelled"] > 0
+    assert_whole(source)
+    destination = lab.incoming(GUEST)
+    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+    assert_whole(destination)
+
+
+def test_twenty_requests_without_an_answer(lab: Lab) -> None:
+    """After twenty requests that nobody answered, the guest boots anew and answers the next one."""
+    source = lab.boot_crashed(GUEST, FREED_MIB)
+    source.qmp("set-action", reboot="reset")
+    for _ in range(20):
+        hints = ask(source, wait_ms=20)
+        assert (hints.state, hints.reason, hints.hinted_bytes) == ("ended", "timeout", 0)
+    so_far = len(source.console.text())
+    source.qmp("system_reset")
+    source.console.wait_for(r"^READY\n", 120, so_far)
+    prepare(source)
+    destination = lab.incoming(GUEST)
+    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
+    assert_whole(destination)
+
+
+# Other ways to go
+
+
+def test_zero_copy_multifd(lab: Lab, measured: Dict[str, Any]) -> None:
+    """Pages that the kernel sends from the guest's memory itself are left out by hints too."""
+    oracle = Oracle(lab, GUEST)
+    source = oracle.boot()
+    prepare(source)
+    destination = oracle.arrival()
+    set_capabilities(destination, {"events": True, "multifd": True})
+    destination.qmp("migrate-incoming", uri="tcp:127.0.0.1:0")
+    (address,) = destination.qmp("query-migrate")["socket-address"]
+    capabilities = {"multifd": True, "zero-copy-send": True, "free-page-hint": True}
+    known = {c["capability"] for c in source.qmp("query-migrate-capabilities")}
+    if "zero-copy-send" not in known:
+        pytest.skip("this QEMU is built without zero copy")
+    set_capabilities(source, {"events": True, **capabilities})
+    source.qmp_dict("migrate-set-parameters", dict(WITH_HINTS.parameters))
+    source.qmp("migrate", uri=f"tcp:127.0.0.1:{address['port']}")
+    try:
+        result = finish(source, destination)
+    except MigrationError as err:
+        if "Zero copy send feature not detected" in str(err):
+            pytest.skip(f"this host cannot send without a copy: {err}")
+        raise
+    assert_hints_used(result, FREED_MIB * MIB)
+    measured["copied_all_the_same"] = result.raw["ram"]["dirty-sync-missed-zero-copy"]
+    oracle.check()
+    assert_whole(destination)
+
+
+@pytest.mark.long
+def test_ten_moves_with_little_memory(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A stock guest with little free memory, all of which its driver takes, survives ten moves."""
+    oracle = Oracle(lab, GUEST.but(mem_mib=384, kernel="stock", balloon=BLOCKS))
+    source = oracle.boot()
+    workload.stamp(source, 24, churn=True, realloc_mib=4, name="churn")
+    available = source.agent.run("awk '/^MemAvailable/ {print $2}' /proc/meminfo")
+    workload.stamp(source, int(available) // 1024 - 48)
+    measured["skipped_mib"] = []
+    for _ in range(10):
+        destination = oracle.arrival()
+        hints = assert_hints_used(migrate(source, destination, WITH_HINTS), 1)
+        measured["skipped_mib"].append(hints.skipped_bytes // MIB)
+        oracle.check()
+        source = oracle.move_on()
+        assert_intact(source)
+        assert_goes_on(source)
+        assert "Out of memory" not in source.console.text()

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a release consists of: packages, all series, checksums, texts that fit the code."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+
+from livemig import paths
+
+MAN = paths.REPO / "packaging" / "man"
+# Where settings have their names in our code: parameters of modules, properties of QEMU's objects
+PARAMETER = re.compile(r"^module_param\w*\((\w+),", re.MULTILINE)
+PROPERTY = re.compile(
+    r'^\+ +DEFINE_PROP_\w+\("((?:free-page-hint|skip-absent)[\w-]*)"', re.MULTILINE
+)
+
+
+@pytest.fixture(name="repo")
+def repo_fixture(tmp_path: Path) -> Iterator[Path]:
+    """A copy of this repository, and a file of each name that a release has."""
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=paths.REPO,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in names:
+        # Not those that were deleted, and not yet committed
+        if (paths.REPO / name).exists():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(paths.REPO / name, tmp_path / name)
+    release = tmp_path / "out" / "release"
+    release.mkdir(parents=True)
+    version = (paths.cache_dir() / "src" / "qemu").resolve().name.removeprefix("qemu-")
+    host = f"{version}+fph{paths.version()}"
+    for name in (
+        f"free-page-hint-dkms_{paths.version()}_all.deb",
+        f"qemu-system-x86-fph_{paths.version()}_amd64.deb",
+        f"qemu_{host}.dsc",
+        f"qemu_{host}.debian.tar.xz",
+        f"qemu_{version.rsplit('-', 1)[0]}.orig.tar.xz",
+        *(f"qemu-{name}_{host}_amd64.deb" for name in ("system-x86", "system-common", "utils")),
+        # Of an earlier release
+        "qemu-system-x86-fph_0.0.1_amd64.deb",
+    ):
+        (release / name).write_text(name)
+    yield tmp_path
+
+
+def run(repo: Path) -> "subprocess.CompletedProcess[str]":
+    """Make a release."""
+    return subprocess.run(
+        [repo / "scripts" / "release"],
+        env={**os.environ, "FPH_CACHE": str(paths.cache_dir())},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_release_is_complete(repo: Path) -> None:
+    """Each file of a release has its checksum, and each patch its line in a cover letter.
+
+    A series whose base is not there is left out, which is said.
+    """
+    done = run(repo)
+    assert done.returncode == 0, done.stderr
+    release = repo / "out" / "release"
+    sums = (release / "SHA256SUMS").read_text("ascii")
+    subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=release, check=True)
+    listed = {line.split("  ")[1] for line in sums.splitlines()}
+    there = {str(path.relative_to(release)) for path in release.rglob("*") if path.is_file()}
+    assert there - listed == {"SHA256SUMS", "qemu-system-x86-fph_0.0.1_amd64.deb"}
+
+    bases = [
+        path
+        for tree in ("qemu", "kernel", "libvirt")
+        for path in (paths.REPO / tree / "patches").iterdir()
+    ]
+    left_out = set(
+        re.findall(r"leaving the series for (\w+) ([\d.]+) out", done.stdout + done.stderr)
+    )
+    assert len(left_out) <= len(bases) - 2
+    for base in bases:
+        if (base.parent.parent.name, base.name) in left_out:
+            continue
+        series = release / f"series-{paths.version()}" / f"{base.parent.parent.name}-{base.name}"
+        patches = sorted(series.glob("*.patch"))
+        assert len(patches) == len(list(base.glob("*.patch")))
+        cover = (series / "cover-letter").read_text("utf-8")
+        assert f"[PATCH 00/{len(patches):02d}] " in cover
+        assert re.match(r"From: .* <.*@.*>\nDate: .*\nSubject: ", cover)
+        totals = re.findall(r"^ (\d+) files changed, \d+ insertions", cover, re.MULTILINE)
+        files = re.findall(r"^ (\S+) +\| \+\d+ -\d+$", cover, re.MULTILINE)
+        assert totals == [str(len(set(files)))] and len(set(files)) == len(files)
+        for patch in patches:
+            mail = patch.read_text("utf-8")
+            subject = re.search(r"^Subject: \[PATCH\] (.*\n(?: .*\n)*)", mail, re.MULTILINE)
+            assert subject and f"\n  {' '.join(subject[1].split())}\n" in cover
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("no-package", "run make guest-deb"),
+        ("other-version", 'CHANGELOG.md begins with "## '),
+    ],
+)
+def test_release_refuses_what_is_not_whole(repo: Path, wrong: str, message: str) -> None:
+    """With a package missing, or no entry in CHANGELOG.md, one line says so; nothing is written."""
+    if wrong == "no-package":
+        next((repo / "out" / "release").glob("free-page-hint-dkms_*")).unlink()
+    else:
+        changes = repo / "CHANGELOG.md"
+        changes.write_text(changes.read_text().replace(f"## {paths.version()} ", "## 99.9 "))
+    done = run(repo)
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list((repo / "out" / "release").glob("SHA256SUMS*"))
+
+
+def test_manual_pages_name_each_setting() -> None:
+    """What can be set of our modules and our QEMU is in manual pages, which are well-formed."""
+    module = (MAN / "virtio_balloon_hint.4.rst").read_text("utf-8")
+    sources = (paths.REPO / "kernel").rglob("*.c")
+    parameters = {name for path in sources for name in PARAMETER.findall(path.read_text("utf-8"))}
+    assert parameters and all(f"**{name}**" in module for name in parameters)
+
+    program = (MAN / "qemu-system-x86_64-fph.1.rst").read_text("utf-8")
+    patches = (paths.REPO / "qemu" / "patches").rglob("*.patch")
+    properties = {name for path in patches for name in PROPERTY.findall(path.read_text("utf-8"))}
+    assert len(properties) >= 4
+    for name in properties:
+        assert re.search(rf"[.,]{name}=", program), name
+
+    for page in MAN.glob("*.rst"):
+        subprocess.run(
+            ["rst2man", "--halt=warning", str(page), "/dev/null"], check=True, timeout=60
+        )

@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""scripts/fph against a libvirt that is made up: what it shows, and what it says if it cannot.
+
+That it does so with a real one is in test_fph_libvirt.py.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, Tuple
+
+import libvirt
+import pytest
+
+from livefph import change, show
+from livefph.cli import parse, parser
+from livefph.estimate import bandwidth
+from livemig import fake_libvirt, paths
+from livemig.fake_libvirt import DENIED, ESTIMATE, GIB, MIB, FakeHost, InTurn, error, status_answers
+
+# Fixtures
+host = fake_libvirt.host_fixture
+fph = fake_libvirt.fph_fixture
+
+# ---- what is shown -------------------------------------------------------------------------------
+
+
+def test_status_of_all_kinds(host: FakeHost, fph: Any) -> None:
+    """Each domain has its row, whatever its QEMU, and a line for what calls for one."""
+    host.add("ours").says(status_answers("arrays", "arrays"))
+    host.add("stock").says(status_answers("no", "no", ours=False))
+    host.add("asleep").says(status_answers("blocks", "none"))
+    host.domains["asleep"].qemu(query_migrate={"status": "completed"})
+    host.add("off", active=False)
+    host.add("balloonless", model="none", active=False)
+    host.domains["ours"].qemu(
+        query_migrate={
+            "status": "failed",
+            "ram": {},
+            "free-page-hint": {"skipped-bytes": 5 * MIB, "redirtied-bytes": MIB},
+            "absent-pages": {"absent-bytes": MIB},
+        }
+    )
+    status, out, err = fph("status")
+    rows = {line.split()[0]: line.split()[1:] for line in out[:6]}
+    assert status == 0 and not err
+    assert rows["ours"] == ["running", "arrays", "arrays", "on", "on", "failed", "5", "MiB"]
+    assert rows["stock"] == ["running", "no", "no", "-", "-", "-", "-"]
+    assert rows["asleep"] == [
+        "running",
+        "blocks",
+        "none",
+        "on",
+        "on",
+        "completed,",
+        "came",
+        "in",
+        "-",
+    ]
+    assert rows["off"] == ["shut", "off", "no", "-", "-", "-", "-", "-"]
+    notes = "\n".join(out[6:])
+    assert "stock: its QEMU is a stock one" in notes
+    assert "balloonless: its balloon is of model 'none'" in notes
+    assert "asleep: its definition has 'no', from the next start on" in notes
+
+    for argv in ("--json", "status", "ours"), ("status", "ours", "--json"):
+        status, out, err = fph(*argv)
+        assert json.loads("\n".join(out))["domains"]["ours"]["driver"] == "arrays"
+
+
+def test_estimate_of_several(host: FakeHost, fph: Any) -> None:
+    """Rows and their sum; one that cannot be estimated has its line, and the others are shown."""
+    measured = {"status": "measured", "estimate": {**ESTIMATE, "round-time": 800}}
+    for name, first in ("a", {"status": "measuring"}), ("b", measured):
+        host.add(name).qemu(
+            calc_free_page_estimate={},
+            query_free_page_estimate=InTurn([first, measured]),
+        )
+    host.add("stock")
+    host.add("off", active=False)
+    status, out, err = fph("estimate", "--all", "--bandwidth", "1Gbit")
+    assert host.domains["a"].asked[0]["arguments"] == {"bandwidth": 125_000_000}
+    assert [line.split()[0] for line in out] == ["DOMAIN", "a", "b", "all"]
+    assert re.split("  +", out[1]) == [
+        "a",
+        "1.0 GiB",
+        "400 MiB",
+        "524 MiB",
+        "100 MiB",
+        "10 %",
+        "0.8 s",
+    ]
+    assert re.split("  +", out[3])[1:] == [
+        "2.0 GiB",
+        "800 MiB",
+        "1.0 GiB",
+        "200 MiB",
+        "10 %",
+        "1.6 s",
+    ]
+    assert status == 1
+    assert err == [
+        "fph: stock: its QEMU is a stock one, which has no estimate and skips no absent pages"
+    ]
+
+
+def test_estimate_without_a_time(host: FakeHost, fph: Any) -> None:
+    """Where a domain has no time, as if somebody else asked, there is no sum of times."""
+    for name, more in ("a", {"round-time": 800}), ("b", {}):
+        found = {"status": "measured", "estimate": {**ESTIMATE, **more}}
+        host.add(name).qemu(calc_free_page_estimate={}, query_free_page_estimate=found)
+    status, out, err = fph("estimate", "a", "b", "--bandwidth", "1Gbit")
+    assert (status, err) == (0, [])
+    assert [line.split()[-1] for line in out[1:]] == ["s", "-", "-"]
+
+
+def test_paused_domain_is_estimated_by_what_is_absent(host: FakeHost, fph: Any) -> None:
+    """What a stopped guest cannot say is said to be missing."""
+    domain = host.add("paused").qemu(
+        calc_free_page_estimate={},
+        query_free_page_estimate={
+            "status": "measured",
+            "estimate": {**ESTIMATE, "free-bytes": 0, "complete": False, "reason": "vm-stopped"},
+        },
+    )
+    domain.number = libvirt.VIR_DOMAIN_PAUSED
+    status, out, err = fph("estimate", "paused")
+    assert (status, err) == (0, [])
+    assert (
+        out[-1] == "paused: the guest is stopped and cannot be asked: only absent pages are known"
+    )
+
+
+def test_enable_shows_and_writes(host: FakeHost, fph: Any, tmp_path: Path) -> None:
+    """Without --write nothing is defined; with it, what was shown; twice changes nothing."""
+    ours = fake_libvirt.make_emulator(tmp_path, "free-page-hint-arrays=<bool>")
+    domain = host.add("a", emulator=ours)
+    status, out, err = fph("enable", "--arrays", "a")
+    assert (status, err, host.defined) == (0, [], [])
+    assert out[-1] == "a: nothing was changed; --write defines it so"
+    added = [line[1:].strip() for line in out if line[0] == "+" and "property" in line]
+    assert len(added) == 2
+
+    status, written, err = fph("enable", "--arrays", "--all", "--write")
+    assert (status, err) == (0, [])
+    assert written[:-1] == out[:-1]
+    assert "shut it down and start it" in written[-1]
+    assert all(line in host.defined[0] for line in added)
+    domain.xml = host.defined[0]
+    status, out, err = fph("enable", "--arrays", "a", "--write")
+    assert (status, out, err) == (0, ["a: its definition is like that already"], [])
+    assert len(host.defined) == 1
+    assert fph("disable", "a", "--write")[0] == 0
+    assert "free-page-hint" not in host.defined[1]
+
+
+# ---- bad input: one line, an exit status, nothing changed ----------------------------------------
+
+
+def unknown_domain(host: FakeHost) -> None:
+    """There is another one."""
+    host.add("other")
+
+
+def no_balloon(host: FakeHost) -> None:
+    """A domain without one."""
+    domain = host.add("a")
+    domain.xml = domain.xml.replace("<memballoon model='virtio'/>", "")
+
+
+def model_none(host: FakeHost) -> None:
+    """A domain that wants none."""
+    host.add("a", model="none")
+
+
+def stock_emulator(host: FakeHost) -> None:
+    """A QEMU that would not start with our properties."""
+    host.add("a", emulator="/bin/true")
+
+
+def emulator_missing(host: FakeHost) -> None:
+    """A QEMU that was removed."""
+    host.add("a")
+
+
+def transient(host: FakeHost) -> None:
+    """A domain that is gone when it ends."""
+    host.add("a").permanent = False
+
+
+def two_at_once(host: FakeHost) -> None:
+    """Somebody else defines the domain while we think."""
+    domain = host.add("a", emulator="relative/qemu")
+
+    def changed(time: int) -> None:
+        if time > 2:
+            domain.xml = domain.xml.replace("<name>", "<name><!-- -->")
+
+    domain.on_read = changed
+
+
+def two_estimates(host: FakeHost) -> None:
+    """QEMU makes one at a time."""
+    desc = {"class": "GenericError", "desc": "an estimate is being made already"}
+    host.add("a").qemu(calc_free_page_estimate={"error": desc})
+
+
+def stock_qemu(host: FakeHost) -> None:
+    """The command is missing."""
+    host.add("a")
+
+
+def shut_off(host: FakeHost) -> None:
+    """A domain that does not run."""
+    host.add("a", active=False)
+
+
+def invalid(host: FakeHost) -> None:
+    """libvirt does not want the definition."""
+    host.add("a", emulator="relative/qemu")
+    host.refusals.append(
+        error(libvirt.VIR_ERR_XML_INVALID_SCHEMA, "XML document failed\n to validate")
+    )
+
+
+def read_only_write(host: FakeHost) -> None:
+    """libvirt refuses to define."""
+    host.add("a", emulator="relative/qemu")
+    host.refusals.append(DENIED)
+
+
+def read_only_qemu(host: FakeHost) -> None:
+    """libvirt does not let QEMU be asked."""
+    host.add("a").qemu(calc_free_page_estimate=DENIED)
+
+
+def cut_estimate(host: FakeHost) -> None:
+    """The connection breaks half way."""
+    host.add("a").qemu(calc_free_page_estimate={}, query_free_page_estimate=host.cut)
+
+
+def cut_before(host: FakeHost) -> None:
+    """The connection is broken when a domain is looked for."""
+    host.alive = False
+
+
+def cut_write(host: FakeHost) -> None:
+    """The connection breaks before the definition is read again."""
+
+    def cut(time: int) -> None:
+        if time > 1:
+            raise host.cut()
+
+    host.add("a", emulator="relative/qemu").on_read = cut
+
+
+def nothing_migrates(host: FakeHost) -> None:
+    """A domain that stays where it is."""
+    host.add("a").qemu(query_migrate={"status": "completed"})
+
+
+def refusing_qemu(host: FakeHost) -> None:
+    """QEMU does not want to say it."""
+    host.add("a").qemu(query_migrate={"error": {"class": "GenericError", "desc": "not\n now"}})
+
+
+def nothing(host: FakeHost) -> None:
+    """No domain at all."""
+    del host
+
+
+ESTIMATED = ("estimate", "a")
+ENABLED = ("enable", "a", "--write")
+BAD: Dict[str, Tuple[Any, Tuple[str, ...], int, str]] = {
+    "unknown domain": (unknown_domain, ("status", "a"), 1, "a: qemu:///fake has no such domain"),
+    "no balloon": (no_balloon, ENABLED, 1, "a: it has no <memballoon>"),
+    "model none": (model_none, ENABLED, 1, "a: its <memballoon> has model 'none', hints need"),
+    "stock emulator": (stock_emulator, ENABLED, 1, "a: its <emulator> /bin/true is a stock QEMU"),
+    "no emulator": (emulator_missing, ENABLED, 1, "a: its <emulator> /nowhere/qemu cannot be run"),
+    "transient": (transient, ENABLED, 1, "a: it is transient"),
+    "two at once": (two_at_once, ENABLED, 1, "a: its definition was changed by somebody else"),
+    "two estimates": (two_estimates, ESTIMATED, 1, "a: an estimate is being made already"),
+    "stock QEMU": (stock_qemu, ESTIMATED, 1, "a: its QEMU is a stock one"),
+    "shut off": (shut_off, ESTIMATED, 1, "a: it is not running"),
+    "none runs": (shut_off, ("estimate", "--all"), 1, "no domain is running on qemu:///fake"),
+    "not valid": (invalid, ENABLED, 3, "a: XML document failed to validate"),
+    "read-only": (read_only_write, ENABLED, 3, "a: the connection is read-only: operation"),
+    "read-only QEMU": (read_only_qemu, ESTIMATED, 3, "a: the connection is read-only: operation"),
+    "cut": (cut_estimate, ESTIMATED, 3, "the connection to qemu:///fake was lost: client socket"),
+    "cut before": (cut_before, ESTIMATED, 3, "the connection to qemu:///fake was lost: client"),
+    "cut write": (cut_write, ENABLED, 3, "the connection to qemu:///fake was lost: client socket"),
+    "no migration": (nothing_migrates, ("watch", "a"), 1, "a: no migration is running"),
+    "refused": (refusing_qemu, ("watch", "a"), 1, "fph: a: not now"),
+    "watch unknown": (nothing, ("watch", "a"), 1, "a: qemu:///fake has no such domain"),
+    "unwritable": (
+        nothing_migrates,
+        ("watch", "a", "-o", "/nowhere/x"),
+        1,
+        "/nowhere/x.json cannot be written",
+    ),
+    "no socket": (nothing, ("watch", "--qmp", "/nowhere/s"), 3, "/nowhere/s: No such file"),
+    "no domain named": (nothing, ("enable",), 2, "error: enable: name domains, or --all"),
+    "both": (nothing, ("disable", "--all", "a"), 2, "error: disable: name domains, or --all"),
+    "two watched": (nothing, ("watch", "a", "b"), 2, "error: watch: name one domain"),
+    "bandwidth": (nothing, (*ESTIMATED, "--bandwidth", "0"), 2, "'0' is no bandwidth such as"),
+    "seconds": (nothing, ("watch", "a", "--wait", "-1"), 2, "'-1' is no number of seconds"),
+    "no command": (nothing, (), 2, "the following arguments are required: COMMAND"),
+}
+
+
+@pytest.mark.parametrize("prepare, argv, status, line", BAD.values(), ids=BAD)
+def test_bad_input(
+    host: FakeHost, fph: Any, prepare: Any, argv: Tuple[str, ...], status: int, line: str
+) -> None:
+    """One line says what is wrong, the exit status what kind of thing, and nothing was changed."""
+    prepare(host)
+    got, out, err = fph(*argv)
+    assert got == status, err
+    usage = [text for text in err if text.startswith(("usage:", " "))]
+    assert len(err) - len(usage) == 1 and bool(usage) == (status == 2), err
+    assert line in err[-1]
+    assert not out and not host.defined
+
+
+def test_libvirt_down(fph: Any, tmp_path: Path) -> None:
+    """Without a libvirt, one line says where it was looked for."""
+    uri = f"qemu+unix:///system?socket={tmp_path}/none"
+    status, out, err = fph("status", "-c", uri)
+    assert (status, out) == (3, [])
+    assert len(err) == 1 and err[0].startswith(f"fph: no connection to {uri}: ")
+
+
+def test_status_through_a_read_only_connection(host: FakeHost, fph: Any) -> None:
+    """What the definition says is shown, and that QEMU was not asked."""
+    host.add("a").qemu(query_migrate_capabilities=DENIED)
+    status, out, err = fph("status", "--readonly")
+    assert (status, err) == (0, [])
+    assert out[1].split() == ["a", "running", "no", "-", "-", "-", "-", "-"]
+    assert out[2].startswith("a: QEMU was not asked, the connection is read-only")
+
+
+def test_figures_for_people() -> None:
+    """Sizes, times and rates as people write them."""
+    assert [show.size(n) for n in (None, 0, 1023, 1024, 5 * GIB, 200 * GIB)] == (
+        ["-", "0 B", "1023 B", "1 KiB", "5.0 GiB", "200 GiB"]
+    )
+    assert [show.duration(s) for s in (None, 0.51, 59.2, 59.6, 61, 3700)] == (
+        ["-", "0.5 s", "59 s", "1 min 00 s", "1 min 01 s", "1 h 01 min"]
+    )
+    rates = {
+        "1Gbit": 125_000_000,
+        "100MiB": 100 * MIB,
+        "1.5G": 1_500_000_000,
+        "7": 7,
+        "1KB/s": 1000,
+    }
+    assert {text: bandwidth(text) for text in rates} == rates
+    for text in "", "0", "x", "1Tbit", "-1", "1 bits":
+        with pytest.raises(ValueError):
+            bandwidth(text)
+
+
+def test_emulators_of_other_machines_are_not_run() -> None:
+    """What is checked by running it is a file of this machine."""
+    assert change.is_here("qemu:///system") and change.is_here("qemu+unix:///system?socket=/x")
+    assert not change.is_here("qemu+ssh://other/system")
+
+
+COMPLETIONS = {
+    "fph ": "status estimate enable disable watch --help",
+    "fph e": "estimate enable",
+    "fph status": "status",
+    "fph status w": "web1 web2",
+    "fph enable -c qemu:///other ": "-q -r -c qemu:///other list --all --name",
+    "fph -c qemu:///other status -": "--connect --readonly --json --help",
+    "fph disable web1 --": "--connect --readonly --json --help --all --arrays --write",
+    "fph estimate --all --bandwidth ": "",
+    "fph watch --qmp /etc/hostn": "/etc/hostname",
+}
+COMPLETE = """
+. {script}
+virsh() {{ case $* in *other*) echo "$*" ;; *) printf 'web1\\nweb2\\ndb\\n' ;; esac }}
+COMP_LINE=$1 COMP_POINT=${{#1}}
+# As readline splits it, for which a colon ends a word
+mapfile -t COMP_WORDS < <(grep -oE '[^ :]+|:' <<<"$1")
+[ "${{1: -1}}" != ' ' ] || COMP_WORDS+=('')
+COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_fph
+echo "${{COMPREPLY[*]}}"
+"""
+
+
+@pytest.mark.parametrize("line, words", COMPLETIONS.items(), ids=COMPLETIONS)
+def test_completion(line: str, words: str) -> None:
+    """bash completes commands, options, files, and domains of the libvirt that is meant."""
+    script = paths.REPO / "packaging" / "completion" / "fph"
+    command = ["bash", "-c", COMPLETE.format(script=script), "bash", line]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == (words, "")
+
+
+def test_documented_commands_are_understood() -> None:
+    """The command lines of docs/libvirt.md and of fph(1) are such as the tool takes."""
+    text = "".join(
+        (paths.REPO / name).read_text("utf-8")
+        for name in ("docs/libvirt.md", "packaging/man/fph.1.rst")
+    )
+    lines = re.findall(r"^    (?:# )?fph (.*)$", text, re.MULTILINE)
+    lines += re.findall(r"`fph ([^`]*)`", text)
+    assert len(lines) > 10
+    for line in lines:
+        # A command that is only named has its operands behind it.
+        words = shlex.split(line)
+        parse(words if len(words) > 1 or words == ["status"] else [*words, "DOMAIN"])
+
+
+def test_manual_has_every_option() -> None:
+    """fph(1) names each command and each option, and no other."""
+    manual = (paths.REPO / "packaging" / "man" / "fph.1.rst").read_text("utf-8")
+    # pylint: disable=protected-access
+    commands = next(a for a in parser()._actions if a.dest == "command").choices
+    options = {
+        text
+        for command in commands.values()
+        for action in command._actions
+        for text in action.option_strings
+        if text.startswith("--") and text != "--help"
+    }
+    named = set(re.findall(r"\*\*(--?[a-z]+)\*\*", manual))
+    assert options - named == {"--output"}
+    assert {text for text in named if text.startswith("--")} <= options
+    assert all(f"\n**{name}**" in manual or f", **{name}**" in manual for name in commands)
+
+
+def test_output_that_nobody_reads() -> None:
+    """A reader that has seen enough is no reason for a traceback."""
+    uri = "test:///default"
+    for command in f"status -c {uri}", f"status --json -c {uri}":
+        # A pipe whose reading end is closed before anything is written
+        shell = f"exec 3> >(:); wait $!; {paths.REPO}/scripts/fph {command} >&3"
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (1, "")

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What scripts/fph makes of a domain's XML: hints on or off, and everything else as it was."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Optional, Sequence
+from xml.etree import ElementTree
+
+import pytest
+
+from livefph import domainxml
+from livefph.connection import FphError
+from livemig.domains import DOMAIN_XML
+
+NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+XMLNS = f" xmlns:qemu='{NAMESPACE}'"
+HINT = "<qemu:property name='free-page-hint' type='bool' value='true'/>"
+ARRAYS = "<qemu:property name='free-page-hint-arrays' type='bool' value='true'/>"
+ALIAS = "\n      <alias name='ua-balloon0'/>"
+PROPERTIES = f"\n        {HINT}\n        {ARRAYS}"
+FRONTEND = f"\n      <qemu:frontend>{PROPERTIES}\n      </qemu:frontend>"
+DEVICE = f"\n    <qemu:device alias='ua-balloon0'>{FRONTEND}\n    </qemu:device>"
+OVERRIDE = f"\n  <qemu:override>{DEVICE}\n  </qemu:override>"
+ADDRESS = "<address type='pci' domain='0x0000' bus='0x05' slot='0x00' function='0x0'/>"
+OTHER = """
+    <qemu:device alias='ua-disk'>
+      <qemu:frontend>
+        <qemu:property name='free-page-hint' type='string' value='of another device'/>
+      </qemu:frontend>
+    </qemu:device>"""
+
+
+def domain(balloon: str, override: str = "", space: str = "", kind: str = "kvm") -> str:
+    """A domain with a bit of everything that could be mistaken for something else."""
+    return f"""<!-- <domain> of <memballoon model='none'/> -->
+<domain type='{kind}'{space} >
+  <name>a&amp;b&lt;ö</name>
+  <memory unit="MiB">64</memory>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <metadata>
+    <app:x xmlns:app="urn:app" a = '>"/>'><memballoon model='none'/><![CDATA[</devices>]]></app:x>
+  </metadata>
+  <devices>
+\t<emulator>/usr/bin/qemu-system-x86_64</emulator><!-- ] -->
+    {balloon}
+    <!-- the end -->
+  </devices>{override}
+</domain>
+"""
+
+
+def alias(name: str) -> str:
+    """A balloon of that name."""
+    return f"<memballoon model='virtio'>\n      <alias name='{name}'/>\n    </memballoon>"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A domain, and what makes one with arrays of it: what is put in, what is replaced by what."""
+
+    text: str
+    new: Sequence[str] = ()
+    old: Sequence[str] = ()
+
+
+PLAIN = f"<memballoon model='virtio'>\n      {ADDRESS}\n    </memballoon>"
+SET = PROPERTIES.replace("'true'", "'false'").replace("'bool'", "'string'")
+CASES = {
+    "plain": Case(domain(PLAIN), (XMLNS, ALIAS, OVERRIDE)),
+    "empty element": Case(
+        domain("<memballoon model='virtio'/>"),
+        (XMLNS, f"'virtio'>{ALIAS}\n    </memballoon>", OVERRIDE),
+        ("'virtio'/>",),
+    ),
+    "quotes": Case(
+        domain("""<memballoon autodeflate="/>" model='virtio' />"""),
+        (XMLNS, f"model='virtio' >{ALIAS}\n    </memballoon>", OVERRIDE),
+        ("model='virtio' />",),
+    ),
+    "non-transitional": Case(
+        domain(PLAIN.replace("'virtio'", '"virtio-non-transitional"')), (XMLNS, ALIAS, OVERRIDE)
+    ),
+    "transitional, with reporting": Case(
+        domain(PLAIN.replace("'virtio'", "'virtio-transitional' freePageReporting='on'")),
+        (XMLNS, ALIAS, OVERRIDE),
+    ),
+    "alias of its own": Case(domain(alias("ua-balloon0")), (XMLNS, OVERRIDE)),
+    "alias that libvirt would forget": Case(
+        domain(alias("balloon0")), (XMLNS, OVERRIDE, "'ua-balloon0'"), ("'balloon0'",)
+    ),
+    "alias of another device": Case(
+        domain(f"<panic model='isa'><alias name='ua-balloon0'/></panic>\n    {PLAIN}"),
+        (XMLNS, ALIAS.replace("n0", "n1"), OVERRIDE.replace("n0", "n1")),
+    ),
+    "namespace there": Case(domain(PLAIN, space=XMLNS), (ALIAS, OVERRIDE)),
+    "other prefix": Case(
+        domain(PLAIN, space=XMLNS.replace(":qemu", ":q")),
+        (ALIAS, OVERRIDE.replace("qemu:", "q:")),
+    ),
+    "prefix of another namespace": Case(
+        domain(PLAIN, space=" xmlns:qemu='urn:other'"),
+        (
+            XMLNS.replace(":qemu", ":qemu1"),
+            ALIAS,
+            OVERRIDE.replace("qemu:", "qemu1:"),
+        ),
+    ),
+    "override without prefix": Case(
+        domain(PLAIN, f"\n  <override xmlns='{NAMESPACE}'>\n  </override>"),
+        (ALIAS, DEVICE.replace("qemu:", "")),
+    ),
+    "override of another device": Case(
+        domain(PLAIN, f"\n  <qemu:override>{OTHER}\n  </qemu:override>", XMLNS), (ALIAS, DEVICE)
+    ),
+    "override of libvirt's own alias": Case(
+        domain(PLAIN, OVERRIDE.replace("ua-", "").replace(PROPERTIES, ""), XMLNS), (PROPERTIES,)
+    ),
+    "hints without arrays": Case(
+        domain(alias("ua-balloon0"), OVERRIDE.replace(f"\n        {ARRAYS}", ""), XMLNS),
+        (f"\n        {ARRAYS}",),
+    ),
+    "switched off": Case(
+        domain(alias("ua-balloon0"), OVERRIDE.replace(PROPERTIES, SET), XMLNS),
+        (PROPERTIES,),
+        (SET,),
+    ),
+    "on already": Case(domain(alias("ua-balloon0"), OVERRIDE, XMLNS)),
+    "on a line": Case(
+        "<domain type='qemu'><devices><memballoon model='virtio'></memballoon></devices></domain>",
+        (XMLNS, "\n  <alias name='ua-balloon0'/>\n", OVERRIDE + "\n"),
+    ),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def properties(text: str) -> Optional[Dict[str, Optional[str]]]:
+    """What is overridden of the balloon, as another parser reads it."""
+    root = ElementTree.fromstring(text)
+    names = {a.get("name") for a in root.findall("devices/memballoon/alias")} | {"balloon0"}
+    for device in root.findall(f"{{{NAMESPACE}}}override/{{{NAMESPACE}}}device"):
+        if device.get("alias") in names:
+            found = device.findall(f"{{{NAMESPACE}}}frontend/{{{NAMESPACE}}}property")
+            return {str(p.get("name")): p.get("value") for p in found}
+    return None
+
+
+@each_case
+def test_enabled_and_nothing_else_is_touched(case: Case) -> None:
+    """Both properties are on, once; the rest is the same, byte for byte; twice changes nothing."""
+    text = domainxml.enable(case.text, arrays=True)
+    assert properties(text) == {"free-page-hint": "true", "free-page-hint-arrays": "true"}
+    assert domainxml.read(text).offered == "arrays"
+    assert domainxml.enable(text, arrays=True) == text
+
+    before = text
+    for new in case.new:
+        assert before.count(new) == 1 or new == XMLNS, new
+        before = before.replace(new, "\0", 1)
+    original = case.text
+    for old in case.old:
+        original = original.replace(old, "", 1)
+    assert before.replace("\0", "") == original
+
+
+@each_case
+def test_disabled_as_if_it_had_never_been_on(case: Case) -> None:
+    """What was switched on is off again; an override that was there before stays, and no other."""
+    enabled = domainxml.enable(case.text, arrays=True)
+    off = domainxml.disable(enabled)
+    assert domainxml.read(off).offered == "no"
+    assert not properties(off)
+    assert off.count("of another device") == case.text.count("of another device")
+    assert ("override" in off) == ("of another device" in off)
+    assert domainxml.disable(off) == off
+    # What is left of it: the alias and the namespace, which it would be given again.
+    assert domainxml.enable(off, arrays=True).split() == enabled.split() or "override" in case.text
+
+
+@each_case
+def test_arrays_alone_are_switched(case: Case) -> None:
+    """disable --arrays leaves hints on, and enable without arrays leaves arrays as they are."""
+    enabled = domainxml.enable(case.text, arrays=True)
+    blocks = domainxml.disable(enabled, arrays_only=True)
+    assert properties(blocks) == {"free-page-hint": "true"}
+    assert domainxml.enable(blocks, arrays=False) == blocks
+    assert domainxml.enable(enabled, arrays=False) == enabled
+    assert domainxml.enable(blocks, arrays=True).split() == enabled.split()
+
+
+def test_properties_of_others_stay() -> None:
+    """Another property of the balloon, and a comment, keep their place when hints go."""
+    kept = "\n        <!-- why -->\n        <qemu:property name='x' type='string' value='y'/>"
+    text = domain(alias("ua-balloon0"), OVERRIDE.replace(PROPERTIES, kept + PROPERTIES), XMLNS)
+    assert domainxml.disable(text) == text.replace(PROPERTIES, "")
+    comment = "\n        <!-- why -->"
+    text = domain(alias("ua-balloon0"), OVERRIDE.replace(PROPERTIES, comment + PROPERTIES), XMLNS)
+    assert domainxml.disable(text) == text.replace(PROPERTIES, "")
+
+
+def test_emulator_is_replaced() -> None:
+    """Another emulator goes where the old one was, and only if it is another one."""
+    text = domainxml.enable(domain(PLAIN), True, "/opt/a&b/qemu")
+    assert domainxml.read(text).emulator == "/opt/a&b/qemu"
+    assert text.replace("/opt/a&amp;b/qemu", "/usr/bin/qemu-system-x86_64") == domainxml.enable(
+        domain(PLAIN), True
+    )
+    assert domainxml.enable(text, True, "/opt/a&b/qemu") == text
+    without = domain(PLAIN).replace("<emulator>/usr/bin/qemu-system-x86_64</emulator>", "")
+    assert domainxml.read(domainxml.enable(without, True, "/opt/q")).emulator == "/opt/q"
+
+
+IMPOSSIBLE = {
+    "no balloon": (domain(""), "it has no <memballoon>"),
+    "model none": (domain("<memballoon model='none'/>"), "model 'none', hints need 'virtio'"),
+    "model xen": (domain("<memballoon model='xen'/>"), "model 'xen', hints need 'virtio'"),
+    "no model": (domain("<memballoon/>"), "model 'None', hints need 'virtio'"),
+    "no QEMU": (domain(PLAIN, kind="lxc"), "it is of type 'lxc', hints need QEMU"),
+    "no devices": ("<domain type='kvm'/>", "it has no <memballoon>"),
+    "no domain": ("<network><name>n</name></network>", "not a domain's, but of <network>"),
+    "no XML": ("<domain type='kvm'>", "the XML cannot be read: no element found"),
+    "nothing": ("", "the XML cannot be read"),
+}
+
+
+@pytest.mark.parametrize("text, why", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_what_cannot_be_enabled_is_refused(text: str, why: str) -> None:
+    """Where hints cannot be had, one line says why."""
+    for function in domainxml.enable, domainxml.disable:
+        with pytest.raises(FphError) as caught:
+            function(text, True)
+        assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_documented_xml_is_what_is_made() -> None:
+    """The XML of docs/libvirt.md, which the migration tests run with, is the one that is made."""
+    text = DOMAIN_XML.read_text("utf-8")
+    assert domainxml.read(text).offered == "arrays"
+    off = domainxml.disable(text)
+    assert "override" not in off
+    assert domainxml.enable(off, arrays=True) == text
+
+
+def test_libvirt_finds_it_valid(tmp_path: Path) -> None:
+    """What is made is valid by libvirt's schema."""
+    if not shutil.which("virt-xml-validate"):
+        pytest.skip("virt-xml-validate is not installed: run scripts/install-deps libvirt")
+    path = tmp_path / "domain.xml"
+    for name in "plain", "other prefix", "override without prefix", "hints without arrays":
+        for text in (
+            domainxml.enable(CASES[name].text, arrays=True),
+            domainxml.disable(domainxml.enable(CASES[name].text, arrays=True)),
+        ):
+            path.write_text(text.replace("ö", "o").replace("&amp;b&lt;", ""), "utf-8")
+            done = subprocess.run(
+                ["virt-xml-validate", str(path), "domain"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr + text

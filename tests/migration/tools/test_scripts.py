@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands that people type."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+
+from livemig import control, paths
+from livemig.commands import demo, guest
+from livemig.errors import MigrationError, MissingArtifact
+from livemig.spec import BLOCKS, GuestSpec
+
+SCRIPTS = paths.REPO / "scripts"
+QUIT = b"\x1d"
+
+
+# What clients of scripts/guest may do that scripts/migrate does not: leave before they get an
+# answer, send nonsense, say nothing at all.
+RUDE = (b'{"capabilities": {}}\n', b"nonsense\n", b"[1]\n", b'{"unknown": 1}\n', b"")
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *command: str):
+        self._ours, theirs = pty.openpty()
+        # pylint: disable=consider-using-with  # ended by close()
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        self.text = b""
+
+    def type(self, keys: bytes) -> None:
+        """Press keys."""
+        os.write(self._ours, keys)
+
+    def wait_for(self, text: bytes, seconds: float = 120) -> None:
+        """Wait until the command has written a text."""
+        deadline = time.monotonic() + seconds
+        while text not in self.text:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.text[-2000:]!r}"
+            if select.select([self._ours], [], [], 1)[0]:
+                self.text += os.read(self._ours, 65536)
+
+    def close(self) -> None:
+        """End the command."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+        os.close(self._ours)
+
+
+def run(*command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run one of our scripts."""
+    return subprocess.run(
+        [str(SCRIPTS / command[0]), *command[1:]],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_guest_is_moved_under_its_user() -> None:
+    """scripts/migrate moves the guest of scripts/guest; its shell goes on, whatever clients do."""
+    if control.connect():
+        pytest.skip("a guest of scripts/guest runs on this machine")
+    terminal = Terminal(str(SCRIPTS / "guest"), "--mem", "512M")
+    try:
+        terminal.wait_for(b"/root # ")
+        terminal.type(b"x=42; echo first $((x + 1))\r")
+        terminal.wait_for(b"first 43")
+        for options in ([], ["--no-hints"]):
+            done = run("migrate", *options)
+            assert done.returncode == 0, done.stderr
+            assert ("disabled" in done.stdout) == bool(options)
+            assert "total time:" in done.stdout
+            marker = f"after{''.join(options)}"
+            terminal.type(f"echo {marker} $((x + 2))\r".encode())
+            terminal.wait_for(f"{marker} 44".encode())
+        for number, request in enumerate(RUDE):
+            client = control.connect()
+            assert client
+            with client:
+                client.sendall(request)
+                # The last one says nothing, and stays.
+                if request:
+                    client.close()
+                terminal.type(f"echo rude{number} $((x + 3))\r".encode())
+                terminal.wait_for(f"rude{number} 45".encode())
+        refused = run("guest")
+        assert refused.returncode != 0
+        assert "only one at a time" in refused.stderr
+        terminal.type(QUIT)
+        assert terminal.process.wait(60) == 0
+    finally:
+        terminal.close()
+
+
+def test_failed_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest on a terminal goes on where it is when a move fails, and can be moved later."""
+    monkeypatch.setattr(guest, "LOGS", tmp_path)
+    spec = GuestSpec(mem_mib=512)
+    session = guest.Session(spec)
+    try:
+        session.guest.wait_ready()
+        # Such a device cannot take over from one that has agreed on arrays.
+        session.spec = spec.but(balloon=BLOCKS)
+        with pytest.raises(MigrationError):
+            session.move(guest.unlimited())
+        assert session.guest.qmp("query-status")["status"] == "running"
+        assert session.guest.agent.run("echo here").strip() == "here"
+        session.spec = spec
+        session.move(guest.unlimited())
+        assert session.guest.agent.run("echo there").strip() == "there"
+    finally:
+        session.guest.close()
+
+
+def test_demo_writes_what_it_says(tmp_path: Path, measured: Dict[str, Any]) -> None:
+    """demo prints a line for each mode and writes an object for each run."""
+    out = tmp_path / "demo.json"
+    arguments = "--mem 1G --vcpus 2 --runs 2 --scenarios churn --modes none array-absent --out"
+    done = run("demo", *arguments.split(), str(out))
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(out.read_text())
+    assert [(r["mode"], r["run"]) for r in runs] == [
+        ("none", 1),
+        ("array-absent", 1),
+        ("none", 2),
+        ("array-absent", 2),
+    ]
+    assert all(r["verified"] and r["checked_pages"] > r["verified_pages"] > 0 for r in runs)
+    assert runs[1]["hinted_bytes"] > 0 and runs[0]["hinted_bytes"] == 0
+    rows = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" yes")]
+    assert rows == ["none", "array-absent"]
+    assert "medians of 2 runs" in done.stdout
+    measured.update({r["mode"]: r["total_ms"] for r in runs})
+
+
+def test_demo_fails_when_memory_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """demo ends with an error, and says so in the table, if a guest lost memory."""
+    out = tmp_path / "demo.json"
+
+    def lossy(*args: Any) -> Dict[str, Any]:
+        _, mode, scenario, *_ = args
+        good = demo.MigrationResult.from_qmp({})
+        return demo.record(mode, scenario, good, False, guest_free_reported_bytes=0)
+
+    monkeypatch.setattr(demo, "run_once", lossy)
+    arguments = ["--mem", "1G", "--modes", "none", "--scenarios", "idle", "--out", str(out)]
+    assert demo.main(arguments) == 1
+    assert "NOT VERIFIED" in capsys.readouterr().out
+    assert json.loads(out.read_text())[0]["verified"] is False
+
+
+@pytest.mark.parametrize("script", ["make-initramfs"])
+def test_made_once(script: str, tmp_path: Path) -> None:
+    """An image is made once; a run that was killed leaves nothing that the next one trips over."""
+    first = run(script, FPH_CACHE=str(tmp_path))
+    assert first.returncode == 0, first.stderr
+    assert "made" in first.stdout
+    again = run(script, FPH_CACHE=str(tmp_path))
+    assert "up to date" in again.stdout
+
+    images = tmp_path / "images"
+    stamp, image = images / "initramfs.cpio.gz.stamp", images / "initramfs.cpio.gz"
+    before, files = image.read_bytes(), set(images.iterdir())
+    # Make it again, and be killed on the way.
+    stamp.unlink()
+    environment = {**os.environ, "FPH_CACHE": str(tmp_path)}
+    with subprocess.Popen([SCRIPTS / script], env=environment, start_new_session=True) as killed:
+        while set(images.iterdir()) <= files:
+            assert killed.poll() is None, "it ended before it could be killed"
+        os.killpg(killed.pid, signal.SIGKILL)
+    assert not stamp.exists()
+    recovered = run(script, FPH_CACHE=str(tmp_path))
+    assert "made" in recovered.stdout
+    assert image.read_bytes() == before, "the same input makes another image"
+    assert set(images.iterdir()) == files
+
+
+@pytest.mark.parametrize("mine", [False, True], ids=["foreign", "its-own"])
+def test_export_spares_what_it_did_not_write(tmp_path: Path, mine: bool) -> None:
+    """export-patches replaces a series that it wrote, and deletes nothing else."""
+    directory = tmp_path / "qemu"
+    directory.mkdir()
+    kept = directory / "kept.c"
+    kept.touch()
+    if mine:
+        (directory / "series").write_text("# base: qemu-10.0.0\n")
+    done = run("export-patches", str(tmp_path), "qemu")
+    if mine:
+        assert done.returncode == 0, done.stderr
+        assert not kept.exists() and list(directory.glob("0001-*.patch"))
+    else:
+        assert done.returncode != 0 and "choose another OUTDIR" in done.stderr
+        assert kept.exists()
+
+
+SERIES = sorted(
+    (tree, patches.name)
+    for tree in ("qemu", "kernel", "libvirt")
+    for patches in (paths.REPO / tree / "patches").iterdir()
+)
+
+
+@pytest.mark.parametrize("tree, series", SERIES, ids=["-".join(pair) for pair in SERIES])
+def test_export_of_each_series(tmp_path: Path, tree: str, series: str) -> None:
+    """The patches for each series of versions apply, and all new files are in them."""
+    done = run("export-patches", str(tmp_path), f"{tree}={series}")
+    if "run scripts/fetch" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    (out,) = tmp_path.iterdir()
+    assert out.name in (tree, f"{tree}-{series}")
+    base, *names = (out / "series").read_text().splitlines()
+    assert f"-{series}." in base
+    hooks = [
+        line
+        for line in (paths.REPO / tree / "patches" / series / "series").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    assert len(names) == len(hooks) > 0
+    added = {
+        line
+        for name in names
+        for line in (out / name).read_text().splitlines()
+        if line.startswith("+++ b/")
+    }
+    ours = [p.relative_to(paths.REPO / tree) for p in (paths.REPO / tree).rglob("*") if p.is_file()]
+    assert {f"+++ b/{path}" for path in ours if path.parts[0] != "patches"} <= added
+
+
+def test_builds_of_a_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A series that the environment names is what tests run with, whatever stands in for ours."""
+    monkeypatch.setenv("FPH_CACHE", str(tmp_path))
+    monkeypatch.setenv("FPH_QEMU_SERIES", "10.2")
+    monkeypatch.setenv("FPH_KERNEL_SERIES", "7.3")
+    for stands_in in ("", "debug"):
+        monkeypatch.setenv("FPH_QEMU", stands_in)
+        for build in ("ours", "checked", "stock", "ours-9.9"):
+            expected = {
+                "ours": f"{stands_in or 'ours'}-10.2",
+                "checked": f"{stands_in or 'checked'}-10.2",
+                "stock": "stock-10.2",
+            }.get(build, build)
+            with pytest.raises(MissingArtifact, match=f"run scripts/build-qemu {expected}$"):
+                paths.qemu_binary(build)
+    for build, made_by in (("ours", "build-kernel ours-7.3"), ("debian", "make-other-guests")):
+        with pytest.raises(MissingArtifact, match=f"run scripts/{made_by}$"):
+            paths.kernel_image(build)
+    assert paths.is_quick("ours") and not paths.is_quick("debug")
