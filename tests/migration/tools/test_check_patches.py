@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""check-patches builds at each patch, and says at which it did not."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import List
+
+import pytest
+
+from livemig import paths
+
+PATCH = """From: Somebody <somebody@localhost>
+Subject: [PATCH] patch {number}
+
+Of no use.
+---
+--- a/file-{number}
++++ b/file-{number}
+@@ -1 +1 @@
+-before
++{text}
+"""
+
+
+class Project:
+    """A copy of our scripts, with three patches for a tree that a shell script builds."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._log = directory / "log"
+        shutil.copytree(paths.REPO / "scripts", directory / "scripts", symlinks=True)
+        self._builder("true")
+        source = directory / "cache/src/libvirt-11.3.0"
+        (source / "src/qemu").mkdir(parents=True)
+        (source / "meson.build").write_text("  version: '11.3.0',\n")
+        (source.parent / "libvirt").symlink_to(source.name)
+        self._patches = directory / "libvirt/patches/11.3"
+        self._patches.mkdir(parents=True)
+        for number in (1, 2, 3):
+            (source / f"file-{number}").write_text("before\n")
+            self.write(number, "after")
+        names = "".join(f"{number}.patch\n" for number in (1, 2, 3))
+        (self._patches / "series").write_text(f"# base: libvirt-11.3.0\n{names}")
+
+    def write(self, number: int, text: str) -> None:
+        """Write a patch."""
+        patch = PATCH.format(number=number, text=text)
+        (self._patches / f"{number}.patch").write_text(patch)
+
+    def fail_at(self, number: int) -> None:
+        """Let the build fail from a patch on."""
+        self._builder(f'grep before "$FPH_CACHE/libvirt-check/src/file-{number}"')
+
+    def check(self, *options: str) -> "subprocess.CompletedProcess[str]":
+        """Run check-patches; what the builds saw is in builds()."""
+        self._log.write_text("")
+        return subprocess.run(
+            [self._directory / "scripts/check-patches", *options, "libvirt"],
+            env={**os.environ, "FPH_CACHE": str(self._directory / "cache"), "LOG": str(self._log)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def builds(self) -> List[str]:
+        """The contents of the three files at each build of the last check."""
+        return self._log.read_text().splitlines()
+
+    def _builder(self, command: str) -> None:
+        source = '"$FPH_CACHE/libvirt-check/src"'
+        script = f'#!/bin/bash\ncat {source}/file-* | paste -sd " " >>"$LOG"\n{command}\n'
+        (self._directory / "scripts/build-libvirt").write_text(script)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project whose patches were never built."""
+    return Project(tmp_path)
+
+
+def test_built_once_at_each_patch(project: Project) -> None:
+    """Each patch is built, and what an earlier run has built is not built again."""
+    done = project.check("--build")
+    assert done.returncode == 0, done.stderr
+    assert project.builds() == ["after before before", "after after before", "after after after"]
+    assert "3 built, 0 built before, 0 not built" in done.stdout
+    again = project.check("--build")
+    assert project.builds() == []
+    assert "0 built, 3 built before, 0 not built" in again.stdout
+
+
+def test_built_from_the_changed_patch_on(project: Project) -> None:
+    """A changed patch is built again, and so are those on top of it; not those below."""
+    project.check("--build")
+    project.write(2, "other")
+    done = project.check("--build")
+    assert project.builds() == ["after other before", "after other after"]
+    assert "2 built, 1 built before, 0 not built" in done.stdout
+
+
+def test_failed_build_is_tried_again(project: Project) -> None:
+    """A patch that does not build ends the check, and the next one finds that again."""
+    project.fail_at(2)
+    for _ in range(2):
+        done = project.check("--build")
+        assert done.returncode != 0
+        assert "applies" not in done.stdout
+        assert project.builds()[-1] == "after after before"
+
+
+def test_what_was_not_built_is_named(project: Project) -> None:
+    """Out of time, the patches are still applied, and those that were not built are named."""
+    done = project.check("--build", "--minutes", "0")
+    assert done.returncode == 0, done.stderr
+    assert project.builds() == []
+    assert "every patch applies" in done.stdout
+    assert "0 built, 0 built before, 3 not built" in done.stdout
+    assert done.stdout.count("not built: libvirt: 000") == 3
