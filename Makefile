@@ -26,7 +26,7 @@ BASES = $(foreach base,$(BASE),$(or $(patsubst %/patches/$(base),%=$(base),$(wil
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help deps fetch qemu qemu-stock qemu-checked qemu-debug qemu-floor kernel kernel-stock kernel-debug kernel-kvm libvirt images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source host-deb release run migrate demo \
-	bench bench-quick bench-build bench-report check test arm64 unit model test-long hostile fuzz lint patches check-patches baselines \
+	bench bench-quick bench-build bench-report check test arm64 unit model test-long test-packages hostile fuzz lint patches check-patches baselines \
 	clean distclean
 
 help: ## list the targets
@@ -138,10 +138,18 @@ check: qemu qemu-checked qemu-debug qemu-stock kernel images ## ten minutes of t
 test: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm libvirt images other-guests debian-image ## run all tests
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
-test-long: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb ## hundreds of migrations, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
-	@FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/migrate/campaigns.py
-	@FPH_RESULTS=sweep.json FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug /usr/bin/python3 -m pytest -m 'integrity and not long' tests
-	@FPH_RESULTS=long.json /usr/bin/python3 -m pytest -m long tests
+# All three parts, also if one of them finds something.
+test-long: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## a hundred migrations more, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
+	@status=0; \
+	FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/migrate/campaigns.py || status=1; \
+	FPH_RESULTS=sweep.json FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug \
+		/usr/bin/python3 -m pytest -m 'integrity and not long' tests || status=1; \
+	FPH_RESULTS=long.json /usr/bin/python3 -m pytest -m long \
+		--ignore tests/migration/model --ignore tests/migration/packages tests || status=1; \
+	exit $$status
+
+test-packages: stock-guests stock-hosts guest-deb trial-deb ## install the packages in Debian's guests and hosts, and remove them
+	@FPH_RESULTS=packages.json /usr/bin/python3 -m pytest -v tests/migration/packages
 
 # Not a part of "make test": other compilers, other builds.
 arm64: fetch ## build QEMU and guests for arm64 with pages of 4 and of 64 KiB, and test them

@@ -48,7 +48,7 @@ def patient(mode: Mode) -> MigrationSpec:
 
 
 def in_check(cases: Iterable[Any], *names: str, long: Sequence[str] = ()) -> List[Any]:
-    """The cases of a test, of which these belong to "make check", or to "make test-long" only."""
+    """The cases of a test, of which these belong to "make check", or which are "long"."""
     known = {case if isinstance(case, str) else case.name: case for case in cases}
     named = {**dict.fromkeys(names, pytest.mark.check), **dict.fromkeys(long, pytest.mark.long)}
     assert set(named) <= set(known), f"no such case: {set(named) - set(known)}"

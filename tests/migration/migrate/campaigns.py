@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Long campaigns: hundreds of migrations under churn, each with the oracle.
+"""Long campaigns: dozens of migrations under churn, each with the oracle.
 
 "make test-long" runs them, FPH_MIGRATIONS and FPH_TRIPS say how many. Each migration is a line on
 the console; the totals are in the results file.
@@ -26,8 +26,8 @@ from livemig.modes import MODES
 from livemig.oracle import Oracle
 from livemig.resident import Resident, residents
 
-MIGRATIONS = int(os.environ.get("FPH_MIGRATIONS", "200"))
-TRIPS = int(os.environ.get("FPH_TRIPS", "50"))
+MIGRATIONS = int(os.environ.get("FPH_MIGRATIONS", "60"))
+TRIPS = int(os.environ.get("FPH_TRIPS", "15"))
 # After so many migrations another guest is booted.
 PER_GUEST = 20
 

@@ -99,7 +99,7 @@ POSTCOPY_ENDS = {
     "huge-page-preempt": f"{SWITCHED} PAGES=2 HUGE PREEMPT CUTS=1",
 }
 
-# Left to "make test-long": the largest, where a smaller one has the same parts.
+# Left to "make model": the largest, where a smaller one has the same parts.
 LARGE = (
     "kvm-others-dma-syncs",
     "kvm-two-pages",
@@ -335,7 +335,7 @@ SEARCHES_OF: Dict[Tuple[str, str], Tuple[Search, ...]] = {
 
 
 def _cases(known: Iterable[str], *quick: str) -> List[Any]:
-    """The cases of a test: @quick are for "make check", and LARGE for "make test-long"."""
+    """The cases of a test: @quick are for "make check", and LARGE for "make model" only."""
     return [
         pytest.param(
             *case.values,

@@ -33,7 +33,7 @@ def root_fixture() -> Iterator[DebianRoot]:
     try:
         debs = paths.host_debs()
     except MissingArtifact as err:
-        # They take long to build, so that "make test-long" does not.
+        # They take long to build, so that "make test-packages" does not.
         pytest.skip(str(err))
     install = re.search(r"^    (apt install \./qemu-system-x86_.*)$", GUIDE, re.MULTILINE)
     assert install
