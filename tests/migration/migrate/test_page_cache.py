@@ -332,6 +332,8 @@ def test_postcopy(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
 # A group that may not have much, one that is to keep what it has, within one that has nothing by
 # itself, a file system on top of the disk's, and one of huge pages.
 OTHERS = (
+    # First: to look for them reclaims memory, and works out anew what is protected.
+    "mkdir /huge && mount -t hugetlbfs none /huge && echo 8 > /proc/sys/vm/nr_hugepages",
     "mount -t cgroup2 none /sys/fs/cgroup && cd /sys/fs/cgroup && mkdir limited kept",
     "echo +memory > cgroup.subtree_control && echo +memory > kept/cgroup.subtree_control",
     "mkdir kept/inner",
@@ -343,7 +345,6 @@ OTHERS = (
     "dd if=/dev/urandom of=/over/new bs=1M count=16",
     "sh -c 'echo $$ > limited/cgroup.procs; cat /over/cold > /dev/null;"
     " dd if=/dev/urandom of=/tmp/limited bs=1M count=16'",
-    "mkdir /huge && mount -t hugetlbfs none /huge && echo 8 > /proc/sys/vm/nr_hugepages",
     "truncate -s 8M /huge/file && filepages fill /huge/file",
 )
 LIMITED = "cat /sys/fs/cgroup/limited/memory.events"
