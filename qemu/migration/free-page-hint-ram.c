@@ -31,6 +31,7 @@
 #include "free-page-hint-ram.h"
 #include "migration.h"
 #include "options.h"
+#include "ram-empty.h"
 #include "ram.h"
 #include "trace.h"
 
@@ -124,7 +125,8 @@ bool free_page_hint_ram_alloc(void)
         uint64_t npages = rb->max_length >> qemu_target_page_bits();
         FreePageHintBlock *block;
 
-        if (!rb->bmap || !rb->used_length) {
+        /* What the destination does not empty has to be sent, zero pages too */
+        if (!rb->bmap || !rb->used_length || ram_stays_as_it_is(rb)) {
             continue;
         }
         block = g_new0(FreePageHintBlock, 1);

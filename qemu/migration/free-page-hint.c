@@ -66,10 +66,21 @@ void free_page_hint_register_scan(const FreePageHintScanOps *ops)
     scan_ops = ops;
 }
 
+/*
+ * Machine types up to 7.2 end the channel for pages that are asked for as soon
+ * as nothing is dirty, before the destination has all that it may ask for.
+ */
+static bool answers_to_the_last(void)
+{
+    return !migrate_postcopy_preempt() ||
+           !migrate_get_current()->preempt_pre_7_2;
+}
+
 bool free_page_hint_supported(void)
 {
     return migrate_mode() == MIG_MODE_NORMAL && !migrate_colo() &&
-           !migrate_background_snapshot() && (kvm_enabled() || tcg_enabled());
+           !migrate_background_snapshot() && answers_to_the_last() &&
+           (kvm_enabled() || tcg_enabled());
 }
 
 /*

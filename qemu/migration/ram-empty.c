@@ -43,17 +43,23 @@ typedef enum {
 
 static const char *const how_names[] = { "punched", "zeroed", "checked" };
 
+/* Returns NULL for what QEMU has made for itself. */
+static HostMemoryBackend *block_backend(RAMBlock *rb)
+{
+    return (HostMemoryBackend *)object_dynamic_cast(memory_region_owner(rb->mr),
+                                                    TYPE_MEMORY_BACKEND);
+}
+
 /*
  * Memory that is to remain populated: it was reserved, locked, or pinned for a
  * device.
  */
 static bool must_stay_populated(RAMBlock *rb)
 {
-    Object *owner = memory_region_owner(rb->mr);
-    bool is_backend = owner && object_dynamic_cast(owner, TYPE_MEMORY_BACKEND);
+    HostMemoryBackend *backend = block_backend(rb);
 
     return ram_block_discard_is_disabled() || should_mlock(mlock_state) ||
-           (is_backend && MEMORY_BACKEND(owner)->prealloc) ||
+           (backend && backend->prealloc) ||
            /* A hole punched into hugetlbfs loses its reservation. */
            (rb->page_size != qemu_real_host_page_size() &&
             !(rb->flags & RAM_NORESERVE));
@@ -75,13 +81,13 @@ static int gives_to_others(Object *obj, void *backend)
  */
 static bool others_contents(RAMBlock *rb)
 {
-    Object *owner = memory_region_owner(rb->mr);
+    HostMemoryBackend *backend = block_backend(rb);
 
     /* What is read-only can only be refused, whosever it is */
     return rb->fd >= 0 && !(rb->flags & RAM_READONLY) &&
-           (!owner || !object_dynamic_cast(owner, TYPE_MEMORY_BACKEND) ||
+           (!backend ||
             object_child_foreach_recursive(object_get_root(), gives_to_others,
-                                           owner));
+                                           backend));
 }
 
 bool ram_stays_as_it_is(RAMBlock *rb)
@@ -224,9 +230,13 @@ static int empty_block(RAMBlock *rb, void *opaque)
     }
     if (is_new && must_stay_populated(rb)) {
         /*
-         * Only this QEMU can have written to it, and machines leave RAM alone
-         * while they wait for a migration: see rom_reset().
+         * Only this QEMU can have written to it: ROMs, and tables that it made.
+         * While they wait for a migration, most machines leave a backend alone,
+         * see rom_reset(); to look at all of it would take long.
          */
+        if (!block_backend(rb)) {
+            count_data(rb->host, length, true);
+        }
         return 0;
     }
     if (!qemu_ram_is_shared(rb) && !must_stay_populated(rb)) {

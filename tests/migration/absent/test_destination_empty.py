@@ -232,11 +232,14 @@ def test_second_attempt(lab: Lab) -> None:
         assert_empty_or_sent(guest, destination)
 
 
-def test_what_qemu_itself_put_there(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("locked", [False, True], ids=["plain", "mem-lock"])
+def test_what_qemu_itself_put_there(lab: Lab, tmp_path: Path, locked: bool) -> None:
     """A table that the destination's QEMU has made, and a program for it, do not show through.
 
-    ACPI tables cannot be hinted, but multifd does not write their zero pages.
+    ACPI tables cannot be hinted, but multifd does not write their zero pages. Where memory stays
+    populated, they are written over.
     """
+    lock = ("-overcommit", "mem-lock=on") if locked else ()
     files = [tmp_path / "here", tmp_path / "there"]
     files[0].write_bytes(bytes(32 << 10))
     files[1].write_bytes(LEFTOVER * 8)
@@ -244,7 +247,7 @@ def test_what_qemu_itself_put_there(lab: Lab, tmp_path: Path) -> None:
     program = ("-device", f"loader,file={files[1]},addr={HINTED_PAGES[0]:#x},force-raw=on")
     with metal(lab, args=tables[0]) as guest:
         guest.write_all()
-        destination = arrival(guest, args=(*tables[1], *program))
+        destination = arrival(guest, args=(*tables[1], *program, *lock))
         # The premise: it is there before the guest comes.
         block = memory.ram_blocks(destination)["/rom@etc/acpi/tables"]
         with open(block.path, "rb") as file:
@@ -422,3 +425,29 @@ def test_persistent_memory_is_not_ours(lab: Lab) -> None:
             assert "nv" not in emptied(destination)
             with open(file, "rb") as contents:
                 assert contents.read() == LEFTOVER * (16 * MIB // PAGE)
+
+
+def test_persistent_memory_cannot_be_hinted(lab: Lab) -> None:
+    """What a destination leaves as it is, is sent whatever a guest hints: no leftovers are read."""
+    with tempfile.TemporaryDirectory() as directory:
+        here, there = (Path(directory) / name for name in ("here", "there"))
+        here.write_bytes(bytes(2 * MIB))
+        leave_data(there, 2 * MIB)
+        args = [
+            ("-machine", "nvdimm=on", "-m", "maxmem=1G,slots=1")
+            + ("-object", f"memory-backend-file,id=nv,mem-path={file},size=2M,share=on")
+            + ("-device", "nvdimm,id=nvdimm0,memdev=nv")
+            for file in (here, there)
+        ]
+        with metal(lab, args=args[0]) as guest:
+            destination = arrival(guest, args=args[1])
+            start(guest.source, destination, hold(True))
+            (dimm,) = guest.source.qmp("query-memory-devices")
+            first = dimm["data"]["addr"]
+            cmd_id = guest.balloon.wait_asked()
+            guest.balloon.send_array(cmd_id, PAGE, range(first, first + 2 * MIB, PAGE))
+            guest.balloon.send_end(cmd_id)
+            hints = wait_ended(guest.source)
+            finish(guest.source, destination)
+            assert there.read_bytes() == bytes(2 * MIB)
+            assert (hints.skipped_bytes, hints.invalid_bytes) == (0, 2 * MIB)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where hints are switched off or impossible, nothing is asked and nothing is waited for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, Mapping
 
 import pytest
@@ -62,6 +62,21 @@ def test_iommu_platform(lab: Lab, kernel: str) -> None:
     result = migrate(source, destination, WITH_HINTS)
     assert_intact(destination)
     assert_not_asked(result, "unsupported")
+
+
+def test_old_preempt(lab: Lab) -> None:
+    """With a machine type that stops answering postcopy's requests early, all pages are sent."""
+    args = ("-global", "migration.x-preempt-pre-7-2=on")
+    source = lab.boot(SMALL.but(args=args))
+    fill_and_free(source)
+    destination = lab.incoming(source.spec)
+    spec = WITH_HINTS.with_capabilities(free_page_hint=True, skip_absent_pages=True)
+    preempt = {"postcopy-ram": True, "postcopy-preempt": True}
+    result = migrate(source, destination, replace(spec, common=preempt))
+    assert_intact(destination)
+    assert_not_asked(result, "unsupported")
+    assert result.raw["absent-pages"]["reason"] == "unsupported"
+    assert result.normal_pages > 0.95 * FREED_PAGES
 
 
 def test_off_for_good(lab: Lab) -> None:
