@@ -14,7 +14,6 @@
 #include <linux/minmax.h>
 #include <linux/mm.h>
 #include <linux/mmzone.h>
-#include <linux/nodemask.h>
 #include <linux/page-isolation.h>
 #include <linux/pfn.h>
 #include <linux/sched.h>
@@ -189,7 +188,8 @@ EXPORT_SYMBOL_GPL(free_page_hint_drain);
  */
 int free_page_hint_walk(struct free_page_hint_walk *walk)
 {
-	int node, ret;
+	struct zone *zone;
+	int ret;
 
 	walk->blocks = 0;
 	walk->holds = 0;
@@ -197,18 +197,10 @@ int free_page_hint_walk(struct free_page_hint_walk *walk)
 	if (walk->order > MAX_PAGE_ORDER || !walk->batch_len)
 		return -EINVAL;
 
-	for_each_online_node(node) {
-		struct zone *zones = NODE_DATA(node)->node_zones;
-		unsigned int i;
-
-		for (i = 0; i < MAX_NR_ZONES; i++) {
-			if (!populated_zone(&zones[i]))
-				continue;
-
-			ret = walk_zone(walk, &zones[i]);
-			if (ret)
-				return ret;
-		}
+	for_each_populated_zone(zone) {
+		ret = walk_zone(walk, zone);
+		if (ret)
+			return ret;
 	}
 
 	return 0;

@@ -9,6 +9,7 @@
 #include <linux/bitmap.h>
 #include <linux/irqflags.h>
 #include <linux/math.h>
+#include <linux/nodemask.h>
 #include <linux/spinlock.h>
 
 #define ORDER		3
