@@ -41,7 +41,7 @@
 /* Two buffers would keep both sides busy; four ride out a late wakeup. */
 #define HINT_BUFS		4
 #define HINT_BUF_BYTES		SZ_128K
-/* Entries per hold of a zone's lock: some 25 us when none is in the cache. */
+/* Entries per hold of a zone's lock: 73 us, at the 286 ns of each under TCG. */
 #define HINT_BATCH		256
 
 /* A message with addresses. */
