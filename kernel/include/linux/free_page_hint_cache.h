@@ -5,7 +5,7 @@
 /**
  * struct free_page_hint_cache - page cache that is to be freed
  * @nr_pages: how much at most
- * @check: called before the work, every few MiB and for each list, without
+ * @check: called before each step, of 1 MiB mostly, and for each list, without
  *	locks; anything but 0 ends the work and becomes its result
  * @private: for @check
  * @freed: result: pages that were freed

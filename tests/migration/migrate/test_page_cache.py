@@ -36,7 +36,7 @@ FILES = {"cold": COLD_MIB, "hot": 32, "held": 16, "locked": 16}
 DIRTY_MIB = 16
 PAGES_PER_MIB = 256
 # The guest frees so much before it looks at its limits, and can be slowed down.
-STEP_BYTES = 4 * MIB
+STEP_BYTES = MIB
 STEP_MS = 200
 TRACE = "/sys/kernel/tracing/trace"
 CACHE_EVENT = "/sys/kernel/tracing/events/virtio_balloon_hint/virtio_balloon_hint_cache/enable"
