@@ -43,14 +43,21 @@ ABSENT_STATISTICS = {
     "reason": "memory_absent_reason",
 }
 # These are left out where there is nothing to say.
-IF_ANY = ("ask_to_end", "reason", "cache_time")
+IF_ANY = ("ask_to_end", "reason", "cache_freed_bytes", "cache_time")
+# The lines of domjobinfo that are of hints.
+OF_HINTS = ("Free memory", "Page cache")
 
 
 class NativeGuest(Guest):
     """A guest whose domain XML has attributes of <memballoon> and nothing for QEMU alone."""
 
     def __init__(
-        self, on: Hosts, name: str, attributes: Sequence[str] = ARRAYS, devices: Sequence[str] = ()
+        self,
+        on: Hosts,
+        name: str,
+        attributes: Sequence[str] = ARRAYS,
+        devices: Sequence[str] = (),
+        model: str = "virtio",
     ):
         super().__init__(on, name)
         domain = ElementTree.fromstring(self.xml.read_text("utf-8"))
@@ -64,7 +71,7 @@ class NativeGuest(Guest):
         assert balloon is not None
         parent.remove(balloon)
         switched_on = {attribute: "on" for attribute in attributes}
-        ElementTree.SubElement(parent, "memballoon", {"model": "virtio", **switched_on})
+        ElementTree.SubElement(parent, "memballoon", {"model": model, **switched_on})
         parent.extend(map(ElementTree.fromstring, devices))
         self.xml.write_text(ElementTree.tostring(domain, encoding="unicode"), "utf-8")
 
@@ -174,6 +181,27 @@ def test_stock_format(hosts: Hosts) -> None:
         assert result.hints.messages == result.hints.blocks > 0
         assert_reported(guest, result)
         assert_untainted(guest)
+
+
+@pytest.mark.parametrize("model", ["none", "virtio"])
+def test_nobody_wanted_hints(hosts: Hosts, model: str) -> None:
+    """Of a balloon that offers no hints domjobinfo does not speak, although QEMU does.
+
+    Nor after a save, which stops the guest before QEMU looks for a balloon.
+    """
+    with NativeGuest(hosts, f"unwanted-{model}", (), model=model) as guest:
+        result = guest.migrate()
+        assert result.hints and result.hints.reason == "no-device"
+        for host in OTHER_HOST:
+            info = guest.job_info(host)
+            assert info["Operation"].endswith(" migration") and "Absent memory skipped" in info
+            assert not [label for label in info if label.startswith(OF_HINTS)], info
+        guest.migrate()
+        guest.virsh("managedsave", guest.name)
+        info = guest.job_info("a")
+        assert info["Operation"] == "Save" and "Absent memory skipped" in info
+        assert not [label for label in info if label.startswith(OF_HINTS)], info
+        guest.virsh("managedsave-remove", guest.name)
 
 
 def test_parameters_of_one_migration(hosts: Hosts) -> None:
