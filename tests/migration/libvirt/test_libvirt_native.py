@@ -211,7 +211,7 @@ def test_parameters_of_one_migration(hosts: Hosts) -> None:
         before = guest.parameters()
         wanted = [1234, 7 * MIB]
         assert all(is_now != shall_be for is_now, shall_be in zip(before, wanted))
-        options = ("--free-page-hint-wait", wanted[0], "--free-page-hint-cache", wanted[1])
+        options = ("--free-page-hint-wait", wanted[0], "--free-page-hint-cache", "7MiB")
         command = (TOOL, "on", "--state", hosts.state, "a", "virsh", "migrate", "--live")
         # Slow enough to be looked at
         slowly = ("--bandwidth", 1, guest.name, "qemu+tcp://host-b/system")
@@ -228,6 +228,9 @@ def test_parameters_of_one_migration(hosts: Hosts) -> None:
             finally:
                 virsh.kill()
         assert guest.parameters() == before
+        done = guest.virsh_migrate("--free-page-hint-wait=-1")
+        assert done.returncode
+        assert "'free_page_hint.wait' must not be negative" in done.stderr
         assert guest.state() == "running"
         guest.check()
 
