@@ -9,7 +9,7 @@ from typing import Optional
 from urllib.parse import urlsplit
 
 from livefph import domainxml
-from livefph.connection import Domain, FphError, Host
+from livefph.connection import Domain, FphError, Host, LibvirtFailure
 
 PROBE_SECONDS = 30
 
@@ -59,9 +59,24 @@ def _check_emulator(host: Host, path: Optional[str]) -> None:
         )
 
 
-def _wanted(text: str, wish: Wish) -> str:
+def _knows_attributes(host: Host, text: str) -> bool:
+    """Whether a libvirt makes QEMU's properties of the attributes, for a domain of this kind.
+
+    Its version does not say so, nor do its capabilities. It leaves out what it does not know, so
+    that it can be asked for the command line of a domain which is never defined.
+    """
+    try:
+        return domainxml.offers_arrays(host.command_line(domainxml.probe(text, attributes=True)))
+    except LibvirtFailure as err:
+        # If it does not take that domain without them either, this is what it has to say.
+        host.command_line(domainxml.probe(text, attributes=False))
+        emulator = domainxml.read(text).emulator
+        raise FphError(f"its <emulator> {emulator} has no hints, as libvirt says: {err}") from err
+
+
+def _wanted(text: str, wish: Wish, attributes: bool = False) -> str:
     if wish.hints:
-        new = domainxml.enable(text, wish.arrays, wish.emulator)
+        new = domainxml.enable(text, wish.arrays, wish.emulator, attributes)
     else:
         new = domainxml.disable(text, arrays_only=wish.arrays)
     # Whatever else is in a definition, nothing is written that is not what was asked for.
@@ -81,18 +96,20 @@ def change(host: Host, domain: Domain, wish: Wish, write: bool) -> Change:
         raise FphError("it is transient, and has no definition that could be changed")
     # Passwords are seen by libvirt alone: the diff shows the definition without them.
     public = domain.definition()
-    new = _wanted(public, wish)
+    new, attributes = _wanted(public, wish), False
+    if wish.hints and new != public:
+        _check_emulator(host, domainxml.read(new).emulator)
+        attributes = _knows_attributes(host, new)
+        new = _wanted(public, wish, attributes)
     lines = difflib.unified_diff(
         public.splitlines(), new.splitlines(), f"{domain.name}, now", f"{domain.name}, then", "", ""
     )
     diff = "\n".join(line.rstrip("\n") for line in lines)
     running = domain.active()
-    if new != public:
-        if wish.hints:
-            _check_emulator(host, domainxml.read(new).emulator)
-        if write:
-            complete = _wanted(domain.definition(secure=True), wish)
-            if domain.definition() != public:
-                raise FphError("its definition was changed by somebody else meanwhile")
-            host.define(complete)
-    return Change(domain.name, diff, write and new != public, running)
+    written = write and new != public
+    if written:
+        complete = _wanted(domain.definition(secure=True), wish, attributes)
+        if domain.definition() != public:
+            raise FphError("its definition was changed by somebody else meanwhile")
+        host.define(complete)
+    return Change(domain.name, diff, written, running)

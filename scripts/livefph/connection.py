@@ -199,6 +199,12 @@ class Host:
         with self.errors():
             self.connection.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
 
+    def command_line(self, text: str) -> str:
+        """What libvirt would start the QEMU of a domain with; there need not be such a domain."""
+        with self.errors():
+            line: str = self.connection.domainXMLToNative("qemu-argv", text, 0)
+        return line
+
     def _lost(self) -> bool:
         try:
             return self.connection is not None and not self.connection.isAlive()

@@ -16,13 +16,17 @@ from livefph.elements import Element, parse
 NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 HINT = "free-page-hint"
 ARRAYS = "free-page-hint-arrays"
+# What a libvirt that knows hints has for these, as attributes of <memballoon>
+ATTRIBUTES = {HINT: "freePageHinting", ARRAYS: "freePageHintArrays"}
+# It refuses this one, which is not switched here, without arrays.
+CACHE_ATTRIBUTE = "freePageHintCache"
 # Of those that QEMU runs
 TYPES = ("kvm", "qemu", "hvf")
 MODELS = ("virtio", "virtio-transitional", "virtio-non-transitional")
 # What libvirt calls the balloon if nobody else does
 DEFAULT_ALIAS = "balloon0"
 TRUE = ("true", "yes", "on", "1")
-ATTRIBUTE = re.compile(rb"""\s([^\s=/>]+)\s*=\s*("[^"]*"|'[^']*')""")
+ATTRIBUTE = re.compile(rb"""\s+([^\s=/>]+)\s*=\s*("[^"]*"|'[^']*')""")
 
 
 def qemu(name: str) -> str:
@@ -56,7 +60,8 @@ class _Editor:
     def result(self) -> str:
         """The text with all changes."""
         data = self.data
-        for start, end, new in sorted(self._edits, key=lambda edit: edit[0], reverse=True):
+        # From the end; of those at one place, the one that was made first is to be in front.
+        for start, end, new in reversed(sorted(self._edits, key=lambda edit: edit[:2])):
             data = data[:start] + new + data[end:]
         return data.decode()
 
@@ -100,10 +105,12 @@ class _Editor:
         frontend = device.find(qemu("frontend")) if device else None
         return list(frontend.find_all(qemu("property"), name=name)) if frontend else []
 
-    def is_on(self, alias: str, name: str) -> bool:
-        """Whether a property is set, and true."""
-        found = self.property(alias, name)
-        return bool(found) and all(p.attributes.get("value", "").lower() in TRUE for p in found)
+    def is_on(self, balloon: Element, name: str) -> bool:
+        """Whether QEMU will have a property on: an override has the last word."""
+        found = self.property(self.alias(balloon)[0], name)
+        if found:
+            return all(p.attributes.get("value", "").lower() in TRUE for p in found)
+        return balloon.attributes.get(ATTRIBUTES[name]) == "on"
 
     def indent(self, element: Element) -> str:
         """The white space in front of an element, if that begins a line."""
@@ -133,8 +140,15 @@ class _Editor:
                 start, end = (element.start + offset for offset in match.span(2))
                 self._edits.append((start, end, f"'{value}'".encode()))
                 return
-        where = element.content - (2 if element.empty else 1)
+        where = element.start + len(tag[: -2 if element.empty else -1].rstrip())
         self._edits.append((where, where, f" {name}='{value}'".encode()))
+
+    def remove_attribute(self, element: Element, name: str) -> None:
+        """Take out an attribute, if it is there, and the white space in front of it."""
+        for match in ATTRIBUTE.finditer(self.data[element.start : element.content]):
+            if match[1] == name.encode():
+                start, end = (element.start + offset for offset in match.span())
+                self._edits.append((start, end, b""))
 
     def set_text(self, element: Element, text: str) -> None:
         """Give an element that has only text another one."""
@@ -177,34 +191,57 @@ def read(text: str) -> Definition:
         path = unescape(editor.data[emulator.content : emulator.content_end].decode().strip())
     if not balloon:
         return Definition(path, None, False, False)
-    alias, _ = editor.alias(balloon)
-    hints = editor.is_on(alias, HINT)
-    arrays = hints and editor.is_on(alias, ARRAYS)
+    hints = editor.is_on(balloon, HINT)
+    arrays = hints and editor.is_on(balloon, ARRAYS)
     return Definition(path, balloon.attributes.get("model"), hints, arrays)
 
 
-def enable(text: str, arrays: bool, emulator: Optional[str] = None) -> str:
-    """The XML with hints, and maybe another emulator; the same text if that is how it is."""
+def probe(text: str, attributes: bool) -> str:
+    """A domain of this one's kind with nothing but its balloon, with the attributes or without."""
+    editor = _Editor(text)
+    found = {}
+    for parent, name in ("os", "type"), ("devices", "emulator"):
+        around = editor.domain.find(parent)
+        element = around.find(name) if around else None
+        found[name] = editor.data[element.start : element.end].decode() if element else ""
+    model = editor.balloon().attributes["model"]
+    switched_on = "".join(f" {name}='on'" for name in ATTRIBUTES.values() if attributes)
+    return f"""<domain type='{editor.domain.attributes["type"]}'>
+  <name>fph</name>
+  <memory unit='GiB'>1</memory>
+  <os>{found["type"]}</os>
+  <devices>
+    {found["emulator"]}
+    <controller type='usb' model='none'/>
+    <memballoon model='{model}'{switched_on}/>
+  </devices>
+</domain>
+"""
+
+
+def offers_arrays(command_line: str) -> bool:
+    """Whether a QEMU that is started so has a balloon with arrays."""
+    return bool(re.search(rf'"{ARRAYS}"\s*:\s*true', command_line))
+
+
+def enable(
+    text: str, arrays: bool, emulator: Optional[str] = None, attributes: bool = False
+) -> str:
+    """The XML with hints, and maybe another emulator; the same text if that is how it is.
+
+    With attributes, where libvirt knows them, they are used rather than an override. Where there is
+    an override already, that is completed: it goes to hosts whose libvirt does not know them, too.
+    """
     editor = _Editor(text)
     balloon = editor.balloon()
-    alias, new = editor.alias(balloon)
-    if new:
-        # libvirt forgets an alias of another kind when it defines the domain.
-        if old := balloon.find("alias"):
-            editor.set_attribute(old, "name", alias)
-        else:
-            editor.add(balloon, [f"<alias name='{alias}'/>"])
-    missing = []
-    for name in (HINT, ARRAYS) if arrays else (HINT,):
-        found = editor.property(alias, name)
-        if not found:
-            missing.append(name)
-        elif not editor.is_on(alias, name):
-            for element in found:
-                editor.set_attribute(element, "type", "bool")
-                editor.set_attribute(element, "value", "true")
-    if missing:
-        _add_properties(editor, alias, missing)
+    alias, _ = editor.alias(balloon)
+    wanted = (HINT, ARRAYS) if arrays else (HINT,)
+    missing = [name for name in wanted if not editor.is_on(balloon, name)]
+    if attributes and not any(editor.property(alias, name) for name in ATTRIBUTES):
+        for name in missing:
+            editor.set_attribute(balloon, ATTRIBUTES[name], "on")
+    elif missing:
+        _override(editor, balloon, missing)
     if emulator:
         devices = editor.domain.find("devices")
         assert devices
@@ -214,6 +251,21 @@ def enable(text: str, arrays: bool, emulator: Optional[str] = None) -> str:
         else:
             editor.add(devices, [f"<emulator>{escape(emulator)}</emulator>"])
     return editor.result()
+
+
+def _override(editor: _Editor, balloon: Element, names: Sequence[str]) -> None:
+    alias, new = editor.alias(balloon)
+    if new:
+        # libvirt forgets an alias of another kind when it defines the domain.
+        if old := balloon.find("alias"):
+            editor.set_attribute(old, "name", alias)
+        else:
+            editor.add(balloon, [f"<alias name='{alias}'/>"])
+    for element in (p for name in names for p in editor.property(alias, name)):
+        editor.set_attribute(element, "type", "bool")
+        editor.set_attribute(element, "value", "true")
+    if missing := [name for name in names if not editor.property(alias, name)]:
+        _add_properties(editor, alias, missing)
 
 
 def _add_properties(editor: _Editor, alias: str, names: Sequence[str]) -> None:
@@ -243,13 +295,16 @@ def _add_properties(editor: _Editor, alias: str, names: Sequence[str]) -> None:
 def disable(text: str, arrays_only: bool = False) -> str:
     """The XML without hints, or without arrays; the balloon's alias stays."""
     editor = _Editor(text)
-    alias, _ = editor.alias(editor.balloon())
-    gone = []
-    for name in (ARRAYS,) if arrays_only else (HINT, ARRAYS):
-        gone += editor.property(alias, name)
+    balloon = editor.balloon()
+    alias, _ = editor.alias(balloon)
+    names = (ARRAYS,) if arrays_only else (HINT, ARRAYS)
+    for attribute in (*(ATTRIBUTES[name] for name in names), CACHE_ATTRIBUTE):
+        # Even one that is off keeps libvirt from starting a stock QEMU.
+        editor.remove_attribute(balloon, attribute)
+    gone = [element for name in names for element in editor.property(alias, name)]
     override, device = editor.domain.find(qemu("override")), editor.device(alias)
     if not gone or not override or not device:
-        return text
+        return editor.result()
     frontend = device.find(qemu("frontend"))
     assert frontend
     # An element that would be left empty goes as a whole, but for one with a comment in it.

@@ -4,6 +4,7 @@
 import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Tuple, Union
+from xml.etree import ElementTree
 
 import libvirt
 import libvirt_qemu
@@ -14,6 +15,7 @@ from livefph.cli import main
 GIB = 1 << 30
 MIB = 1 << 20
 EMULATOR = "/nowhere/qemu"
+ATTRIBUTES = ("freePageHinting", "freePageHintArrays")
 XML = """<domain type='kvm'>
   <name>{name}</name>
   <devices>
@@ -49,6 +51,10 @@ def error(code: int, text: str) -> libvirt.libvirtError:
 
 DENIED = error(libvirt.VIR_ERR_OPERATION_DENIED, "operation forbidden for read only access")
 GONE = error(libvirt.VIR_ERR_OPERATION_INVALID, "domain is not running")
+UNSUPPORTED = error(
+    libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+    "unsupported configuration: freePageHinting is not supported by this QEMU binary",
+)
 
 
 def not_found(command: str = "calc-free-page-estimate") -> Dict[str, Any]:
@@ -161,8 +167,12 @@ class FakeHost:
     def __init__(self) -> None:
         self.domains: Dict[str, FakeDomain] = {}
         self.alive = True
+        # Whether it has attributes for hints, and whether it takes them for its domains' QEMU
+        self.native = False
+        self.ours = True
         self.defined: List[str] = []
         self.refusals: List[Exception] = []
+        self.inconvertible: List[Exception] = []
         self.listeners: Dict[str, Callable[..., None]] = {}
 
     def add(self, *args: Any, **options: Any) -> FakeDomain:
@@ -203,8 +213,25 @@ class FakeHost:
     def lookupByUUIDString(self, _uuid: str) -> FakeDomain:
         raise error(libvirt.VIR_ERR_INVALID_ARG, "malformed UUID")
 
+    def domainXMLToNative(self, form: str, text: str, flags: int) -> str:
+        assert (form, flags) == ("qemu-argv", 0)
+        for refusal in self.inconvertible:
+            raise refusal
+        balloon = ElementTree.fromstring(text).find("devices/memballoon")
+        assert balloon is not None
+        device: Dict[str, Any] = {"driver": "virtio-balloon-pci"}
+        # One that it does not know is nothing to it.
+        if self.native and {balloon.get(name) for name in ATTRIBUTES} == {"on"}:
+            if not self.ours:
+                raise UNSUPPORTED
+            device.update({"free-page-hint": True, "free-page-hint-arrays": True})
+        words = json.dumps(device, separators=(",", ":"))
+        return f"LC_ALL=C /opt/free-page-hint-arrays/qemu -device '{words}' -msg timestamp=on"
+
     def defineXMLFlags(self, text: str, flags: int) -> None:
         assert flags == libvirt.VIR_DOMAIN_DEFINE_VALIDATE
+        if not self.native and "freePageHint" in text:
+            raise error(libvirt.VIR_ERR_XML_INVALID_SCHEMA, "Extra element devices in interleave")
         for refusal in self.refusals:
             raise refusal
         self.defined.append(text)

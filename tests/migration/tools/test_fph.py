@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 import libvirt
 import pytest
@@ -156,6 +156,62 @@ def test_enable_shows_and_writes(host: FakeHost, fph: Any, tmp_path: Path) -> No
     assert "free-page-hint" not in host.defined[1]
 
 
+def changed(lines: List[str], sign: str) -> List[str]:
+    """What a diff adds, or takes away."""
+    return [line[1:].strip() for line in lines if line[0] == sign and line[:3] != sign * 3]
+
+
+NATIVE = "<memballoon model='virtio' freePageHinting='on' freePageHintArrays='on'/>"
+
+
+def test_attributes_of_a_libvirt_that_knows_hints(host: FakeHost, fph: Any, tmp_path: Path) -> None:
+    """Where libvirt has attributes for hints, they are what is shown, written, and taken away."""
+    host.native = True
+    ours = fake_libvirt.make_emulator(tmp_path, "free-page-hint-arrays=<bool>")
+    domain = host.add("a", active=False, emulator=ours)
+    off = domain.xml
+    status, out, err = fph("enable", "--arrays", "a")
+    assert (status, err, host.defined) == (0, [], [])
+    assert (changed(out, "+"), changed(out, "-")) == ([NATIVE], ["<memballoon model='virtio'/>"])
+
+    status, written, err = fph("enable", "--arrays", "a", "--write")
+    assert (status, err, written[:-1]) == (0, [], out[:-1])
+    domain.xml = host.defined[0]
+    status, out, err = fph("status", "a")
+    assert (status, err, out[1].split()[3]) == (0, [], "arrays")
+    # Nothing has to be found out of what is as it was asked for: that may be read-only.
+    host.inconvertible.append(DENIED)
+    status, out, err = fph("enable", "a", "--arrays", "--readonly")
+    assert (status, out, err) == (0, ["a: its definition is like that already"], [])
+
+    assert fph("disable", "a", "--arrays", "--write")[0] == 0
+    assert host.defined[1] == domain.xml.replace(" freePageHintArrays='on'", "")
+    assert fph("disable", "a", "--write")[0] == 0
+    assert host.defined[2] == off
+
+
+def test_override_stays_with_a_libvirt_that_knows_hints(host: FakeHost, fph: Any) -> None:
+    """A domain with an override keeps it: arrays are added there, and off is off in both ways."""
+    domain = host.add("a", emulator="relative/qemu")
+    before = domain.xml
+    assert fph("enable", "a", "--write")[0] == 0
+    domain.xml = host.defined[0]
+    host.native = True
+    assert fph("enable", "a")[1] == ["a: its definition is like that already"]
+    status, out, err = fph("enable", "a", "--arrays", "--write")
+    assert (status, err) == (0, [])
+    (added,) = changed(out, "+")
+    assert "qemu:property name='free-page-hint-arrays'" in added and not changed(out, "-")
+
+    domain.xml = host.defined[1].replace("model='virtio'", NATIVE[12:-2])
+    status, out, err = fph("disable", "a", "--write")
+    assert (status, err) == (0, [])
+    assert not re.search("free-?page", host.defined[2], re.IGNORECASE)
+    # After that, its hints are attributes.
+    domain.xml = before
+    assert changed(fph("enable", "a", "--arrays")[1], "+") == [NATIVE]
+
+
 # ---- bad input: one line, an exit status, nothing changed ----------------------------------------
 
 
@@ -231,6 +287,24 @@ def read_only_write(host: FakeHost) -> None:
     host.refusals.append(DENIED)
 
 
+def read_only_dry_run(host: FakeHost) -> None:
+    """libvirt refuses to say whether it knows hints."""
+    host.add("a", emulator="relative/qemu")
+    host.inconvertible.append(DENIED)
+
+
+def stock_at_a_distance(host: FakeHost) -> None:
+    """A QEMU that cannot be run from here, and libvirt knows that it has no hints."""
+    host.add("a", emulator="relative/qemu")
+    host.native, host.ours = True, False
+
+
+def unknown_machine(host: FakeHost) -> None:
+    """libvirt starts no domain of this kind, with hints or without."""
+    host.add("a", emulator="relative/qemu")
+    host.inconvertible.append(error(libvirt.VIR_ERR_INVALID_ARG, "could not find\n capabilities"))
+
+
 def read_only_qemu(host: FakeHost) -> None:
     """libvirt does not let QEMU be asked."""
     host.add("a").qemu(calc_free_page_estimate=DENIED)
@@ -287,6 +361,19 @@ BAD: Dict[str, Tuple[Any, Tuple[str, ...], int, str]] = {
     "none runs": (shut_off, ("estimate", "--all"), 1, "no domain is running on qemu:///fake"),
     "not valid": (invalid, ENABLED, 3, "a: XML document failed to validate"),
     "read-only": (read_only_write, ENABLED, 3, "a: the connection is read-only: operation"),
+    "read-only dry run": (
+        read_only_dry_run,
+        ("enable", "a", "--readonly"),
+        3,
+        "a: the connection is read-only: operation",
+    ),
+    "stock at a distance": (
+        stock_at_a_distance,
+        ENABLED,
+        1,
+        "a: its <emulator> relative/qemu has no hints, as libvirt says: unsupported configuration",
+    ),
+    "unknown machine": (unknown_machine, ENABLED, 3, "a: could not find capabilities"),
     "read-only QEMU": (read_only_qemu, ESTIMATED, 3, "a: the connection is read-only: operation"),
     "cut": (cut_estimate, ESTIMATED, 3, "the connection to qemu:///fake was lost: client socket"),
     "cut before": (cut_before, ESTIMATED, 3, "the connection to qemu:///fake was lost: client"),

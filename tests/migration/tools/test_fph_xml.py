@@ -189,6 +189,91 @@ def test_arrays_alone_are_switched(case: Case) -> None:
     assert domainxml.enable(blocks, arrays=True).split() == enabled.split()
 
 
+ON = "freePageHinting='on' freePageHintArrays='on'"
+OVERRIDDEN = ("hints without arrays", "switched off", "on already")
+
+
+def attributes(text: str) -> Dict[str, str]:
+    """The balloon's attributes for hints, as another parser reads them."""
+    balloon = ElementTree.fromstring(text).find("devices/memballoon")
+    assert balloon is not None
+    return {name: value for name, value in balloon.items() if name.startswith("freePageHint")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attributes_and_nothing_else(name: str) -> None:
+    """Attributes switch on what no override does; they are all that is new, and go without a trace.
+
+    An override that is there is completed, as where libvirt knows no attributes.
+    """
+    before = CASES[name].text
+    text = domainxml.enable(before, arrays=True, attributes=True)
+    if name in OVERRIDDEN:
+        assert text == domainxml.enable(before, arrays=True)
+        return
+    assert attributes(text) == {"freePageHinting": "on", "freePageHintArrays": "on"}
+    assert text.count(f" {ON}") == 1 and text.replace(f" {ON}", "") == before
+    assert domainxml.read(text).offered == "arrays"
+    for known in True, False:
+        assert domainxml.enable(text, arrays=True, attributes=known) == text
+        assert domainxml.enable(text, arrays=False, attributes=known) == text
+    blocks = domainxml.disable(text, arrays_only=True)
+    assert attributes(blocks) == {"freePageHinting": "on"}
+    assert blocks == domainxml.enable(before, arrays=False, attributes=True)
+    assert domainxml.read(blocks).offered == "blocks"
+    assert domainxml.enable(blocks, arrays=True, attributes=True) == text
+    assert domainxml.disable(text) == domainxml.disable(blocks) == before
+
+
+def test_attributes_that_are_there() -> None:
+    """What is off is switched on where it is; page cache, which needs arrays, goes with them."""
+    text = domain(
+        """<memballoon freePageHintArrays = "off"
+\tmodel='virtio' freePageHinting='off'  freePageHintCache='on' autodeflate='on'/>"""
+    )
+    assert domainxml.read(text).offered == "no"
+    enabled = domainxml.enable(text, arrays=True, attributes=True)
+    assert enabled == text.replace('"off"', "'on'").replace("Hinting='off'", "Hinting='on'")
+    off = domainxml.disable(enabled)
+    assert "<memballoon\n\tmodel='virtio' autodeflate='on'/>" in off
+    # Off is not how a stock QEMU can be started.
+    assert domainxml.disable(text) == off
+    blocks = domainxml.disable(enabled, arrays_only=True)
+    assert attributes(blocks) == {"freePageHinting": "on"}
+
+
+@pytest.mark.parametrize("value, offered", [("false", "no"), ("true", "arrays")])
+def test_override_has_the_last_word(value: str, offered: str) -> None:
+    """QEMU is started with what is overridden, whatever the attributes say; disable ends both."""
+    other = {"no": "on", "arrays": "off"}[offered]
+    balloon = alias("ua-balloon0").replace(
+        "'virtio'", f"'virtio' {ON}".replace("'on'", f"'{other}'")
+    )
+    text = domain(balloon, OVERRIDE.replace("'true'", f"'{value}'"), XMLNS)
+    assert domainxml.read(text).offered == offered
+    enabled = domainxml.enable(text, arrays=True, attributes=True)
+    assert enabled == text.replace("'false'", "'true'")
+    for names in False, True:
+        off = domainxml.disable(enabled, arrays_only=names)
+        assert domainxml.read(off).offered == ("blocks" if names else "no")
+    assert domainxml.disable(enabled) == domain(alias("ua-balloon0"), space=XMLNS)
+
+
+def test_probe_is_of_the_same_kind() -> None:
+    """What libvirt is asked about has the domain's type, machine, QEMU and balloon, and no more."""
+    for known in False, True:
+        text = domainxml.probe(CASES["non-transitional"].text, attributes=known)
+        root = ElementTree.fromstring(text)
+        assert root.get("type") == "kvm"
+        kind = root.find("os/type")
+        assert kind is not None and kind.attrib == {"arch": "x86_64", "machine": "q35"}
+        assert root.findtext("devices/emulator") == "/usr/bin/qemu-system-x86_64"
+        balloon = root.find("devices/memballoon")
+        assert balloon is not None and balloon.get("model") == "virtio-non-transitional"
+        assert (ON in text) == known and bool(attributes(text)) == known
+        assert "ö" not in text and "metadata" not in text
+
+
 def test_properties_of_others_stay() -> None:
     """Another property of the balloon, and a comment, keep their place when hints go."""
     kept = "\n        <!-- why -->\n        <qemu:property name='x' type='string' value='y'/>"
@@ -251,6 +336,7 @@ def test_libvirt_finds_it_valid(tmp_path: Path) -> None:
         for text in (
             domainxml.enable(CASES[name].text, arrays=True),
             domainxml.disable(domainxml.enable(CASES[name].text, arrays=True)),
+            domainxml.probe(CASES[name].text, attributes=False),
         ):
             path.write_text(text.replace("ö", "o").replace("&amp;b&lt;", ""), "utf-8")
             done = subprocess.run(
