@@ -69,6 +69,12 @@ def start_churn(guest: Guest) -> None:
     workload.stamp(guest, 48, churn=True, realloc_mib=128, name="churn")
 
 
+def keep_busy(guest: Guest) -> None:
+    """Both: memory that is free and not zero, that knows its contents, and that is rewritten."""
+    fill_and_free(guest)
+    start_churn(guest)
+
+
 def assert_intact(guest: Guest, name: str = "default") -> workload.Verdict:
     """The guest finds all of its stamped memory right."""
     verdict = workload.verify(guest, name)
@@ -86,6 +92,12 @@ def assert_goes_on(guest: Guest, seconds: float = 120) -> workload.Verdict:
         if now.passes > arrived.passes and now.reallocs > arrived.reallocs:
             return now
         assert time.monotonic() < deadline, f"the guest stands still: {arrived}, {now}"
+
+
+def assert_whole(guest: Guest) -> None:
+    """The guest finds its stamped memory right, and goes on with what start_churn() began."""
+    assert_intact(guest)
+    assert_goes_on(guest)
 
 
 def hints_of(result: MigrationResult) -> Hints:

@@ -7,9 +7,8 @@ from typing import Any, Dict, Mapping
 import pytest
 
 from livemig import paths, workload
-from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_used
-from livemig.checks import assert_intact, fill_and_free, hints_of, migration, start_churn
-from livemig.checks import wait_hints_ended
+from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_used, assert_intact
+from livemig.checks import assert_whole, hints_of, keep_busy, migration, wait_hints_ended
 from livemig.errors import MissingArtifact
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -37,8 +36,7 @@ def built() -> None:
 def busy_guest(lab: Lab, **changes: Any) -> Guest:
     """A guest at work, with free memory that is not zero."""
     source = lab.boot(SMALL.but(machine=MACHINE, **changes))
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     return source
 
 
@@ -56,8 +54,7 @@ def test_there_and_back(lab: Lab, measured: Dict[str, Any]) -> None:
         there = lab.incoming(here.spec.but(qemu=qemu), f"{number}-{qemu}")
         result = migrate(here, there, WITH_HINTS)
         measured[there.name] = assert_hints_used(result, FREED_MIB * MIB).skipped_bytes
-        assert_intact(there)
-        assert_goes_on(there)
+        assert_whole(there)
         workload.dirty_and_free(there, FREED_MIB)
         here.close()
         here = there
@@ -98,8 +95,7 @@ def switched(
     assert (result.raw["ram"]["multifd-bytes"] > 0) == common.get("multifd", False)
     hints = assert_hints_used(result, FREED_MIB * MIB)
     measured.update(skipped=hints.skipped_bytes, requested=hints.requested_bytes)
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
     # The guest takes back what was hinted, and works on.
     workload.dirty_and_free(destination, FREED_MIB)
     assert_intact(destination)

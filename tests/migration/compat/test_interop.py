@@ -24,7 +24,8 @@ import pytest
 from livemig import memory, paths, workload
 from livemig.balloon import Balloon
 from livemig.checks import FOR_STOCK, FREED_MIB, FREED_PAGES, SMALL, WITH_HINTS, assert_goes_on
-from livemig.checks import assert_hints_used, assert_intact, fill_and_free, in_check, start_churn
+from livemig.checks import assert_hints_used, assert_intact, assert_whole, fill_and_free, in_check
+from livemig.checks import keep_busy, start_churn
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -153,21 +154,18 @@ def test_on_from_stock(lab: Lab, measured: Dict[str, Any], kernel: str) -> None:
     """A guest that came from stock QEMU moves on from ours with hints, and back to stock."""
     oracle = Oracle(lab, SMALL.but(kernel=kernel))
     source = oracle.boot(qemu="stock", balloon=STOCK_BALLOON)
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     destination = oracle.arrival(running=True)
     migrate(source, destination, FOR_STOCK)
     for build, balloon in (("ours", ARRAYS), ("stock", STOCK_BALLOON)):
         source = oracle.move_on()
-        assert_intact(source)
-        assert_goes_on(source)
+        assert_whole(source)
         workload.dirty_and_free(source, FREED_MIB)
         destination = oracle.arrival(qemu=build, balloon=balloon)
         result = migrate(source, destination, WITH_HINTS)
         measured[build] = assert_hints_used(result, FREED_MIB * MIB).skipped_bytes
         oracle.check()
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 # Where the balloon's statistics are.
@@ -220,8 +218,7 @@ def test_stock_destination_refuses_arrays(lab: Lab, return_path: bool) -> None:
     """
     oracle = Oracle(lab, SMALL)
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     refuses = oracle.arrival(qemu="stock", balloon=STOCK_BALLOON)
     with pytest.raises(MigrationError, match="(?s)[Ff]eatures 0x.* unsupported"):
         migrate(source, refuses, replace(WITH_HINTS, common={"return-path": return_path}))
@@ -231,14 +228,12 @@ def test_stock_destination_refuses_arrays(lab: Lab, return_path: bool) -> None:
     assert status == "running" or (status == "postmigrate" and not return_path)
     if status == "postmigrate":
         source.qmp("cont")
-    assert_intact(source)
-    assert_goes_on(source)
+    assert_whole(source)
     # And can move to where it can go.
     destination = oracle.arrival()
     assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
     oracle.check()
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 # The device, as a guest and as a destination see it. A machine type is the promise of one.
@@ -410,8 +405,7 @@ def test_machine_type_moves_both_ways(lab: Lab, measured: Dict[str, Any], machin
     """
     spec = SMALL.but(machine=machine, balloon=BLOCKS)
     source = lab.boot(spec)
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     stock = lab.incoming(spec.but(qemu="stock", balloon=STOCK_BALLOON), "stock")
     hints = assert_hints_used(migrate(source, stock, WITH_HINTS), FREED_MIB * MIB)
     # The driver that knows arrays did not use them: a message for each block.
@@ -427,8 +421,7 @@ def test_machine_type_moves_both_ways(lab: Lab, measured: Dict[str, Any], machin
     onward = lab.incoming(spec, "onward")
     hints = assert_hints_used(migrate(destination, onward, WITH_HINTS), FREED_MIB * MIB)
     measured.update(blocks=hints.blocks, skipped_bytes=hints.skipped_bytes)
-    assert_intact(onward)
-    assert_goes_on(onward)
+    assert_whole(onward)
 
 
 DEPRECATION = "warning: virtio-balloon: 'iothread' is deprecated"

@@ -19,8 +19,8 @@ import pytest
 
 from livemig import paths, workload
 from livemig.checks import FREED_MIB, PATIENT_MS, SMALL, WITH_HINTS, ask, assert_goes_on
-from livemig.checks import assert_hints_used, assert_intact, assert_watched, begin, fill_and_free
-from livemig.checks import hints_of, start_churn, wait_answered
+from livemig.checks import assert_hints_used, assert_intact, assert_watched, assert_whole, begin
+from livemig.checks import fill_and_free, hints_of, keep_busy, start_churn, wait_answered
 from livemig.errors import GuestError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -139,8 +139,7 @@ def assert_arrives(oracle: Oracle, source: Guest) -> None:
     # Churn takes free memory back while it is hinted.
     assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB // 2 * MIB)
     oracle.check()
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
     assert_watched(destination)
 
 
@@ -152,8 +151,7 @@ def test_debug_kernel(lab: Lab) -> None:
     oracle = Oracle(lab, DEBUG)
     source = oracle.boot()
     assert "KernelAddressSanitizer initialized" in source.console.text()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     for _ in range(2 * REPEAT):
         assert ask(source).reason is None
     assert_arrives(oracle, source)

@@ -17,9 +17,8 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Tuple
 import pytest
 
 from livemig import memory
-from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_used
-from livemig.checks import assert_intact, fill_and_free, hints_of, in_check, migration, start_churn
-from livemig.checks import wait_hints, wait_hints_ended, wait_rounds
+from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_used, assert_whole, hints_of
+from livemig.checks import in_check, keep_busy, migration, wait_hints, wait_hints_ended, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import ABSENT, Lab
 from livemig.machine import PAGE
@@ -136,8 +135,7 @@ def test_ended_early(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     state = STATES[name]
     oracle = Oracle(lab, SMALL)
     source = oracle.boot(trace="free_page_hint_*")
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     for how in ENDED:
         doomed = lab.incoming(SMALL, how)
         for guest in (source, doomed):
@@ -150,8 +148,7 @@ def test_ended_early(lab: Lab, measured: Dict[str, Any], name: str) -> None:
         measured[how] = hints_of(query(source)).reason
         if source.qmp("query-status")["status"] == "paused":
             source.qmp("cont")
-        assert_intact(source)
-        assert_goes_on(source)
+        assert_whole(source)
     if name == "arming":
         # Nobody was asked by what was cancelled then.
         assert measured["cancel"] == "cancelled"
@@ -161,8 +158,7 @@ def test_ended_early(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     result = migrate(source, destination, WITH_HINTS)
     measured["skipped"] = assert_hints_used(result, FREED_MIB * MIB).skipped_bytes
     oracle.check()
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 @pytest.mark.parametrize("how", ENDED)
@@ -171,8 +167,7 @@ def test_ended_in_setup(lab: Lab, tmp_path: Path, how: str) -> None:
     oracle = Oracle(lab, SMALL)
     with busy_peer(tmp_path) as (uri, listener):
         source = oracle.boot()
-        fill_and_free(source)
-        start_churn(source)
+        keep_busy(source)
         set_capabilities(source, {"events": True, "free-page-hint": True})
         source.qmp("migrate", uri=uri)
         # The premise: it is not further, and will not be.
@@ -183,8 +178,7 @@ def test_ended_in_setup(lab: Lab, tmp_path: Path, how: str) -> None:
         destination = oracle.arrival()
         assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
         oracle.check()
-        assert_intact(destination)
-        assert_goes_on(destination)
+        assert_whole(destination)
 
 
 # States of the hints, with a guest that does one step at a time

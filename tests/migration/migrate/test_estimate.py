@@ -11,7 +11,7 @@ import pytest
 
 from livemig.balloon import Balloon
 from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, assert_hints_used
-from livemig.checks import assert_intact, fill_and_free, hints_of, in_check, start_churn
+from livemig.checks import assert_intact, fill_and_free, hints_of, in_check, keep_busy
 from livemig.errors import GuestError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -113,8 +113,7 @@ def test_agrees_with_the_migration(lab: Lab, measured: Dict[str, Any], kind: str
 def test_changes_nothing(lab: Lab) -> None:
     """Nothing is logged or populated, and what the latest migration did is reported as before."""
     source = lab.boot(SMALL.but(trace="global_dirty_changed free_page_*"))
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     destination = lab.incoming(SMALL)
     # One that fails.
     start(source, destination, WITH_HINTS.with_parameters(max_bandwidth=MIB))
@@ -147,8 +146,7 @@ def rss_mib(guest: Guest) -> int:
 def test_many_in_a_row(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest at work is asked time and again, and goes on with all its memory as it was."""
     source = lab.boot(SMALL)
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     before = assert_intact(source, "churn")
     for _ in range(TIMES):
         found = estimate(source)

@@ -12,9 +12,9 @@ from typing import Any, Dict, Mapping, Tuple
 import pytest
 
 from livemig import memory, workload
-from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_goes_on, assert_hints_if
-from livemig.checks import assert_hints_used, assert_intact, assert_not_asked, fill_and_free
-from livemig.checks import hints_of, huge_pages_set_aside, in_check, migration, start_churn
+from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_if, assert_hints_used
+from livemig.checks import assert_intact, assert_not_asked, assert_whole, fill_and_free, hints_of
+from livemig.checks import huge_pages_set_aside, in_check, keep_busy, migration, start_churn
 from livemig.checks import wait_hints_ended, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -62,8 +62,7 @@ def test_hints_with(lab: Lab, measured: Dict[str, Any], case: str) -> None:
     feature = FEATURES[name]
     oracle = Oracle(lab, SMALL)
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     destination = oracle.arrival()
     destination.qmp_dict("migrate-set-parameters", dict(feature.parameters))
     spec = replace(migration(hints=hints_on), common=feature.common).with_parameters(
@@ -78,8 +77,7 @@ def test_hints_with(lab: Lab, measured: Dict[str, Any], case: str) -> None:
     measured.update(kept=seen.kept, redirtied=hints.redirtied_bytes, rounds=result.rounds)
     if name == "xbzrle":
         assert result.raw["xbzrle-cache"]["pages"] > 0
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 @control
@@ -87,8 +85,7 @@ def test_auto_converge(lab: Lab, measured: Dict[str, Any], hints_on: bool) -> No
     """Syncs from another thread, auto-converge's timer, lose no write either."""
     oracle = Oracle(lab, SMALL)
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     destination = oracle.arrival()
     spec = replace(migration(hints=hints_on), common={"auto-converge": True}).with_parameters(
         cpu_throttle_initial=50, throttle_trigger_threshold=1, downtime_limit=1
@@ -127,8 +124,7 @@ def test_through_a_file(
     spec = replace(migration(hints=hints_on), common=common)
     oracle = Oracle(lab, SMALL)
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     destination = oracle.arrival()
     result = save(source, tmp_path / "guest", spec)
     assert_hints_if(hints_on, result, FREED_MIB * MIB)
@@ -138,8 +134,7 @@ def test_through_a_file(
     measured.update(kept=seen.kept, file_bytes=file_bytes)
     # Hints keep free memory out of the file.
     assert (file_bytes < FREED_MIB * MIB) == hints_on
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 @dataclass(frozen=True)
@@ -205,8 +200,7 @@ def test_memory_of_kind(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     seen = oracle.check()
     assert seen.pages >= kind.total_mib * MIB // memory.PAGE_BYTES
     measured.update(blocks=sorted(blocks), skipped=hints.skipped_bytes, kept=seen.kept)
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 def test_hot_plugged_memory(lab: Lab, measured: Dict[str, Any]) -> None:
@@ -230,8 +224,7 @@ def test_hot_plugged_memory(lab: Lab, measured: Dict[str, Any]) -> None:
     hints = assert_hints_used(migrate(source, destination, WITH_HINTS), 500 * MIB)
     measured.update(skipped=hints.skipped_bytes, kept=oracle.check().kept)
     assert re_dimm(source) > 0, "nothing of the new memory was hinted"
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 def re_dimm(source: Guest) -> int:
@@ -269,8 +262,7 @@ def test_huge_pages(lab: Lab, measured: Dict[str, Any], name: str) -> None:
         backend = f"memory-backend-memfd,hugetlb=on,hugetlbsize={case.size},share=on"
         oracle = Oracle(lab, SMALL.but(mem_mib=case.mem_mib, mem_backend=backend))
         source = oracle.boot()
-        fill_and_free(source)
-        start_churn(source)
+        keep_busy(source)
         free = workload.free_reported_bytes(source)
         destination = oracle.arrival()
         spec = replace(WITH_HINTS, common={"postcopy-ram": case.postcopy_ram})
@@ -289,8 +281,7 @@ def test_huge_pages(lab: Lab, measured: Dict[str, Any], name: str) -> None:
             assert hints.skipped_bytes >= 0.95 * (free - 128 * MIB)
             assert case.postcopy_ram or hints.too_small_bytes == 0
         assert hints.skipped_bytes + hints.too_small_bytes >= 0.95 * (free - 128 * MIB)
-        assert_intact(destination)
-        assert_goes_on(destination)
+        assert_whole(destination)
         source.close()
         destination.close()
 
@@ -314,16 +305,14 @@ def test_transparent_huge_pages(lab: Lab, measured: Dict[str, Any], huge: bool) 
     backend = "memory-backend-ram" if huge else "memory-backend-memfd,share=on"
     oracle = Oracle(lab, SMALL.but(mem_backend=backend))
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     # The premise
     kib = huge_kib(source)
     assert kib > 64 * 1024 if huge else kib == 0
     destination = oracle.arrival()
     assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
     measured.update(huge_kib=kib, kept=oracle.check().kept)
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 def test_shared_memory_that_stays(lab: Lab) -> None:
@@ -331,8 +320,7 @@ def test_shared_memory_that_stays(lab: Lab) -> None:
     with memory.memory_files("guest") as (file,):
         spec = SMALL.but(qemu="checked", mem_file=file)
         source = lab.boot(spec)
-        fill_and_free(source)
-        start_churn(source)
+        keep_busy(source)
         destination = lab.incoming(spec)
         result = migrate(source, destination, replace(WITH_HINTS, common={"x-ignore-shared": True}))
         hints = hints_of(result)
@@ -341,8 +329,7 @@ def test_shared_memory_that_stays(lab: Lab) -> None:
         assert result.normal_pages < 16 * 256
         assert (hints.skipped_bytes, hints.hinted_bytes) == (0, 0)
         assert hints.invalid_bytes > 0
-        assert_intact(destination)
-        assert_goes_on(destination)
+        assert_whole(destination)
 
 
 @pytest.mark.check
@@ -350,8 +337,7 @@ def test_screendump(lab: Lab, measured: Dict[str, Any], tmp_path: Path) -> None:
     """Pictures of a VGA screen, which read and clear the dirty log too, take nothing away."""
     oracle = Oracle(lab, SMALL.but(args=("-device", "VGA")))
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     destination = oracle.arrival()
     start(source, destination, migration(downtime_limit=1, max_bandwidth=100 * MIB))
     pictures = {"arming": 0, "scanning": 0, "asked": 0, "reporting": 0, "ended": 0}
@@ -365,8 +351,7 @@ def test_screendump(lab: Lab, measured: Dict[str, Any], tmp_path: Path) -> None:
     source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
     assert_hints_used(finish(source, destination), FREED_MIB * MIB)
     measured.update(kept=oracle.check().kept)
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 @pytest.mark.parametrize("mode", ["page-sampling", "dirty-bitmap"])
@@ -374,8 +359,7 @@ def test_calc_dirty_rate(lab: Lab, measured: Dict[str, Any], mode: str) -> None:
     """A measurement of the dirty rate, over before the migration or not, takes nothing away."""
     oracle = Oracle(lab, SMALL)
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     destination = oracle.arrival()
     # One that has ended, and one that goes on while the guest is asked.
     for seconds in (1, 3):
@@ -392,8 +376,7 @@ def test_calc_dirty_rate(lab: Lab, measured: Dict[str, Any], mode: str) -> None:
     source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
     assert_hints_used(finish(source, destination), FREED_MIB * MIB)
     measured.update(kept=oracle.check().kept)
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 def wait_dirty_rate(source: Guest, status: str) -> None:
@@ -409,16 +392,14 @@ def test_modern_virtio(lab: Lab, measured: Dict[str, Any]) -> None:
     balloon = f"{ARRAYS},disable-legacy=on,disable-modern=off"
     oracle = Oracle(lab, SMALL.but(balloon=balloon))
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     # The premise: a device of the new kind, 1af4:1045.
     assert source.agent.run("cat /sys/bus/pci/devices/*/device").split().count("0x1045") == 1
     destination = oracle.arrival()
     hints = assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
     assert hints.messages < hints.blocks
     measured.update(arrays=hints.messages, kept=oracle.check().kept)
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 def test_tls(lab: Lab, tmp_path: Path) -> None:
@@ -426,8 +407,7 @@ def test_tls(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "keys.psk").write_text(f"qemu:{secrets.token_hex(32)}\n")
     oracle = Oracle(lab, SMALL)
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     destination = oracle.arrival()
     for guest, endpoint in ((source, "client"), (destination, "server")):
         credentials = {"qom-type": "tls-creds-psk", "id": "tls", "dir": str(tmp_path)}
@@ -441,8 +421,7 @@ def test_tls(lab: Lab, tmp_path: Path) -> None:
     result = migrate(source, destination, spec)
     assert_hints_used(result, FREED_MIB * MIB)
     oracle.check()
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 def test_background_snapshot_is_refused(lab: Lab, tmp_path: Path) -> None:
@@ -473,12 +452,10 @@ def test_savevm(lab: Lab, tmp_path: Path) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1G"], check=True)
     drive = ("-drive", f"file={image},if=none,id=snapshots")
     source = lab.boot(SMALL.but(qemu="checked", args=drive))
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     assert source.hmp("savevm one") == ""
     assert hints_of(query(source)).state == "idle"
     workload.dirty_and_free(source, FREED_MIB)
     assert source.hmp("loadvm one") == ""
     source.qmp("cont")
-    assert_intact(source)
-    assert_goes_on(source)
+    assert_whole(source)

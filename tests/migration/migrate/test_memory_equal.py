@@ -5,7 +5,7 @@ from typing import Any, Dict
 
 import pytest
 
-from livemig.checks import SMALL, assert_intact, fill_and_free, in_check, patient, start_churn
+from livemig.checks import SMALL, assert_intact, in_check, keep_busy, patient
 from livemig.lab import Lab
 from livemig.migration import migrate
 from livemig.modes import MODES
@@ -20,8 +20,7 @@ def test_equal_but_for_kept_pages(lab: Lab, measured: Dict[str, Any], mode_name:
     mode = MODES[mode_name]
     oracle = Oracle(lab, mode.spec(SMALL))
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     destination = oracle.arrival()
     migrate(source, destination, patient(mode))
     result = oracle.check()

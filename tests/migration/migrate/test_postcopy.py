@@ -10,9 +10,9 @@ from typing import Any, Dict, Mapping
 import pytest
 
 from livemig import workload
-from livemig.checks import FREED_MIB, SMALL, assert_goes_on, assert_hints_if, assert_hints_used
-from livemig.checks import assert_intact, fill_and_free, hints_of, huge_pages_set_aside, in_check
-from livemig.checks import migration, start_churn, wait_hints_ended
+from livemig.checks import FREED_MIB, SMALL, assert_hints_if, assert_hints_used, assert_intact
+from livemig.checks import assert_whole, hints_of, huge_pages_set_aside, in_check, keep_busy
+from livemig.checks import migration, wait_hints_ended
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import POSTCOPY, MigrationResult, finish, query, start, status_is
@@ -67,8 +67,7 @@ def resident_mib(guest: Guest) -> int:
 def busy_guest(lab: Lab, **changes: Any) -> Guest:
     """A guest at work, whose QEMU checks when it has stopped that no write is lost."""
     source = lab.boot(SMALL.but(qemu="checked", **changes))
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     return source
 
 
@@ -96,8 +95,7 @@ def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: 
     case = CASES[name]
     oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*"))
     source = oracle.boot()
-    fill_and_free(source)
-    start_churn(source)
+    keep_busy(source)
     destination = oracle.arrival(running=case.running)
     switch_early(source, destination, case.common, case.hints_on)
     result = finish_fast(source, destination)
@@ -112,8 +110,7 @@ def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: 
         assert seen.different > 0
         assert (hints.requested_bytes, kept) == (0, seen.kept * 4096)
         assert measured["resident_mib"] < SMALL.mem_mib + QEMU_MIB - kept // MIB
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
     # The guest takes back what was hinted, and works on.
     workload.dirty_and_free(destination, FREED_MIB)
     assert_intact(destination)
@@ -126,8 +123,7 @@ def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
     switch_early(source, destination, {"release-ram": True})
     result = finish_fast(source, destination)
     measured["skipped"] = assert_hints_used(result, FREED_MIB * MIB).skipped_bytes
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
@@ -147,8 +143,7 @@ def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
     source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
     source.qmp("migrate", uri=uri, resume=True)
     assert_hints_used(finish_fast(source, destination), FREED_MIB * MIB)
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 def use_hinted_memory(source: Guest, destination: Guest) -> None:
@@ -172,8 +167,7 @@ def test_taken_back_in_postcopy(lab: Lab, measured: Dict[str, Any], name: str) -
     measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
     # The premise
     assert hints.requested_bytes > 0
-    assert_intact(destination)
-    assert_goes_on(destination)
+    assert_whole(destination)
 
 
 @pytest.mark.parametrize("name", ["plain", "preempt"])
@@ -189,7 +183,6 @@ def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], name: str) ->
         measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
         # The premise
         assert hints.requested_bytes > 0 and hints.requested_bytes % (2 * MIB) == 0
-        assert_intact(destination)
-        assert_goes_on(destination)
+        assert_whole(destination)
         source.close()
         destination.close()

@@ -13,8 +13,8 @@ from typing import Any, Callable, Counter, Dict, Iterator, Mapping, Tuple
 import pytest
 
 from livemig import workload
-from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, ask, assert_goes_on, assert_hints_used
-from livemig.checks import assert_intact, hints_of, in_check, migration, wait_hints_ended
+from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, ask, assert_hints_used, assert_whole
+from livemig.checks import hints_of, in_check, migration, wait_hints_ended
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -39,12 +39,6 @@ def prepare(guest: Guest) -> None:
     workload.dirty_and_free(guest, FREED_MIB)
     workload.stamp(guest, 8)
     workload.stamp(guest, 16, churn=True, realloc_mib=32, name="churn")
-
-
-def assert_whole(guest: Guest) -> None:
-    """What prepare() left in the guest is there, and goes on."""
-    assert_intact(guest)
-    assert_goes_on(guest)
 
 
 def assert_arrives(oracle: Oracle, source: Guest) -> Hints:
@@ -501,6 +495,5 @@ def test_ten_moves_with_little_memory(lab: Lab, measured: Dict[str, Any]) -> Non
         measured["skipped_mib"].append(hints.skipped_bytes // MIB)
         oracle.check()
         source = oracle.move_on()
-        assert_intact(source)
-        assert_goes_on(source)
+        assert_whole(source)
         assert "Out of memory" not in source.console.text()
