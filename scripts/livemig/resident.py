@@ -20,7 +20,7 @@ from livemig.checks import wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import trouble_with_kvm
-from livemig.migration import POSTCOPY, MigrationResult, finish, query, start
+from livemig.migration import POSTCOPY, MigrationResult, finish, let_end, query, start
 from livemig.oracle import Oracle
 from livemig.spec import GuestSpec
 
@@ -261,8 +261,7 @@ class Resident:
             workload.dirty_and_free(self.here, mib)
         self.here.qmp("migrate-set-parameters", max_bandwidth=bandwidth)
         wait_rounds(self.here, rounds)
-        self.here.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
-        result = finish(self.here, self.there)
+        result = let_end(self.here, self.there)
         measured["kept"] = self.arrived()
         self._has_come(hints, result, before, measured, freed_mib)
         return result

@@ -19,7 +19,7 @@ from livemig.checks import start_churn
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB
-from livemig.migration import finish, migrate, query, start
+from livemig.migration import let_end, migrate, query, start
 from livemig.oracle import Oracle
 from livemig.spec import BLOCKS, CPU, GuestSpec
 
@@ -201,8 +201,7 @@ def test_memory_tester(lab: Lab, measured: Dict[str, Any]) -> None:
     start(source, destination, slow)
     # The premise: it had not come to all of its memory yet, and has now.
     wait_for(lambda: hints_of(query(source)).redirtied_bytes > 0, "nothing is written")
-    source.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=20000)
-    result = finish(source, destination)
+    result = let_end(source, destination)
     absent = assert_absent_used(result, 16 * MIB)
     measured.update(absent=absent.absent_bytes, redirtied=hints_of(result).redirtied_bytes)
     oracle.check()

@@ -23,7 +23,7 @@ from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE, Machine, spec
 from livemig.metal import DOWNTIME_MS, HELD, let_go, wait_ended
-from livemig.migration import ENDED, MigrationResult, finish, migrate, query, start
+from livemig.migration import ENDED, MigrationResult, finish, let_end, migrate, query, start
 from livemig.oracle import Oracle
 from livemig.spec import MigrationSpec
 
@@ -361,8 +361,7 @@ def test_reporting_at_the_same_time(lab: Lab, measured: Dict[str, Any]) -> None:
         # Until it has reported after the look, too.
         start(here, there, LASTING)
         wait_for(lambda here=here: discards(here)[1] > 0, "the guest reports nothing now")
-        here.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=20000)
-        result = finish(here, there)
+        result = let_end(here, there)
         measured["absent"].append(assert_absent_used(result, MIB).absent_bytes)
         measured["discards"].append(discards(here))
         assert_whole(there)

@@ -26,7 +26,7 @@ from livemig.checks import FOR_STOCK
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import trouble_with_kvm
-from livemig.migration import finish, restore, save, start
+from livemig.migration import let_end, restore, save, start
 from livemig.modes import MODES
 from livemig.resident import Seen
 from livemig.spec import BLOCKS, GuestSpec
@@ -78,8 +78,7 @@ def move_under_pressure(source: Guest, destination: Guest) -> Seen:
     start(source, destination, SLOW)
     time.sleep(PRESSED)
     seen = Seen.reported_by(source).since(before)
-    source.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=20000)
-    finish(source, destination)
+    let_end(source, destination)
     return seen
 
 

@@ -10,7 +10,7 @@ from livemig.checks import INIT_ON_FREE, SMALL, assert_goes_on, assert_intact, h
 from livemig.checks import migration, patient, start_churn, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.migration import MigrationResult, finish, start
+from livemig.migration import MigrationResult, let_end, start
 from livemig.modes import MODES, Mode
 from livemig.oracle import Oracle
 
@@ -27,8 +27,7 @@ def migrate_in_rounds(source: Guest, destination: Guest, mode: Mode) -> Migratio
     spec = migration(patient(mode), downtime_limit=1, max_bandwidth=128 * MIB)
     start(source, destination, spec)
     wait_rounds(source, ROUNDS)
-    source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
-    return finish(source, destination)
+    return let_end(source, destination)
 
 
 CASES = {

@@ -18,7 +18,7 @@ from livemig.checks import huge_pages_set_aside, in_check, keep_busy, migration,
 from livemig.checks import wait_hints_ended, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.migration import finish, migrate, query, restore, save, set_capabilities, start
+from livemig.migration import let_end, migrate, query, restore, save, set_capabilities, start
 from livemig.migration import status_is
 from livemig.oracle import Oracle
 from livemig.spec import ARRAYS
@@ -70,8 +70,7 @@ def test_hints_with(lab: Lab, measured: Dict[str, Any], case: str) -> None:
     )
     start(source, destination, spec)
     wait_rounds(source, 3)
-    source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
-    result = finish(source, destination)
+    result = let_end(source, destination)
     hints = assert_hints_if(hints_on, result, FREED_MIB * MIB)
     seen = oracle.check()
     measured.update(kept=seen.kept, redirtied=hints.redirtied_bytes, rounds=result.rounds)
@@ -100,8 +99,7 @@ def test_auto_converge(lab: Lab, measured: Dict[str, Any], hints_on: bool) -> No
         # The premise: the guest is slowed down, which starts the timer.
         wait_rounds(source, 2)
         throttled = query(source).raw.get("cpu-throttle-percentage", 0)
-    source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
-    assert_hints_if(hints_on, finish(source, destination), FREED_MIB * MIB)
+    assert_hints_if(hints_on, let_end(source, destination), FREED_MIB * MIB)
     measured.update(throttled=throttled, kept=oracle.check().kept)
     assert_intact(destination)
     assert_intact(destination, "churn")
@@ -348,8 +346,7 @@ def test_screendump(lab: Lab, measured: Dict[str, Any], tmp_path: Path) -> None:
     # The premise: the screen was looked at in several rounds.
     assert sum(pictures.values()) >= 4
     assert (tmp_path / "screen").read_bytes().startswith(b"P6")
-    source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
-    assert_hints_used(finish(source, destination), FREED_MIB * MIB)
+    assert_hints_used(let_end(source, destination), FREED_MIB * MIB)
     measured.update(kept=oracle.check().kept)
     assert_whole(destination)
 
@@ -373,8 +370,7 @@ def test_calc_dirty_rate(lab: Lab, measured: Dict[str, Any], mode: str) -> None:
     wait_dirty_rate(source, "measured")
     measured["dirty_mib_s"] = source.qmp("query-dirty-rate")["dirty-rate"]
     assert query(source).status == "active"
-    source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
-    assert_hints_used(finish(source, destination), FREED_MIB * MIB)
+    assert_hints_used(let_end(source, destination), FREED_MIB * MIB)
     measured.update(kept=oracle.check().kept)
     assert_whole(destination)
 
