@@ -7,10 +7,9 @@ import os
 import re
 import subprocess
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Dict, Iterator
+from typing import Dict, Iterator
 
 import numpy as np
 import pytest
@@ -58,14 +57,6 @@ def assert_absent_used(result: MigrationResult, least_bytes: int) -> Absent:
     assert absent.reason is None
     assert absent.absent_bytes >= least_bytes > 0
     return absent
-
-
-def wait_for(what: Callable[[], bool], about: str, seconds: float = 120) -> None:
-    """Wait for what no event reports."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, about
-        time.sleep(0.1)
 
 
 def absent_pages(guest: Guest, name: str = "pc.ram") -> memory.Mask:

@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence
 
 import pytest
 
@@ -106,6 +106,11 @@ def hints_of(result: MigrationResult) -> Hints:
     return result.hints
 
 
+def hints_now(source: Guest) -> Hints:
+    """The statistics of hints, so far."""
+    return hints_of(query(source))
+
+
 def assert_hints_used(result: MigrationResult, least_bytes: int) -> Hints:
     """A complete report took at least so many bytes out of the migration.
 
@@ -147,11 +152,24 @@ def migration(
     return base.with_parameters(**parameters)
 
 
+def wait_for(what: Callable[[], object], about: str, seconds: float = 120) -> None:
+    """Wait for what no event reports."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, about
+        time.sleep(0.05)
+
+
+def wait_dirty_rate(source: Guest, *states: str) -> None:
+    """Wait until a measurement of the dirty rate has come to one of these states."""
+    wait_for(lambda: source.qmp("query-dirty-rate")["status"] in states, f"it is not {states}", 60)
+
+
 def wait_hints(source: Guest, state: str, seconds: float = 60) -> Hints:
     """Wait until the hints of a migration have come to a state: no event says so."""
     deadline = time.monotonic() + seconds
     while True:
-        hints = hints_of(query(source))
+        hints = hints_now(source)
         if hints.state == state:
             return hints
         assert time.monotonic() < deadline, f"the hints are still {hints.state}"
@@ -189,7 +207,7 @@ def wait_answered(source: Guest) -> Hints:
     """Wait until the guest is not asked any more, or could not be asked."""
     deadline = time.monotonic() + PATIENT_MS / 1000 + 10
     # The reason is there a moment before the round has ended.
-    while (hints := hints_of(query(source))).state != "ended" and not (
+    while (hints := hints_now(source)).state != "ended" and not (
         hints.state == "idle" and hints.reason
     ):
         assert time.monotonic() < deadline, f"the hints are still {hints.state}"

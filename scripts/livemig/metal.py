@@ -12,11 +12,11 @@ import pytest
 
 from livemig import memory
 from livemig.balloon import Balloon
-from livemig.checks import hints_of
-from livemig.guest import Event, Guest
+from livemig.checks import hints_now
+from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE, Machine, spec, stamped, trouble_with_kvm
-from livemig.migration import Hints, MigrationResult, finish, query, set_capabilities
+from livemig.migration import Hints, MigrationResult, finish, set_capabilities
 from livemig.spec import MigrationSpec
 
 # Round 0 lasts until the guest ends it.
@@ -181,20 +181,6 @@ def let_go(source: Guest, destination: Guest) -> MigrationResult:
     return finish(source, destination)
 
 
-def wait_pass(source: Guest, number: int) -> None:
-    """Wait until memory is sent for the n-th time."""
-
-    def match(event: Event) -> bool:
-        return event["event"] == "MIGRATION_PASS" and event["data"]["pass"] >= number
-
-    source.wait_event(match, f"round {number}", 60)
-
-
-def hints_now(source: Guest) -> Hints:
-    """The statistics of hints, so far."""
-    return hints_of(query(source))
-
-
 def ask_meanwhile(guest: Guest, seconds: float) -> float:
     """Let some time pass, and QEMU answer all the while; returns its longest answer, in ms."""
     longest = 0.0
@@ -204,13 +190,6 @@ def ask_meanwhile(guest: Guest, seconds: float) -> float:
         assert guest.qmp("query-status")["running"]
         longest = max(longest, time.monotonic() - asked)
     return longest * 1000
-
-
-def wait_ended(source: Guest) -> Hints:
-    """Wait until round 0 is over, well before its deadline."""
-    while hints_now(source).state != "ended":
-        time.sleep(0.01)
-    return hints_now(source)
 
 
 def wait_hinted(source: Guest, hinted_bytes: int, seconds: float = 10) -> Hints:

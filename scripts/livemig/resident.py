@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 import pytest
 
 from livemig import kvm, memory, paths, workload
-from livemig.checks import assert_hints_if, assert_intact, hints_of, migration, wait_hints_ended
+from livemig.checks import assert_hints_if, assert_intact, hints_now, migration, wait_hints_ended
 from livemig.checks import wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -282,7 +282,7 @@ class Resident:
         self.there.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
         # Nobody waits for the answer: its word is nobody's.
         self.there.agent.send(f"unheard dirtyfree {TAKEN_BACK_MIB}")
-        while hints and not hints_of(query(self.here)).requested_bytes:
+        while hints and not hints_now(self.here).requested_bytes:
             assert query(self.here).status in POSTCOPY
             time.sleep(0.1)
         self.here.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)

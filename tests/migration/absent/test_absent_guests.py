@@ -13,13 +13,13 @@ from typing import Any, Dict, Optional, Tuple
 import pytest
 
 from livemig import paths, workload
-from livemig.absence import ABSENT, ABSENT_AND_HINTS, assert_absent_used, ram_bytes, usage, wait_for
-from livemig.checks import SMALL, STAMP_MIB, assert_intact, assert_whole, fill_and_free, hints_of
-from livemig.checks import start_churn
+from livemig.absence import ABSENT, ABSENT_AND_HINTS, assert_absent_used, ram_bytes, usage
+from livemig.checks import SMALL, STAMP_MIB, assert_intact, assert_whole, fill_and_free, hints_now
+from livemig.checks import hints_of, start_churn, wait_for
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB
-from livemig.migration import let_end, migrate, query, start
+from livemig.migration import let_end, migrate, start
 from livemig.oracle import Oracle
 from livemig.spec import BLOCKS, CPU, GuestSpec
 
@@ -200,7 +200,7 @@ def test_memory_tester(lab: Lab, measured: Dict[str, Any]) -> None:
     slow = ABSENT.with_parameters(max_bandwidth=2 * MIB, downtime_limit=1)
     start(source, destination, slow)
     # The premise: it had not come to all of its memory yet, and has now.
-    wait_for(lambda: hints_of(query(source)).redirtied_bytes > 0, "nothing is written")
+    wait_for(lambda: hints_now(source).redirtied_bytes > 0, "nothing is written")
     result = let_end(source, destination)
     absent = assert_absent_used(result, 16 * MIB)
     measured.update(absent=absent.absent_bytes, redirtied=hints_of(result).redirtied_bytes)

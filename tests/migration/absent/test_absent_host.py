@@ -17,12 +17,13 @@ import pytest
 
 from livemig import memory, paths, workload
 from livemig.absence import ABSENT, ABSENT_AND_HINTS, absent_of, absent_pages, assert_absent_used
-from livemig.absence import in_page_table, page_out, ram_bytes, swap_space, usage, wait_for
+from livemig.absence import in_page_table, page_out, ram_bytes, swap_space, usage
 from livemig.checks import SMALL, STAMP_MIB, assert_intact, assert_whole, hints_of, start_churn
+from livemig.checks import wait_for, wait_hints_ended
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE, Machine, spec
-from livemig.metal import DOWNTIME_MS, HELD, let_go, wait_ended
+from livemig.metal import DOWNTIME_MS, HELD, let_go
 from livemig.migration import ENDED, MigrationResult, finish, let_end, migrate, query, start
 from livemig.oracle import Oracle
 from livemig.spec import MigrationSpec
@@ -170,7 +171,7 @@ def test_merged_pages(lab: Lab, measured: Dict[str, Any]) -> None:
         measured.update(usage(source))
         destination = arrival(lab, source)
         start(source, destination, HELD_ABSENT)
-        wait_ended(source)
+        wait_hints_ended(source)
         written = THERE + PART // 2
         machine.stamp(written, 64, 7)
         result = let_go(source, destination)
@@ -211,7 +212,7 @@ def test_read_then_written(lab: Lab, measured: Dict[str, Any], backend: str) -> 
     assert in_page_table(source, HERE) and not in_page_table(source, THERE)
     destination = arrival(lab, source)
     start(source, destination, HELD_ABSENT)
-    wait_ended(source)
+    wait_hints_ended(source)
     measured.update(absent=int(absent_pages(source)[HERE // PAGE :][:64].sum()))
     for addr in (HERE, THERE):
         for page in range(64):

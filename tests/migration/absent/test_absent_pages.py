@@ -13,14 +13,14 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import pytest
 
 from livemig import memory
-from livemig.checks import SMALL, assert_intact, fill_and_free, hints_of, huge_pages_set_aside
-from livemig.checks import in_check
+from livemig.checks import SMALL, assert_intact, fill_and_free, hints_now, hints_of
+from livemig.checks import huge_pages_set_aside, in_check, wait_hints_ended, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.leftovers import LEFTOVER, leave_data, leftovers
 from livemig.machine import MIB, PAGE
 from livemig.metal import CHURN, CHURN_PAGES, HELD, WAIT_MS, Metal, accelerators, each_accelerator
-from livemig.metal import let_go, metal, wait_ended, wait_pass
+from livemig.metal import let_go, metal
 from livemig.migration import Absent, MigrationResult, cancel, finish, migrate, query, restore, save
 from livemig.migration import start
 from livemig.oracle import Oracle
@@ -124,11 +124,11 @@ def test_whenever_it_is_populated(
         parts.write("after the look")
         parts.read("read after the look")
         guest.balloon.send_end(cmd_id)
-        assert wait_ended(guest.source).reason is None
+        assert wait_hints_ended(guest.source).reason is None
         parts.write("in round 1")
         guest.machine.stamp(CHURN, CHURN_PAGES, 1)
         guest.source.qmp("migrate-set-parameters", max_bandwidth=4 * MIB)
-        wait_pass(guest.source, 2)
+        wait_rounds(guest.source, 2)
         parts.write("in a later round")
         parts.read("read in a later round")
         result = let_go(guest.source, destination)
@@ -365,7 +365,7 @@ def test_cancelled(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
         source = guest.source
         abandoned = guest.incoming("abandoned")
         start(source, abandoned, absent())
-        while (state := hints_of(query(source)).state) != "scanning":
+        while (state := hints_now(source).state) != "scanning":
             assert state in ("idle", "arming")
         cancel(source)
         looked = found(query(source))

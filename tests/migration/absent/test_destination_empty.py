@@ -17,14 +17,14 @@ import pytest
 
 from livemig import memory, paths, workload
 from livemig.checks import FREED_MIB, INIT_ON_FREE, NO_HINTS, SMALL, WITH_HINTS, assert_hints_if
-from livemig.checks import assert_intact, fill_and_free
+from livemig.checks import assert_intact, fill_and_free, wait_hints_ended, wait_rounds
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.leftovers import LEFTOVER, RAM_BYTES, leave_data, leftovers
 from livemig.machine import MIB, PAGE
 from livemig.metal import CHURN, CHURN_PAGES, DOWNTIME_MS, HELD, HINTED_PAGES, SLOW, STRIP_PAGES
-from livemig.metal import WAIT_MS, Metal, metal, strips, wait_ended, wait_pass
+from livemig.metal import WAIT_MS, Metal, metal, strips
 from livemig.migration import MigrationResult, cancel, finish, migrate, start, status_is
 from livemig.spec import GuestSpec, MigrationSpec
 
@@ -68,7 +68,7 @@ def hint(guest: Metal) -> None:
     cmd_id = guest.balloon.wait_asked()
     guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
     guest.balloon.send_end(cmd_id)
-    assert wait_ended(guest.source).skipped_bytes == len(HINTED_PAGES) * PAGE
+    assert wait_hints_ended(guest.source).skipped_bytes == len(HINTED_PAGES) * PAGE
 
 
 def move(guest: Metal, destination: Guest, hints: bool = True, **common: bool) -> MigrationResult:
@@ -220,7 +220,7 @@ def test_second_attempt(lab: Lab) -> None:
         held = hold(False).with_parameters(downtime_limit=DOWNTIME_MS, max_bandwidth=SLOW)
         start(guest.source, first, held)
         guest.machine.stamp(CHURN, CHURN_PAGES, 1)
-        wait_pass(guest.source, 2)
+        wait_rounds(guest.source, 2)
         cancel(guest.source)
         first.close()
         # The premise: what is hinted in the second attempt was sent in the first one.
@@ -447,7 +447,7 @@ def test_persistent_memory_cannot_be_hinted(lab: Lab) -> None:
             cmd_id = guest.balloon.wait_asked()
             guest.balloon.send_array(cmd_id, PAGE, range(first, first + 2 * MIB, PAGE))
             guest.balloon.send_end(cmd_id)
-            hints = wait_ended(guest.source)
+            hints = wait_hints_ended(guest.source)
             finish(guest.source, destination)
             assert there.read_bytes() == bytes(2 * MIB)
             assert (hints.skipped_bytes, hints.invalid_bytes) == (0, 2 * MIB)

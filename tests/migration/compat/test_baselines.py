@@ -8,7 +8,7 @@ import pytest
 
 from livemig import paths, workload
 from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_used, assert_intact
-from livemig.checks import assert_whole, hints_of, keep_busy, migration, wait_hints_ended
+from livemig.checks import assert_whole, hints_now, keep_busy, migration, wait_hints_ended
 from livemig.errors import MissingArtifact
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -107,7 +107,7 @@ def test_monitor_says_what_hints_did(lab: Lab) -> None:
     destination = lab.incoming(source.spec)
     migrate(source, destination, WITH_HINTS)
     said = source.hmp("info migrate")
-    skipped = hints_of(query(source)).skipped_bytes // 1024
+    skipped = hints_now(source).skipped_bytes // 1024
     assert f"free pages skipped: {skipped} kbytes" in said
     assert "free page hints: ended" in said
     assert "absent pages" in said

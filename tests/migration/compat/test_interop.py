@@ -25,7 +25,7 @@ from livemig import memory, paths, workload
 from livemig.balloon import Balloon
 from livemig.checks import FOR_STOCK, FREED_MIB, FREED_PAGES, SMALL, WITH_HINTS, assert_goes_on
 from livemig.checks import assert_hints_used, assert_intact, assert_whole, fill_and_free, in_check
-from livemig.checks import keep_busy, start_churn
+from livemig.checks import keep_busy, start_churn, wait_for
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -181,10 +181,7 @@ def last_polled(guest: Guest) -> int:
 def wait_polled(guest: Guest) -> None:
     """Wait for new statistics."""
     before = last_polled(guest)
-    deadline = time.monotonic() + 60
-    while last_polled(guest) <= before:
-        assert time.monotonic() < deadline, "no statistics come"
-        time.sleep(0.1)
+    wait_for(lambda: last_polled(guest) > before, "no statistics come", 60)
 
 
 @pytest.mark.parametrize("build", BUILDS)

@@ -20,11 +20,12 @@ import pytest
 from livemig import paths, workload
 from livemig.checks import FREED_MIB, PATIENT_MS, SMALL, WITH_HINTS, ask, assert_goes_on
 from livemig.checks import assert_hints_used, assert_intact, assert_watched, assert_whole, begin
-from livemig.checks import fill_and_free, hints_of, keep_busy, start_churn, wait_answered
+from livemig.checks import fill_and_free, hints_now, hints_of, keep_busy, start_churn, wait_answered
+from livemig.checks import wait_for
 from livemig.errors import GuestError
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.migration import cancel, migrate, query
+from livemig.migration import cancel, migrate
 from livemig.oracle import Oracle
 from livemig.spec import ARRAYS, GuestSpec
 
@@ -87,10 +88,7 @@ def held_bytes(guest: Guest) -> int:
 
 def wait_held(guest: Guest, expected: int) -> None:
     """Wait until the driver has this much memory for reports."""
-    deadline = time.monotonic() + 60
-    while (held := held_bytes(guest)) != expected:
-        assert time.monotonic() < deadline, f"the driver has {held} bytes, not {expected}"
-        time.sleep(0.1)
+    wait_for(lambda: held_bytes(guest) == expected, f"the driver has not {expected} bytes", 60)
 
 
 # Migrations that go nowhere
@@ -101,15 +99,15 @@ def in_flight(source: Guest, messages: int = BUFFERS) -> Iterator[None]:
     """A migration asks, and the driver waits for the device to return so many messages."""
     write(source, muted=0, mute=1)
     begin(source)
-    deadline = time.monotonic() + 60
-    while read_number(source, f"{FAULTS}/muted") < messages:
-        assert time.monotonic() < deadline, "the driver sends no messages"
-        time.sleep(0.05)
+    muted = f"{FAULTS}/muted"
+    wait_for(
+        lambda: read_number(source, muted) >= messages, "the driver sends no messages", seconds=60
+    )
     # The premise: the device has not heard of them.
-    hints = hints_of(query(source))
+    hints = hints_now(source)
     assert (hints.state, hints.messages) == ("asked", 0)
     # Nor is a buffer used twice.
-    assert read_number(source, f"{FAULTS}/muted") == messages
+    assert read_number(source, muted) == messages
     yield
 
 

@@ -6,7 +6,6 @@ this is where the deferred clear of KVM's dirty log is tested, which TCG does no
 """
 
 import os
-import time
 from dataclasses import dataclass
 from typing import Any, Dict
 
@@ -14,14 +13,15 @@ import pytest
 
 from livemig import memory, paths
 from livemig.balloon import Balloon, chain
-from livemig.checks import hints_of, in_check
+from livemig.checks import hints_now, hints_of, in_check, wait_dirty_rate, wait_hints_ended
+from livemig.checks import wait_rounds
 from livemig.guest import Guest
 from livemig.lab import ABSENT, Lab
 from livemig.machine import MIB, PAGE, Machine, spec
 from livemig.metal import CHURN, CHURN_PAGES, HELD, HINTED_PAGES, HINTED_STRIPS, PARTS, SLOW
 from livemig.metal import STOCK_HELD, STRIP_BYTES, Metal, addrs_of, assert_counters_match
-from livemig.metal import each_accelerator, held, hints_now, let_go, lost_strips, metal, pages_of
-from livemig.metal import strips, tcg_at_least, usable, wait_ended, wait_hinted, wait_pass
+from livemig.metal import each_accelerator, held, let_go, lost_strips, metal, pages_of, strips
+from livemig.metal import tcg_at_least, usable, wait_hinted
 from livemig.migration import cancel, query, start
 
 # Whenever a write comes
@@ -102,14 +102,6 @@ def measure_dirty_rate(source: Guest) -> None:
     wait_dirty_rate(source, "measuring", "measured")
 
 
-def wait_dirty_rate(source: Guest, *states: str) -> None:
-    """Wait until a measurement has come to one of these states."""
-    deadline = time.monotonic() + 60
-    while source.qmp("query-dirty-rate")["status"] not in states:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def spec_changes(case: Case) -> Dict[str, Any]:
     """What makes a guest log its writes in this way."""
     changes: Dict[str, Any] = {
@@ -144,7 +136,7 @@ def round_0(guest: Metal, case: Case) -> int:
     if case.measured:
         wait_dirty_rate(guest.source, "measured")
     protocol.end(cmd_id)
-    hints = wait_ended(guest.source)
+    hints = wait_hints_ended(guest.source)
     assert (hints.reason, hints.skipped_bytes) == (None, len(HINTED_PAGES) * PAGE)
     return clears
 
@@ -156,7 +148,7 @@ def later_rounds(guest: Metal) -> None:
     # The premise: this was in round 1.
     assert query(guest.source).rounds == 1
     guest.source.qmp("migrate-set-parameters", max_bandwidth=SLOW)
-    wait_pass(guest.source, 2)
+    wait_rounds(guest.source, 2)
     guest.source.qmp("migrate-set-parameters", max_bandwidth=HELD)
     guest.write("in a later round")
     assert query(guest.source).status == "active"
@@ -234,7 +226,7 @@ def test_what_is_written_before_it_is_sent_is_sent_once(
         # Hinted, and written: it is armed to the end, in each chunk.
         guest.write("in round 1")
         guest.balloon.send_end(cmd_id)
-        wait_ended(guest.source)
+        wait_hints_ended(guest.source)
         result = let_go(guest.source, destination)
 
         assert not any(guest.lost(part) for part in PARTS if part != "free")
@@ -290,7 +282,7 @@ def test_answers_to_other_requests_are_dropped(lab: Lab, accel: str) -> None:
 
         guest.balloon.send_array(cmd_id, PAGE, addrs_of("free"))
         guest.balloon.send_end(cmd_id)
-        assert wait_ended(guest.source).skipped_bytes == STRIP_BYTES
+        assert wait_hints_ended(guest.source).skipped_bytes == STRIP_BYTES
         # After the end, and after DONE, the right id is as stale as another one.
         guest.balloon.send_array(cmd_id, PAGE, addrs_of("in round 1"))
         guest.balloon.send_end(cmd_id)
@@ -319,7 +311,7 @@ def test_hints_wait_for_the_end_of_their_round(lab: Lab, accel: str) -> None:
         cmd_id = guest.balloon.wait_asked()
         guest.balloon.send_array(cmd_id, PAGE, addrs_of("free"), slot=1)
         guest.balloon.send_end(cmd_id, slot=2)
-        wait_ended(guest.source)
+        wait_hints_ended(guest.source)
         result = let_go(guest.source, destination)
         assert lost_strips(guest) == ["free"]
         assert hints_of(result).skipped_bytes == STRIP_BYTES
@@ -349,7 +341,7 @@ def test_blocks_count_between_start_and_stop(lab: Lab, accel: str) -> None:
         guest.balloon.send_block(strips("free")[0], STRIP_BYTES)
         guest.balloon.queue.wait_returned()
         guest.balloon.send_command(cmd_id)
-        assert wait_ended(guest.source).complete
+        assert wait_hints_ended(guest.source).complete
         guest.balloon.send_block(strips("after the ask")[0], STRIP_BYTES)
         guest.balloon.send_command(cmd_id)
         guest.balloon.send_block(strips("in round 1")[0], STRIP_BYTES)
@@ -374,7 +366,7 @@ def test_hints_after_a_sync_are_stale(lab: Lab, measured: Dict[str, Any], accel:
         start(guest.source, destination, held().with_parameters(free_page_hint_wait=100))
         cmd_id = guest.balloon.wait_asked()
         guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES, kick=False)
-        assert wait_ended(guest.source).reason == "timeout"
+        assert wait_hints_ended(guest.source).reason == "timeout"
         later_rounds(guest)
         guest.balloon.queue.kick()
         guest.balloon.queue.wait_returned()
@@ -402,7 +394,7 @@ def test_written_last(lab: Lab, accel: str) -> None:
         cmd_id = guest.balloon.wait_asked()
         guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
         guest.balloon.send_end(cmd_id)
-        assert wait_ended(guest.source).skipped_bytes == len(HINTED_PAGES) * PAGE
+        assert wait_hints_ended(guest.source).skipped_bytes == len(HINTED_PAGES) * PAGE
         guest.write("after it was applied")
         guest.source.qmp("stop")
         hints = hints_of(let_go(guest.source, destination))

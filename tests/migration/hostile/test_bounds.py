@@ -15,11 +15,11 @@ import pytest
 
 from livemig import paths
 from livemig.balloon import Balloon, Descriptor, chain
+from livemig.checks import hints_now, wait_hints_ended
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE, Machine, spec
-from livemig.metal import FIRST_ID, TO_NOWHERE, ask_meanwhile, hints_now, set_up, tcg_at_least
-from livemig.metal import usable, wait_ended
+from livemig.metal import FIRST_ID, TO_NOWHERE, ask_meanwhile, set_up, tcg_at_least, usable
 from livemig.migration import cancel, query, set_capabilities, status_is
 
 GIB = 1 << 30
@@ -221,7 +221,7 @@ def test_cancel_is_not_kept_waiting(
         answered = time.monotonic()
         guest.source.wait_event(status_is("cancelled"), "end of the cancelled migration", 60)
         done = time.monotonic()
-        hints = wait_ended(guest.source)
+        hints = wait_hints_ended(guest.source)
         guest.stop(flood)
         assert hints.reason == "cancelled"
         assert guest.source.qmp("query-migrate")["status"] == "cancelled"

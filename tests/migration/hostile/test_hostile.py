@@ -18,13 +18,13 @@ import pytest
 
 from livemig import memory
 from livemig.balloon import Balloon, Descriptor, chain
-from livemig.checks import assert_not_asked, hints_of, in_check
+from livemig.checks import assert_not_asked, hints_now, hints_of, in_check, wait_hints_ended
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE
 from livemig.metal import CHECK_EVENT, FIRST_ID, REGION, STRIP_BYTES, TO_NOWHERE, Metal, addrs_of
-from livemig.metal import ask_meanwhile, assert_counters_match, each_accelerator, held, hints_now
-from livemig.metal import let_go, lost_strips, metal, set_up, tcg_at_least, wait_ended, wait_hinted
+from livemig.metal import ask_meanwhile, assert_counters_match, each_accelerator, held, let_go
+from livemig.metal import lost_strips, metal, set_up, tcg_at_least, wait_hinted
 from livemig.migration import cancel, query, start
 
 REPEAT = int(os.environ.get("FPH_REPEAT", "1"))
@@ -141,7 +141,7 @@ def test_lies_are_counted(lab: Lab, accel: str) -> None:
                 wrong[lie.name] = {"expected": expected, "found": found}
         assert not wrong
         guest.balloon.send_end(cmd_id)
-        assert wait_ended(guest.source).reason is None
+        assert wait_hints_ended(guest.source).reason is None
         assert hints_of(let_go(guest.source, destination)).stale_bytes == 0
         assert_only_ram(guest, destination)
         assert_counters_match(guest.source)
@@ -232,7 +232,7 @@ def test_shapes_are_counted(lab: Lab, accel: str, measured: Dict[str, Any]) -> N
         measured.update(wrong)
         assert not wrong
         guest.balloon.send_end(cmd_id)
-        assert wait_ended(guest.source).reason is None
+        assert wait_hints_ended(guest.source).reason is None
         let_go(guest.source, destination)
         assert_only_ram(guest, destination)
         assert_counters_match(guest.source)
@@ -357,7 +357,7 @@ def test_broken_chains(lab: Lab, accel: str, measured: Dict[str, Any]) -> None:
                 guest.balloon.start(Balloon.HINTS | Balloon.ARRAYS)
                 assert not guest.balloon.broken
                 if asked:
-                    assert wait_ended(guest.source).reason in ("broken", "reset")
+                    assert wait_hints_ended(guest.source).reason in ("broken", "reset")
                     assert hints_now(guest.source).hinted_bytes == 0
                     cancel(guest.source)
         measured.update(broke=sorted(name for name, asked in broke if asked))
@@ -375,7 +375,7 @@ def assert_hints_work(guest: Metal) -> None:
     cmd_id = guest.balloon.wait_asked()
     guest.balloon.send_array(cmd_id, PAGE, addrs_of("free"))
     guest.balloon.send_end(cmd_id)
-    hints = wait_ended(guest.source)
+    hints = wait_hints_ended(guest.source)
     assert (hints.reason, hints.skipped_bytes) == (None, STRIP_BYTES)
     let_go(guest.source, destination)
     assert lost_strips(guest) == ["free"]
@@ -392,7 +392,7 @@ def test_a_device_that_breaks_ends_the_round(lab: Lab, accel: str, how: str) -> 
         start(guest.source, destination, held())
         guest.balloon.wait_asked()
         BREAKS[how](guest)
-        hints = wait_ended(guest.source)
+        hints = wait_hints_ended(guest.source)
         # Not the deadline, which is a minute.
         assert (hints.reason, hints.hinted_bytes) == ("broken", 0)
         let_go(guest.source, destination)
@@ -432,7 +432,7 @@ def test_a_queue_in_nothing_costs_the_deadline(lab: Lab, accel: str) -> None:
         start(guest.source, destination, held().with_parameters(free_page_hint_wait=1000))
         guest.balloon.wait_asked()
         BREAKS["queue-in-nothing"](guest)
-        hints = wait_ended(guest.source)
+        hints = wait_hints_ended(guest.source)
         assert not guest.balloon.broken
         assert (hints.reason, hints.hinted_bytes) == ("timeout", 0)
         let_go(guest.source, destination)
@@ -521,7 +521,7 @@ def test_flood_in_migration(lab: Lab, accel: str, measured: Dict[str, Any], kind
         flood = guest.balloon.queue.flood(0, *change)
         longest = ask_meanwhile(guest.source, FLOOD_SECONDS)
         grown = resident_mib(guest.source) - before
-        hints = wait_ended(guest.source)
+        hints = wait_hints_ended(guest.source)
         times = guest.machine.stop(flood)[0]
         measured.update(
             messages=times,
@@ -567,7 +567,7 @@ def test_reset_with_a_full_queue(lab: Lab, accel: str) -> None:
             prepare_flood(guest, kind, guest.balloon.wait_asked())
             guest.balloon.queue.pile(0, 1000)
             guest.balloon.start(Balloon.HINTS | Balloon.ARRAYS)
-            assert wait_ended(guest.source).reason == "reset"
+            assert wait_hints_ended(guest.source).reason == "reset"
             blocks = hints_now(guest.source).blocks
             assert guest.balloon.queue.returned() == 0
             assert hints_now(guest.source).blocks == blocks
@@ -600,7 +600,7 @@ def test_a_stopped_guest_is_left_alone(lab: Lab, measured: Dict[str, Any], accel
             guest.source.qmp("cont")
             measured["left"].append((guest.balloon.queue.offered() - handled) & 0xFFFF)
             guest.balloon.queue.wait_returned()
-            assert wait_ended(guest.source).reason == "vm-stopped"
+            assert wait_hints_ended(guest.source).reason == "vm-stopped"
             cancel(guest.source)
         # The premise: there was something left to handle.
         assert all(measured["left"])
@@ -711,7 +711,7 @@ def end_report(guest: Metal, cmd_id: int, features: int) -> None:
         guest.balloon.send_end(cmd_id)
     if not returned_or_broken(guest):
         guest.balloon.start(features)
-    wait_ended(guest.source)
+    wait_hints_ended(guest.source)
 
 
 def send_random(

@@ -16,11 +16,12 @@ import pytest
 
 from livemig import paths
 from livemig.balloon import Balloon
+from livemig.checks import hints_now, wait_hints_ended
 from livemig.errors import MissingArtifact
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE
-from livemig.metal import HELD, Metal, held, hints_now, metal, tcg_at_least, wait_ended
+from livemig.metal import HELD, Metal, held, metal, tcg_at_least
 from livemig.migration import POSTCOPY, MigrationResult, finish, query, set_capabilities, start
 from livemig.migration import status_is
 from livemig.spec import MigrationSpec
@@ -85,7 +86,7 @@ def _hint(guest: Metal) -> None:
     cmd_id = guest.balloon.wait_asked()
     guest.balloon.send_array(cmd_id, 2 * MIB, range(FREE, FREE + FREE_PAGES * PAGE, 2 * MIB))
     guest.balloon.send_end(cmd_id)
-    assert wait_ended(guest.source).skipped_bytes == FREE_PAGES * PAGE
+    assert wait_hints_ended(guest.source).skipped_bytes == FREE_PAGES * PAGE
 
 
 @contextlib.contextmanager
@@ -104,7 +105,7 @@ def switched(
         destination = lab.incoming(there, "destination")
         start(guest.source, destination, _spec(way, absent))
         if absent:
-            wait_ended(guest.source)
+            wait_hints_ended(guest.source)
             found = query(guest.source).absent
             assert found and found.absent_bytes >= FREE_PAGES * PAGE
         else:
@@ -272,7 +273,7 @@ def test_stock_destination(lab: Lab, accel: str, way: str) -> None:
         guest.balloon.send_block(FREE, FREE_PAGES * PAGE)
         guest.balloon.queue.wait_returned()
         guest.balloon.send_command(cmd_id)
-        assert wait_ended(guest.source).skipped_bytes == FREE_PAGES * PAGE
+        assert wait_hints_ended(guest.source).skipped_bytes == FREE_PAGES * PAGE
         guest.source.qmp("migrate-start-postcopy")
         destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
         guest.machine.moved_to(destination)

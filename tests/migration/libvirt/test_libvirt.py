@@ -17,6 +17,7 @@ from typing import Any, Dict, List, Optional
 import pytest
 
 from livemig import domains, memory, paths, workload
+from livemig.checks import wait_for
 from livemig.domains import DOCUMENTATION, DOMAIN_XML, FREED_MIB, MEMORY_DIRECTORY, MIB, SPEC
 from livemig.domains import STAMPED_MIB, TOOL, UNSUPPORTED, Guest, Hosts, assert_unused, assert_used
 from livemig.domains import capability, processes_naming, start_hosts, two_hosts
@@ -183,10 +184,7 @@ def assert_gone(state: Path) -> None:
     """Nothing is left of a pair of hosts."""
     assert not state.exists()
     # The parent of a host's first process ends a moment after it.
-    deadline = time.monotonic() + 20
-    while left := processes_naming(str(state)):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+    wait_for(lambda: not processes_naming(str(state)), f"something runs in {state}", 20)
     assert str(state) not in Path("/proc/mounts").read_text(encoding="utf-8")
 
 
@@ -208,13 +206,12 @@ def test_two_hosts_leave_nothing(
             name = pair.virsh("a", "-c", "qemu+tcp://host-b/system", "hostname")
             assert name.strip() == "host-b"
         assert len(processes_naming(str(other.state))) >= 2
-        status = two_hosts("status", "--state", other.state).stdout
-        match = re.search(r"a: up, first process (\d+)", status)
-        assert match, status
+        status = ("status", "--state", other.state)
+        said = two_hosts(*status).stdout
+        match = re.search(r"a: up, first process (\d+)", said)
+        assert match, said
         os.kill(int(match[1]), 9)
-        deadline = time.monotonic() + 20
-        while "a: down" not in two_hosts("status", "--state", other.state).stdout:
-            assert time.monotonic() < deadline
+        wait_for(lambda: "a: down" in two_hosts(*status).stdout, "host a does not end", 20)
         done = other.call("a", "true")
         assert done.returncode == 1 and "host a is not up" in done.stderr
     finally:

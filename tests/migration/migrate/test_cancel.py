@@ -17,13 +17,13 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Tuple
 import pytest
 
 from livemig import memory
-from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_used, assert_whole, hints_of
-from livemig.checks import in_check, keep_busy, migration, wait_hints, wait_hints_ended, wait_rounds
+from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_used, assert_whole, hints_now
+from livemig.checks import hints_of, in_check, keep_busy, migration, wait_hints, wait_hints_ended
+from livemig.checks import wait_rounds
 from livemig.guest import Guest
 from livemig.lab import ABSENT, Lab
 from livemig.machine import PAGE
-from livemig.metal import HINTED_PAGES, PARTS, WAIT_MS, Metal, held, let_go, metal, wait_ended
-from livemig.metal import wait_hinted
+from livemig.metal import HINTED_PAGES, PARTS, WAIT_MS, Metal, held, let_go, metal, wait_hinted
 from livemig.migration import migrate, query, set_capabilities, start, status_is
 from livemig.oracle import Oracle
 
@@ -145,7 +145,7 @@ def test_ended_early(lab: Lab, measured: Dict[str, Any], name: str) -> None:
         now = query(source)
         assert (now.status, hints_of(now).state) == (state.status, state.hints)
         end(source, how, doomed.close)
-        measured[how] = hints_of(query(source)).reason
+        measured[how] = hints_now(source).reason
         if source.qmp("query-status")["status"] == "paused":
             source.qmp("cont")
         assert_whole(source)
@@ -172,9 +172,9 @@ def test_ended_in_setup(lab: Lab, tmp_path: Path, how: str) -> None:
         source.qmp("migrate", uri=uri)
         # The premise: it is not further, and will not be.
         time.sleep(0.5)
-        assert (query(source).status, hints_of(query(source)).state) == ("setup", "idle")
+        assert (query(source).status, hints_now(source).state) == ("setup", "idle")
         end(source, how, listener.close)
-        assert hints_of(query(source)).messages == 0
+        assert hints_now(source).messages == 0
         destination = oracle.arrival()
         assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
         oracle.check()
@@ -207,16 +207,16 @@ def test_ended_while(lab: Lab, state: str, how: str) -> None:
         guest.write_all()
         doomed = guest.incoming("doomed")
         old_id = reach(guest, doomed)
-        hints = hints_of(query(guest.source))
+        hints = hints_now(guest.source)
         assert hints.state == state
         assert hints.skipped_bytes == (len(HINTED_PAGES) * PAGE if state == "reporting" else 0)
         if how == "destination-dies":
             doomed.close()
             # Nothing is sent while the guest is waited for, so that nobody notices.
-            assert hints_of(query(guest.source)).state == state
+            assert hints_now(guest.source).state == state
             guest.balloon.send_end(old_id)
         end(guest.source, how, doomed.close)
-        hints = wait_ended(guest.source)
+        hints = wait_hints_ended(guest.source)
         assert hints.reason == ("cancelled" if how == "cancel" else None)
         assert guest.source.qmp("query-status")["status"] == "running"
 
@@ -232,7 +232,7 @@ def test_ended_while(lab: Lab, state: str, how: str) -> None:
         free = HINTED_PAGES[:16]
         guest.balloon.send_array(cmd_id, PAGE, free)
         guest.balloon.send_end(cmd_id)
-        wait_ended(guest.source)
+        wait_hints_ended(guest.source)
         hints = hints_of(let_go(guest.source, destination))
         assert (hints.complete, hints.reason) == (True, None)
         assert hints.skipped_bytes == len(free) * PAGE

@@ -11,13 +11,13 @@ import pytest
 
 from livemig.balloon import Balloon
 from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, assert_hints_used
-from livemig.checks import assert_intact, fill_and_free, hints_of, in_check, keep_busy
+from livemig.checks import assert_intact, fill_and_free, hints_now, hints_of, in_check, keep_busy
 from livemig.errors import GuestError
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import PAGE
 from livemig.metal import FIRST_ID, HINTED_PAGES, Metal, held, let_go, metal, set_up
-from livemig.migration import migrate, query, start
+from livemig.migration import migrate, start
 from livemig.oracle import Oracle
 from livemig.spec import BLOCKS, GuestSpec
 
@@ -232,7 +232,7 @@ def test_migration_begins_meanwhile(asked: Asked) -> None:
     asked.balloon.queue.wait_returned()
     asked.balloon.send_end(asked.cmd_id)
     asked.balloon.queue.wait_returned()
-    assert hints_of(query(asked.source)).state == "asked"
+    assert hints_now(asked.source).state == "asked"
     asked.balloon.send_end(cmd_id)
     hints = hints_of(let_go(asked.source, destination))
     assert (hints.complete, hints.skipped_bytes) == (True, 0)

@@ -4,7 +4,6 @@
 import re
 import secrets
 import subprocess
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Mapping, Tuple
@@ -13,9 +12,9 @@ import pytest
 
 from livemig import memory, workload
 from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_if, assert_hints_used
-from livemig.checks import assert_intact, assert_not_asked, assert_whole, fill_and_free, hints_of
-from livemig.checks import huge_pages_set_aside, in_check, keep_busy, migration, start_churn
-from livemig.checks import wait_hints_ended, wait_rounds
+from livemig.checks import assert_intact, assert_not_asked, assert_whole, fill_and_free, hints_now
+from livemig.checks import hints_of, huge_pages_set_aside, in_check, keep_busy, migration
+from livemig.checks import start_churn, wait_dirty_rate, wait_for, wait_hints_ended, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import let_end, migrate, query, restore, save, set_capabilities, start
@@ -211,10 +210,7 @@ def test_hot_plugged_memory(lab: Lab, measured: Dict[str, Any]) -> None:
         {"qom-type": "memory-backend-ram", "id": "dimm", "size": 1024 * MIB, "reserve": False},
     )
     source.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="dimm")
-    deadline = time.monotonic() + 120
-    while total_mib(source) < before + 768:
-        assert time.monotonic() < deadline, "the memory does not come"
-        time.sleep(0.1)
+    wait_for(lambda: total_mib(source) >= before + 768, "the memory does not come")
     workload.dirty_and_free(source, 1200)
     workload.stamp(source, 500)
     start_churn(source)
@@ -341,7 +337,7 @@ def test_screendump(lab: Lab, measured: Dict[str, Any], tmp_path: Path) -> None:
     pictures = {"arming": 0, "scanning": 0, "asked": 0, "reporting": 0, "ended": 0}
     while query(source).rounds < 4:
         source.qmp("screendump", filename=str(tmp_path / "screen"))
-        pictures[hints_of(query(source)).state] += 1
+        pictures[hints_now(source).state] += 1
     measured.update(pictures)
     # The premise: the screen was looked at in several rounds.
     assert sum(pictures.values()) >= 4
@@ -373,14 +369,6 @@ def test_calc_dirty_rate(lab: Lab, measured: Dict[str, Any], mode: str) -> None:
     assert_hints_used(let_end(source, destination), FREED_MIB * MIB)
     measured.update(kept=oracle.check().kept)
     assert_whole(destination)
-
-
-def wait_dirty_rate(source: Guest, status: str) -> None:
-    """Wait until a measurement of the dirty rate has come so far."""
-    deadline = time.monotonic() + 60
-    while source.qmp("query-dirty-rate")["status"] != status:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_modern_virtio(lab: Lab, measured: Dict[str, Any]) -> None:
@@ -450,7 +438,7 @@ def test_savevm(lab: Lab, tmp_path: Path) -> None:
     source = lab.boot(SMALL.but(qemu="checked", args=drive))
     keep_busy(source)
     assert source.hmp("savevm one") == ""
-    assert hints_of(query(source)).state == "idle"
+    assert hints_now(source).state == "idle"
     workload.dirty_and_free(source, FREED_MIB)
     assert source.hmp("loadvm one") == ""
     source.qmp("cont")

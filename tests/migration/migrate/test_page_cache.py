@@ -17,12 +17,12 @@ import pytest
 from livemig import workload
 from livemig.balloon import Balloon
 from livemig.checks import INIT_ON_FREE, MIB, PATIENT_MS, SMALL, STAMP_MIB, assert_goes_on
-from livemig.checks import assert_intact, hints_of, start_churn, wait_hints_ended
+from livemig.checks import assert_intact, hints_now, hints_of, start_churn, wait_hints_ended
 from livemig.disk import disk_copy
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.metal import WAIT_MS, held, hints_now, let_go, lost_strips, metal, wait_ended
-from livemig.migration import Hints, MigrationResult, cancel, finish, migrate, query, start
+from livemig.metal import WAIT_MS, held, let_go, lost_strips, metal
+from livemig.migration import Hints, MigrationResult, cancel, finish, migrate, start
 from livemig.oracle import Oracle
 from livemig.spec import ARRAYS, MigrationSpec
 
@@ -297,7 +297,7 @@ def test_cancelled(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
     assert source
     abandoned = lab.incoming(source.spec, "abandoned")
     start(source, abandoned, with_cache(EVERYTHING, max_bandwidth=MIB))
-    while hints_of(query(source)).state in ("idle", "arming", "scanning"):
+    while hints_now(source).state in ("idle", "arming", "scanning"):
         pass
     cancel(source)
     abandoned.close()
@@ -389,7 +389,7 @@ def test_any_value_is_a_number(lab: Lab, words: Any) -> None:
         mib, budget_ms = guest.balloon.cache_budget()
         assert mib == 100 and 0 < budget_ms <= WAIT_MS // 2
         guest.balloon.send_array(cmd_id, 0, words)
-        hints = wait_ended(guest.source)
+        hints = wait_hints_ended(guest.source)
         assert (hints.cache_freed_bytes, hints.cache_time) == words
         assert hints.complete and hints.invalid_messages == 0
         let_go(guest.source, destination)
@@ -413,5 +413,5 @@ def test_an_end_of_another_length_is_none(lab: Lab, features: int, words: Any) -
         hints = hints_now(guest.source)
         assert (hints.complete, hints.invalid_messages, hints.cache_freed_bytes) == (False, 1, 0)
         guest.balloon.send_end(cmd_id)
-        assert wait_ended(guest.source).complete
+        assert wait_hints_ended(guest.source).complete
         let_go(guest.source, destination)

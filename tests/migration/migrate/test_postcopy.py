@@ -11,7 +11,7 @@ import pytest
 
 from livemig import workload
 from livemig.checks import FREED_MIB, SMALL, assert_hints_if, assert_hints_used, assert_intact
-from livemig.checks import assert_whole, hints_of, huge_pages_set_aside, in_check, keep_busy
+from livemig.checks import assert_whole, hints_now, huge_pages_set_aside, in_check, keep_busy
 from livemig.checks import migration, wait_hints_ended
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -150,7 +150,7 @@ def use_hinted_memory(source: Guest, destination: Guest) -> None:
     """Let the guest use memory that was hinted while most of it is still to come."""
     destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
     destination.agent.run(f"dirtyfree {FREED_MIB // 2} 2 > /dev/null 2>&1 &", timeout=300)
-    while not hints_of(query(source)).requested_bytes:
+    while not hints_now(source).requested_bytes:
         assert query(source).status in POSTCOPY
         time.sleep(0.1)
 

@@ -14,12 +14,12 @@ import pytest
 
 from livemig import workload
 from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, ask, assert_hints_used, assert_whole
-from livemig.checks import hints_of, in_check, migration, wait_hints_ended
+from livemig.checks import hints_now, hints_of, in_check, migration, wait_for, wait_hints_ended
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import PAGE
-from livemig.metal import HINTED_PAGES, held, let_go, metal, wait_ended
+from livemig.metal import HINTED_PAGES, held, let_go, metal
 from livemig.migration import Hints, cancel, finish, let_end, migrate, query, set_capabilities
 from livemig.migration import start
 from livemig.oracle import Oracle
@@ -55,14 +55,6 @@ def release(source: Guest, destination: Guest) -> Hints:
     """Let a slow migration complete; what hints took out at its start counts."""
     assert query(source).status == "active"
     return assert_hints_used(let_end(source, destination), 1)
-
-
-def wait_until(what: Callable[[], bool], about: str, seconds: float = 120) -> None:
-    """Wait for what no event reports."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, about
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -171,7 +163,7 @@ def test_with_reporting(lab: Lab, measured: Dict[str, Any], machine: str, kernel
     before = resident_mib(source)
     workload.dirty_and_free(source, FREED_MIB)
     # The premise: what was written has been taken back by the host.
-    wait_until(lambda: resident_mib(source) < before + FREED_MIB // 2, "nothing is reported")
+    wait_for(lambda: resident_mib(source) < before + FREED_MIB // 2, "nothing is reported")
     measured["resident_mib"] = (before, resident_mib(source))
     prepare(source)
     hints = assert_arrives(oracle, source)
@@ -257,7 +249,7 @@ def test_memory_plugged_a_moment_before(lab: Lab, measured: Dict[str, Any]) -> N
     hints = assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
     measured["skipped_mib"] = hints.skipped_bytes // MIB
     oracle.check()
-    wait_until(lambda: total_mib(destination) > before + DIMM_MIB // 2, "the memory does not come")
+    wait_for(lambda: total_mib(destination) > before + DIMM_MIB // 2, "the memory does not come")
     # More than there was before.
     workload.dirty_and_free(destination, before + 64)
     assert_whole(destination)
@@ -279,7 +271,7 @@ def test_vcpus_come_and_go(lab: Lab, measured: Dict[str, Any]) -> None:
     online = "/sys/devices/system/cpu/cpu$cpu/online"
     command = f"for cpu in 1 2 3; do echo 0 > {online}; echo 1 > {online}; done"
     with going_on(source, command):
-        wait_until(lambda: rounds(source) > 0, "no processor goes")
+        wait_for(lambda: rounds(source) > 0, "no processor goes")
         so_far = rounds(source)
         measured["asked"] = 0
         # The premise: some went between the first and the last request.
@@ -319,7 +311,7 @@ def balloon_mib(guest: Guest) -> int:
 def inflate_to(guest: Guest, mib: int) -> None:
     """Let the balloon leave so much to the guest."""
     guest.qmp("balloon", value=mib * MIB)
-    wait_until(lambda: balloon_mib(guest) == mib, f"the balloon does not leave {mib} MiB")
+    wait_for(lambda: balloon_mib(guest) == mib, f"the balloon does not leave {mib} MiB")
 
 
 def test_balloon_grows_and_shrinks(lab: Lab, measured: Dict[str, Any]) -> None:
@@ -395,10 +387,10 @@ def test_network_card_goes_while_asked(lab: Lab) -> None:
         guest.machine.write_port(0xAE10, 0, 32)
         guest.machine.write_port(0xAE08, 1 << 16, 32)
         source.wait_event(lambda e: e["event"] == "DEVICE_DELETED", "end of the card", 60)
-        wait_until(lambda: "virtio-net" not in source.hmp("info ramblock"), "its ROM stays")
+        wait_for(lambda: "virtio-net" not in source.hmp("info ramblock"), "its ROM stays")
         guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
         guest.balloon.send_end(cmd_id)
-        wait_ended(source)
+        wait_hints_ended(source)
         guest.write("in round 1")
         hints = hints_of(let_go(source, destination))
         assert (hints.reason, hints.hinted_bytes) == (None, len(HINTED_PAGES) * PAGE)
@@ -422,7 +414,7 @@ def test_a_hundred_cancels(lab: Lab, measured: Dict[str, Any]) -> None:
         source.qmp("migrate", uri="exec:cat > /dev/null")
         time.sleep(number % 20 / 1000)
         cancel(source)
-        hints = hints_of(query(source))
+        hints = hints_now(source)
         states[hints.reason or hints.state] += 1
     measured.update(states)
     # The premise: some were cancelled before the guest had answered.
