@@ -184,8 +184,8 @@ def settle(guest: Guest) -> float:
 
 def guest_facts(guest: Guest) -> Dict[str, Any]:
     """What the guest says of its memory, of its hints and of its clock."""
-    blocks = workloads.buddyinfo(guest)
-    info = workloads.meminfo(guest)
+    blocks = workload.buddyinfo(guest)
+    info = workload.meminfo(guest)
     files = guest.agent.run(
         f"for f in {DEBUGFS}/*/*; do [ ! -e $f ] || echo ${{f##*/}} $(cat $f); done;"
         f" if [ -e {END_EVENT} ]; then echo 1 > {END_EVENT}; {LAST_NS}; fi"

@@ -155,7 +155,7 @@ class Held(Workload):
 
     def prepare(self, guest: Guest) -> None:
         super().prepare(guest)
-        info = meminfo(guest)
+        info = workload.meminfo(guest)
         wanted = info["MemFree"] - guest.spec.mem_mib * self.free_percent // 100
         held = min(wanted, info["MemAvailable"] - RESERVE_MIB)
         guest.agent.run(f"memstamp start --name held {max(held, 1)}", timeout=600)
@@ -473,18 +473,6 @@ class Sysbench(Working):
 def on_console(guest: Guest, command: str) -> None:
     """Start a command that writes to the console, and let it run."""
     guest.agent.run(f"setsid sh -c '{command}' > /dev/ttyS0 2>&1 &")
-
-
-def meminfo(guest: Guest) -> Dict[str, int]:
-    """The guest's /proc/meminfo, in MiB."""
-    words = [line.split() for line in guest.agent.run("cat /proc/meminfo").splitlines()]
-    return {line[0].rstrip(":"): int(line[1]) // 1024 for line in words if len(line) == 3}
-
-
-def buddyinfo(guest: Guest) -> List[int]:
-    """The guest's free blocks of each order, over all zones."""
-    lines = guest.agent.run("cat /proc/buddyinfo").splitlines()
-    return [sum(int(count) for count in order) for order in zip(*(ln.split()[4:] for ln in lines))]
 
 
 def max_order_share(blocks: List[int]) -> Optional[float]:

@@ -3,6 +3,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Dict, List, Sequence
 
 from livemig.errors import GuestError
 from livemig.guest import Guest
@@ -83,11 +84,25 @@ def dirty_and_free(guest: Guest, mib: int) -> None:
     guest.agent.run(f"dirtyfree {mib} {guest.spec.vcpus}", timeout=600)
 
 
+def meminfo(guest: Guest) -> Dict[str, int]:
+    """The guest's /proc/meminfo, in MiB."""
+    words = [line.split() for line in guest.agent.run("cat /proc/meminfo").splitlines()]
+    return {line[0].rstrip(":"): int(line[1]) // 1024 for line in words if len(line) == 3}
+
+
+def buddyinfo(guest: Guest) -> List[int]:
+    """The guest's free blocks of each order, over all zones."""
+    lines = guest.agent.run("cat /proc/buddyinfo").splitlines()
+    return [sum(int(count) for count in order) for order in zip(*(ln.split()[4:] for ln in lines))]
+
+
+def reported_bytes(blocks: Sequence[int]) -> int:
+    """Of free blocks, as buddyinfo() has them, those that the driver reports by default."""
+    return sum(
+        blocks[-1 - below] * (MAX_ORDER_PAGES >> below) * PAGE_BYTES for below in range(TOLD_ORDERS)
+    )
+
+
 def free_reported_bytes(guest: Guest) -> int:
     """The guest's free memory in blocks of the orders that its driver reports by default."""
-    zones = [line.split() for line in guest.agent.run("cat /proc/buddyinfo").splitlines()]
-    return sum(
-        int(zone[-1 - below]) * (MAX_ORDER_PAGES >> below) * PAGE_BYTES
-        for zone in zones
-        for below in range(TOLD_ORDERS)
-    )
+    return reported_bytes(buddyinfo(guest))

@@ -19,6 +19,7 @@ from livemig.errors import GuestError
 from livemig.lab import Lab
 from livemig.migration import migrate
 from livemig.spec import GuestSpec
+from livemig.workload import meminfo
 
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 PAGES = {"whole": 256, "half": 128}
@@ -79,7 +80,6 @@ def test_pool_large_enough(lab: Lab, how: str) -> None:
     with pool(PAGES["whole"]):
         destination = lab.incoming(in_huge_pages(MEMORY[how]))
         assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
-        available = destination.agent.run("awk '/^MemAvailable/ {print $2}' /proc/meminfo")
-        workload.dirty_and_free(destination, int(available) // 1024 - 32)
+        workload.dirty_and_free(destination, meminfo(destination)["MemAvailable"] - 32)
         assert_intact(destination)
         destination.close()

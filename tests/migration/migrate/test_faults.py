@@ -19,6 +19,7 @@ from livemig.machine import PAGE
 from livemig.metal import HINTED_PAGES, WAIT_MS, metal, wait_hinted
 from livemig.migration import migrate, query, set_capabilities, start, status_is
 from livemig.oracle import Oracle
+from livemig.workload import meminfo
 
 pytestmark = pytest.mark.integrity
 
@@ -112,8 +113,7 @@ def test_no_memory_left(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest whose memory is nearly all in use answers, if only that nothing is free."""
     oracle = Oracle(lab, SMALL)
     source = oracle.boot()
-    available = source.agent.run("awk '/^MemAvailable/ {print $2}' /proc/meminfo")
-    workload.stamp(source, int(available) // 1024 - 64)
+    workload.stamp(source, meminfo(source)["MemAvailable"] - 64)
     destination = oracle.arrival()
     result = migrate(source, destination, WITH_HINTS)
     hints = hints_of(result)

@@ -21,6 +21,7 @@ from livemig.migration import let_end, migrate, query, restore, save, set_capabi
 from livemig.migration import status_is
 from livemig.oracle import Oracle
 from livemig.spec import ARRAYS
+from livemig.workload import meminfo
 
 pytestmark = pytest.mark.integrity
 
@@ -168,11 +169,6 @@ MEMORIES = {
 }
 
 
-def total_mib(guest: Guest) -> int:
-    """What the guest manages, in MiB."""
-    return int(guest.agent.run("awk '/^MemTotal/ {print $2}' /proc/meminfo")) // 1024
-
-
 @pytest.mark.parametrize("name", in_check(MEMORIES, "numa"))
 def test_memory_of_kind(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """Free memory of each kind is hinted, and every page arrives that had to."""
@@ -180,7 +176,7 @@ def test_memory_of_kind(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*", **kind.guest))
     source = oracle.boot()
     # KASAN has an eighth of it for itself.
-    assert total_mib(source) > 0.75 * kind.total_mib
+    assert meminfo(source)["MemTotal"] > 0.75 * kind.total_mib
     workload.dirty_and_free(source, kind.total_mib // 2)
     workload.stamp(source, kind.total_mib // 4)
     start_churn(source)
@@ -204,13 +200,13 @@ def test_hot_plugged_memory(lab: Lab, measured: Dict[str, Any]) -> None:
     """Memory that came while the guest ran is hinted like the rest."""
     oracle = Oracle(lab, SMALL.but(args=ROOM, cmdline=ONLINE, trace="free_page_hint_*"))
     source = oracle.boot()
-    before = total_mib(source)
+    before = meminfo(source)["MemTotal"]
     source.qmp_dict(
         "object-add",
         {"qom-type": "memory-backend-ram", "id": "dimm", "size": 1024 * MIB, "reserve": False},
     )
     source.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="dimm")
-    wait_for(lambda: total_mib(source) >= before + 768, "the memory does not come")
+    wait_for(lambda: meminfo(source)["MemTotal"] >= before + 768, "the memory does not come")
     workload.dirty_and_free(source, 1200)
     workload.stamp(source, 500)
     start_churn(source)

@@ -24,6 +24,7 @@ from livemig.migration import Hints, cancel, finish, let_end, migrate, query, se
 from livemig.migration import start
 from livemig.oracle import Oracle
 from livemig.spec import GuestSpec
+from livemig.workload import meminfo
 
 MIB = 1 << 20
 ARRAYS = "free-page-hint=on,free-page-hint-arrays=on"
@@ -241,7 +242,7 @@ def test_memory_plugged_a_moment_before(lab: Lab, measured: Dict[str, Any]) -> N
     oracle = Oracle(lab, GUEST.but(args=ROOM, cmdline=online))
     source = oracle.boot()
     prepare(source)
-    before = total_mib(source)
+    before = meminfo(source)["MemTotal"]
     backend = {"qom-type": "memory-backend-ram", "id": "dimm", "size": DIMM_MIB * MIB}
     destination = oracle.arrival(args=(*ROOM, *DIMM))
     source.qmp_dict("object-add", {**backend, "reserve": False})
@@ -249,15 +250,13 @@ def test_memory_plugged_a_moment_before(lab: Lab, measured: Dict[str, Any]) -> N
     hints = assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
     measured["skipped_mib"] = hints.skipped_bytes // MIB
     oracle.check()
-    wait_for(lambda: total_mib(destination) > before + DIMM_MIB // 2, "the memory does not come")
+    wait_for(
+        lambda: meminfo(destination)["MemTotal"] > before + DIMM_MIB // 2,
+        "the memory does not come",
+    )
     # More than there was before.
     workload.dirty_and_free(destination, before + 64)
     assert_whole(destination)
-
-
-def total_mib(guest: Guest) -> int:
-    """What the guest manages, in MiB."""
-    return int(guest.agent.run("awk '/^MemTotal/ {print $2}' /proc/meminfo")) // 1024
 
 
 # What goes on meanwhile
@@ -478,8 +477,7 @@ def test_ten_moves_with_little_memory(lab: Lab, measured: Dict[str, Any]) -> Non
     oracle = Oracle(lab, GUEST.but(mem_mib=384, kernel="stock", balloon=BLOCKS))
     source = oracle.boot()
     workload.stamp(source, 24, churn=True, realloc_mib=4, name="churn")
-    available = source.agent.run("awk '/^MemAvailable/ {print $2}' /proc/meminfo")
-    workload.stamp(source, int(available) // 1024 - 48)
+    workload.stamp(source, meminfo(source)["MemAvailable"] - 48)
     measured["skipped_mib"] = []
     for _ in range(10):
         destination = oracle.arrival()

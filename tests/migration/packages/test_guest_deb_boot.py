@@ -21,6 +21,7 @@ from livemig.lab import Lab
 from livemig.migration import Hints, migrate
 from livemig.spec import ARRAYS, GuestSpec
 from livemig.stockguest import package_disk, stock_disk, stock_software
+from livemig.workload import meminfo
 
 pytestmark = pytest.mark.long
 
@@ -186,13 +187,6 @@ def balloon_to(guest: Guest, mib: int, wait: bool = True) -> None:
             guest.wait_event(lambda event: event["event"] == "BALLOON_CHANGE", "balloon", 2)
 
 
-def free_mib(guest: Guest) -> int:
-    """The guest's free memory."""
-    match = re.search(r"^MemFree: +(\d+) kB", guest.agent.run("cat /proc/meminfo"), re.MULTILINE)
-    assert match
-    return int(match.group(1)) // 1024
-
-
 def test_migrates_with_arrays_then_purged_with_blocks(
     debian: Debian, measured: Dict[str, Any]
 ) -> None:
@@ -221,17 +215,17 @@ def test_driver_can_be_unloaded_while_inflated(debian: Debian) -> None:
     """Unloaded with its balloon inflated, or on its way, the driver gives all memory back."""
     guest = debian.boot()
     workload.stamp(guest, 32, name="kept")
-    before = free_mib(guest)
+    before = meminfo(guest)["MemFree"]
     balloon_to(guest, MEM_MIB // 2)
     # The premise.
-    assert free_mib(guest) < before - MEM_MIB // 4
+    assert meminfo(guest)["MemFree"] < before - MEM_MIB // 4
     guest.agent.run("modprobe -r virtio_balloon")
-    assert free_mib(guest) > before - 64
+    assert meminfo(guest)["MemFree"] > before - 64
     assert guest.agent.exec("grep -q ^virtio_balloon /proc/modules")[0]
 
     # It begins anew, as that is what the host wants.
     guest.agent.run("modprobe virtio_balloon; modprobe -r virtio_balloon")
-    assert free_mib(guest) > before - 64
+    assert meminfo(guest)["MemFree"] > before - 64
     guest.agent.run("modprobe virtio_balloon")
     assert speaks_arrays(guest)
     balloon_to(guest, MEM_MIB)

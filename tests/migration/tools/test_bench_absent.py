@@ -9,7 +9,7 @@ from typing import Any, Dict
 
 import pytest
 
-from livebench import density, engine, plan, report, swap, workloads
+from livebench import density, engine, plan, report, swap
 from livebench.canned import IDLE, Runner, bench, canned
 from livebench.scenarios import SCENARIOS, Scenario
 from livebench.store import Store, exported
@@ -120,9 +120,9 @@ def test_every_second_page_is_given_back(lab: Any) -> None:
     """memstamp --alternate keeps every second page, and what is free are single pages."""
     mib = 256
     source = lab.boot(GuestSpec(mem_mib=512, vcpus=1, kernel="stock", balloon=None))
-    singles = workloads.buddyinfo(source)[0]
+    singles = workload.buddyinfo(source)[0]
     source.agent.run(f"memstamp start --name held --alternate {mib}")
-    free = workloads.buddyinfo(source)[0] - singles
+    free = workload.buddyinfo(source)[0] - singles
     kept = workload.verify(source, "held").pages
     # Odd numbers are as many as even ones, but at the ends of what it got.
     assert kept == pytest.approx(mib * 128, rel=0.05)
