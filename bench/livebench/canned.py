@@ -23,7 +23,12 @@ def canned(scenario: Scenario, mode: Mode, index: int, total_ms: float) -> Dict[
     series = [{"when": t / 10, "ops": 9.0, "p99_us": 30.0} for t in range(-60, 100)]
     phase = {"rate": 90.0, "kept": 1.0, "p99_us": 30.0, "worst_p99_us": 31.0}
     work = {"before": phase, "during": phase, "window": phase, "series": series}
-    facts = {"meminfo_mib": {"MemFree": 7000}, "free_max_order_mib": 6900, "hint": {}}
+    facts = {
+        "meminfo_mib": {"MemFree": 7000},
+        "free_blocks": [*[0] * 10, 1725],
+        "free_max_order_mib": 6900,
+        "hint": {},
+    }
     run: Dict[str, Any] = {
         "format": engine.FORMAT,
         "date": "2025-01-01T00:00:00+00:00",
@@ -32,6 +37,7 @@ def canned(scenario: Scenario, mode: Mode, index: int, total_ms: float) -> Dict[
             "about": scenario.about,
             "workload": {"name": scenario.workload.name},
             "mem_mib": scenario.mem_mib,
+            "vcpus": scenario.vcpus,
             "guests": scenario.guests,
             "gbit": scenario.gbit,
             "multifd": scenario.multifd,
@@ -65,6 +71,8 @@ def canned(scenario: Scenario, mode: Mode, index: int, total_ms: float) -> Dict[
         "workload": [work if scenario.workload.name == "allocloop" else {}],
         "verified": None if mode.floor else True,
         "wrong": [],
+        "verified_pages": 4096,
+        "checked_pages": 4096,
         "seconds": 12.5,
     }
     run["metrics"] = engine.metrics(run)

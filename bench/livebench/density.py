@@ -18,7 +18,7 @@ from livebench.statistics import Spread
 from livebench.store import Store
 from livebench.workloads import QEMU_MIB, Workload
 from livemig import host, workload
-from livemig.errors import LivemigError, NotEnoughMemory
+from livemig.errors import LivemigError
 from livemig.guest import Guest
 from livemig.modes import RESTING, Mode
 
@@ -234,11 +234,7 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Record:
     """Make one run; returns its result."""
     own = scenario.workload
     assert isinstance(own, Resting)
-    need, have = own.watched_mib(scenario), host.available_mib()
-    if need > have:
-        raise NotEnoughMemory(
-            f"{scenario.name} needs {need} MiB of memory, {have} MiB are available"
-        )
+    host.check_memory(own.watched_mib(scenario), scenario.name)
     record = engine.header(scenario, mode, index)
     begin = time.monotonic()
     record.update(own.measure(scenario, mode, logs))

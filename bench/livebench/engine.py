@@ -16,7 +16,7 @@ from livebench.disks import attached
 from livebench.scenarios import Scenario
 from livebench.throughput import Span
 from livemig import host, migration, paths, workload
-from livemig.errors import LivemigError, NotEnoughMemory
+from livemig.errors import LivemigError
 from livemig.guest import Guest
 from livemig.migration import MigrationResult
 from livemig.modes import ORDER, Mode
@@ -76,12 +76,7 @@ class Pair:
 
 def check_memory(scenario: Scenario) -> None:
     """Stop before the host runs out of memory."""
-    need = sum(scenario.host_mib)
-    have = host.available_mib()
-    if need > have:
-        raise NotEnoughMemory(
-            f"{scenario.name} needs {need} MiB of memory, {have} MiB are available"
-        )
+    host.check_memory(sum(scenario.host_mib), scenario.name)
 
 
 def migration_spec(scenario: Scenario, mode: Mode) -> MigrationSpec:
@@ -268,13 +263,9 @@ def _rss(pairs: List[Pair]) -> Dict[str, float]:
     }
 
 
-def _verify(scenario: Scenario, pairs: List[Pair]) -> List[str]:
-    """What is wrong with the guests at their destinations."""
-    wrong = []
-    for pair in pairs:
-        verdicts = [workload.verify(pair.there, name) for name in scenario.workload.stamps]
-        wrong += [verdict.first for verdict in verdicts if not verdict.good]
-    return wrong
+def _verify(scenario: Scenario, pairs: List[Pair]) -> List[workload.Verdict]:
+    """What the guests say about their memory at their destinations."""
+    return [workload.verify(p.there, name) for p in pairs for name in scenario.workload.stamps]
 
 
 def header(scenario: Scenario, mode: Mode, index: int) -> Dict[str, Any]:
@@ -330,7 +321,10 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any
             record["workload"] = [
                 scenario.workload.finish(pair.there, pair.console, moved["span"]) for pair in pairs
             ]
-            wrong = _verify(scenario, pairs)
+            verdicts = _verify(scenario, pairs)
+            wrong = [verdict.first for verdict in verdicts if not verdict.good]
+            record["verified_pages"] = sum(verdict.pages for verdict in verdicts)
+            record["checked_pages"] = sum(verdict.checked for verdict in verdicts)
             record["guest_after"] = [guest_facts(pair.there) for pair in pairs]
         for pair in pairs:
             wrong += pair.source.kernel_trouble() + pair.there.kernel_trouble()

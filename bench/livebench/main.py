@@ -185,7 +185,7 @@ def command_compare(args: argparse.Namespace) -> int:
     for row in rows:
         print(f"{row.name}: {_spread(args.mode, row.own)}; {_spread(args.base, row.base)}", end="")
         print(
-            f"; {report.ratio(row.ratio)}"
+            f"; {statistics.ratio_text(row.ratio)}"
             + (f", p = {row.p_value:.2g}" if row.p_value is not None else "")
         )
     return 0

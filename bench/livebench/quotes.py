@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
-from livebench import report, statistics, store, summary
+from livebench import statistics, store, summary
 from livemig import paths
 from livemig.errors import LivemigError
 
@@ -59,9 +59,8 @@ class Runs:
             return f"{spread.median:.0f} ({ends[0]:.0f}-{ends[1]:.0f})"
         if what == "/":
             base, *metric = rest[:-1]
-            return report.ratio(
-                statistics.ratio(self.values(mode, *metric), self.values(base, *metric))
-            )
+            found = statistics.ratio(self.values(mode, *metric), self.values(base, *metric))
+            return statistics.ratio_text(found)
         if what == "p":
             return f"{statistics.p_value(self.values(mode), self.values(rest[0])):.1g}"
         if what == "runs":

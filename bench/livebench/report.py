@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import jinja2
-from livebench import density, plots, store, summary
+from livebench import density, plots, statistics, store, summary
 from livebench.scenarios import SCENARIOS
 from livebench.store import Store
 from livemig.modes import MODES, RESTING
@@ -111,11 +111,6 @@ WORK_COLUMNS: Tuple[Tuple[str, str, int], ...] = (
 def number(value: Optional[float], digits: int = 0) -> str:
     """A figure of a table."""
     return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def ratio(value: Optional[float]) -> str:
-    """A ratio of a table: more digits where it is small."""
-    return "–" if value is None else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
 def extrapolations(runs: Sequence[Run]) -> List[Dict[str, Any]]:
@@ -243,7 +238,7 @@ class Report:
             lstrip_blocks=True,
         )
         environment.filters["number"] = number
-        environment.filters["ratio"] = ratio
+        environment.filters["ratio"] = statistics.ratio_text
         chapters = [self._chapter(chapter) for chapter in CHAPTERS]
         floors = [r for r in self.rows if r["mode"] == "array" and r["ratio_floor"] is not None]
         every = [*self.runs, *self.resting]

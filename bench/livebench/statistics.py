@@ -37,6 +37,11 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> Optional[float]:
     return float(np.median(values)) / bottom if bottom else None
 
 
+def ratio_text(value: Optional[float]) -> str:
+    """A ratio as text: more digits where it is small."""
+    return "–" if value is None else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
 def p_value(values: Sequence[float], base: Sequence[float]) -> Optional[float]:
     """How likely such ranks are if both were the same: Mann-Whitney's test, two-sided."""
     if min(len(values), len(base)) < LEAST_RUNS:

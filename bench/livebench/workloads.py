@@ -136,6 +136,33 @@ class Freed(Workload):
 
 
 @dataclass(frozen=True)
+class Churn(Workload):
+    """Memory that is rewritten all the time, and some that is taken and given back."""
+
+    MIB: ClassVar[int] = 64
+    REALLOC_MIB: ClassVar[int] = 128
+
+    @property
+    def name(self) -> str:
+        return "churn"
+
+    @property
+    def about(self) -> str:
+        return "memory is rewritten, freed and taken back all the time"
+
+    def used_mib(self, mem_mib: int) -> int:
+        return self.MIB + self.REALLOC_MIB
+
+    def prepare(self, guest: Guest) -> None:
+        super().prepare(guest)
+        workload.stamp(guest, self.MIB, churn=True, realloc_mib=self.REALLOC_MIB, name="churn")
+
+    @property
+    def stamps(self) -> Tuple[str, ...]:
+        return ("default", "churn")
+
+
+@dataclass(frozen=True)
 class Held(Workload):
     """Memory that is in use, but for a share of it."""
 

@@ -34,6 +34,13 @@ def available_mib() -> int:
     raise LivemigError("/proc/meminfo does not say how much memory is available")
 
 
+def check_memory(need_mib: int, what: str) -> None:
+    """Stop before the host runs out of memory in the middle."""
+    have = available_mib()
+    if need_mib > have:
+        raise NotEnoughMemory(f"{what} needs {need_mib} MiB of memory, {have} MiB are available")
+
+
 def _left_by_limits_mib() -> Iterator[int]:
     """What is left of the memory limits of our control group and of those above it."""
     own = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()

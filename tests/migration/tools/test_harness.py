@@ -14,13 +14,14 @@ from typing import BinaryIO, Iterator
 import numpy as np
 import pytest
 
-from livemig import guest, host, memory, paths, report, workload
+from livebench import demo
+from livebench.canned import IDLE, canned
+from livemig import guest, host, memory, paths, workload
 from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, assert_hints_used
-from livemig.commands import demo
 from livemig.errors import GuestError, MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.migration import MigrationResult, cancel, migrate
+from livemig.migration import cancel, migrate
 from livemig.modes import MODES
 from livemig.spec import BLOCKS
 
@@ -252,15 +253,15 @@ def test_no_qemu_is_left(tmp_path: Path, number: int) -> None:
         f"sys.path[:0] = [{str(paths.REPO / 'scripts')!r}]\n"
         "from pathlib import Path\n"
         "from livemig import cli, guest, spec\n"
-        "from livemig.commands import demo\n"
+        "from livemig.commands import migrate\n"
         "def main(argv):\n"
         f"    with guest.Guest(spec.GuestSpec(), 'left', logs=Path({str(tmp_path)!r})) as g:\n"
         f"        place = tempfile.TemporaryDirectory(dir={str(tmp_path)!r}, prefix='place-')\n"
         "        g.belongings.enter_context(place)\n"
         "        print(g.pid, flush=True)\n"
         "        time.sleep(600)\n"
-        "demo.main = main\n"
-        "cli.run('demo')\n"
+        "migrate.main = main\n"
+        "cli.run('migrate')\n"
     )
     # What runs the tests may ignore signals, as nohup does, and so would all that they start.
     command = ["env", "--default-signal", sys.executable, script]
@@ -283,48 +284,31 @@ def test_no_qemu_is_left(tmp_path: Path, number: int) -> None:
 
 def test_record_has_the_fields_that_were_agreed() -> None:
     """demo.json has these names, with and without statistics of hints, and the tables read it."""
-    info = {
-        "status": "completed",
-        "total-time": 1000,
-        "downtime": 10,
-        "ram": {"transferred": 1 << 20, "normal": 5, "duplicate": 6},
-    }
     hints = {"state": "ended", "messages": 3, "hinted-bytes": 4 << 20, "ask-to-end": 2500}
-    scenario = demo.SCENARIOS["idle"]
-    runs = [
-        demo.record(
-            MODES[name],
-            scenario,
-            MigrationResult.from_qmp({**info, **extra}),
-            True,
-            guest_free_reported_bytes=8 << 20,
-        )
-        for name, extra in (("array-absent", {"free-page-hint": hints}), ("stock-hints", {}))
-    ]
-    for run in runs:
-        assert list(run)[: len(ISSUE_FIELDS)] == ISSUE_FIELDS
+    runs = []
+    for name, extra in (("array-absent", {"free-page-hint": hints}), ("stock-hints", {})):
+        run = canned(IDLE, MODES[name], 1, 1000)
+        run["migration"][0].update(extra)
+        runs.append(demo.record("idle", run))
+        assert list(runs[-1])[: len(ISSUE_FIELDS)] == ISSUE_FIELDS
     assert (runs[0]["ask_to_end_ms"], runs[0]["messages"]) == (2.5, 3)
-    text = report.table(runs, "idle")
-    assert [line.split()[0] for line in text.splitlines()] == [
-        "mode",
-        "array-absent",
-        "stock-hints",
-    ]
-    assert report.comparisons(runs, "idle") == ["array hints / stock per-block hints: 1.00"]
+    groups = demo.by_mode(runs, "idle")
+    rows = [line.split()[0] for line in demo.table(groups).splitlines()]
+    assert rows == ["mode", "array-absent", "stock-hints"]
+    assert demo.comparisons(groups) == ["array hints / stock per-block hints: 1.00"]
 
 
 def test_medians_have_their_range() -> None:
     """Several runs are shown as their median and range."""
-    runs = [{"total_ms": value} for value in (5, 1, 9)]
-    assert report.with_spread(runs, "total_ms") == "5 (1-9)"
-    assert report.with_spread(runs[:1], "total_ms") == "5"
+    assert demo.with_range([5, 1, 9]) == "5 (1-9)"
+    assert demo.with_range([5]) == "5"
 
 
 def test_too_little_memory(capfd: pytest.CaptureFixture[str]) -> None:
     """demo says how much memory it needs before it starts, not by failing in the middle."""
     command = [str(paths.REPO / "scripts" / "demo"), "--mem", "100000G"]
     assert subprocess.run(command, check=False, timeout=60).returncode != 0
-    assert re.search(r"need \d+ MiB of memory, \d+ MiB are available", capfd.readouterr().err)
+    assert re.search(r"needs \d+ MiB of memory, \d+ MiB are available", capfd.readouterr().err)
 
 
 def test_memory_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,13 @@ from typing import Any, Dict
 
 import pytest
 
+from livebench import demo
+from livebench.canned import canned
+from livebench.scenarios import Scenario
 from livemig import control, paths
-from livemig.commands import demo, guest
+from livemig.commands import guest
 from livemig.errors import MigrationError, MissingArtifact
+from livemig.modes import Mode
 from livemig.spec import BLOCKS, GuestSpec
 
 SCRIPTS = paths.REPO / "scripts"
@@ -152,12 +156,10 @@ def test_demo_fails_when_memory_is_wrong(
     """demo ends with an error, and says so in the table, if a guest lost memory."""
     out = tmp_path / "demo.json"
 
-    def lossy(*args: Any) -> Dict[str, Any]:
-        _, mode, scenario, *_ = args
-        good = demo.MigrationResult.from_qmp({})
-        return demo.record(mode, scenario, good, False, guest_free_reported_bytes=0)
+    def lossy(scenario: Scenario, mode: Mode, index: int, _: Path) -> Dict[str, Any]:
+        return {**canned(scenario, mode, index, 100), "verified": False, "wrong": ["lost"]}
 
-    monkeypatch.setattr(demo, "run_once", lossy)
+    monkeypatch.setattr(demo.engine, "run", lossy)
     arguments = ["--mem", "1G", "--modes", "none", "--scenarios", "idle", "--out", str(out)]
     assert demo.main(arguments) == 1
     assert "NOT VERIFIED" in capsys.readouterr().out
