@@ -3,7 +3,6 @@
 
 import contextlib
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -24,9 +23,6 @@ SPARE_MIB = 512
 ATTEMPTS = 50
 ATTEMPT_SECONDS = 0.2
 ENOUGH = 0.95
-
-# The first line of a mapping in smaps.
-AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 
 def _run(*command: str) -> str:
@@ -97,21 +93,6 @@ class Residence:
     swapped_mib: float
 
 
-def residence(guest: Guest, ram: memory.Block) -> Residence:
-    """Where a block of a guest's RAM is."""
-    end = ram.offset + ram.pages * memory.PAGE_BYTES
-    inside = False
-    found = {"Rss": 0, "Swap": 0}
-    for line in Path(f"/proc/{guest.pid}/smaps").read_text(encoding="utf-8").splitlines():
-        area = AREA.match(line)
-        if area:
-            inside = ram.offset <= int(area[1], 16) and int(area[2], 16) <= end
-        name, _, value = line.partition(":")
-        if inside and name in found:
-            found[name] += int(value.split()[0])
-    return Residence(found["Rss"] / 1024, found["Swap"] / 1024)
-
-
 @dataclass(frozen=True)
 class Room:
     """A control group whose processes can be swapped out."""
@@ -136,10 +117,10 @@ class Room:
 
         MADV_PAGEOUT would leave it in the cache of swapped pages, where reading is for nothing.
         """
-        ram = max(memory.ram_blocks(guest).values(), key=lambda block: block.pages)
         for _ in range(ATTEMPTS):
             self._reclaim()
-            where = residence(guest, ram)
+            used = memory.usage(guest)
+            where = Residence(used["Rss"] / MIB, used["Swap"] / MIB)
             if where.swapped_mib >= ENOUGH * (where.resident_mib + where.swapped_mib):
                 return where
             time.sleep(ATTEMPT_SECONDS)

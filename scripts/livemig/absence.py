@@ -4,12 +4,10 @@
 import contextlib
 import ctypes
 import os
-import re
 import subprocess
 import tempfile
 from dataclasses import replace
-from pathlib import Path
-from typing import Dict, Iterator
+from typing import Iterator
 
 import numpy as np
 import pytest
@@ -23,26 +21,6 @@ from livemig.modes import MODES, migration_for_mode
 # Absent pages alone, and with hints. Guests have to be started with skip_absent=True.
 ABSENT = migration_for_mode(MODES["absent"]).with_parameters(free_page_hint_wait=PATIENT_MS)
 ABSENT_AND_HINTS = ABSENT.with_capabilities(free_page_hint=True)
-
-
-def usage(guest: Guest, name: str = "pc.ram") -> Dict[str, int]:
-    """What /proc/PID/smaps says about a block of a guest's RAM, in bytes: Rss, Swap, ..."""
-    block = memory.ram_blocks(guest)[name]
-    begin, end = block.offset, block.offset + block.pages * memory.PAGE_BYTES
-    counts: Dict[str, int] = {}
-    inside = False
-    for line in Path(f"/proc/{guest.pid}/smaps").read_text(encoding="utf-8").splitlines():
-        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = begin <= int(mapping[1], 16) and int(mapping[2], 16) <= end
-        elif inside and (count := re.fullmatch(r"(\w+): +(\d+) kB", line)):
-            counts[count[1]] = counts.get(count[1], 0) + int(count[2]) * 1024
-    assert "Rss" in counts, f"{guest.name}: no mapping of {name}"
-    return counts
-
-
-def ram_bytes(guest: Guest, name: str = "pc.ram") -> int:
-    """The size of a block of a guest's RAM."""
-    return memory.ram_blocks(guest)[name].pages * memory.PAGE_BYTES
 
 
 def absent_of(result: MigrationResult) -> Absent:

@@ -74,6 +74,27 @@ def ram_blocks(guest: Guest) -> Dict[str, Block]:
     return blocks
 
 
+def usage(guest: Guest, name: str = "pc.ram") -> Dict[str, int]:
+    """What /proc/PID/smaps says about a block of a guest's RAM, in bytes: Rss, Swap, ..."""
+    block = ram_blocks(guest)[name]
+    begin, end = block.offset, block.offset + block.pages * PAGE_BYTES
+    counts: Dict[str, int] = {}
+    inside = False
+    for line in Path(f"/proc/{guest.pid}/smaps").read_text(encoding="utf-8").splitlines():
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = begin <= int(mapping[1], 16) and int(mapping[2], 16) <= end
+        elif inside and (count := re.fullmatch(r"(\w+): +(\d+) kB", line)):
+            counts[count[1]] = counts.get(count[1], 0) + int(count[2]) * 1024
+    if "Rss" not in counts:
+        raise GuestError(f"{guest.name}: no mapping of {name}")
+    return counts
+
+
+def ram_bytes(guest: Guest, name: str = "pc.ram") -> int:
+    """The size of a block of a guest's RAM."""
+    return ram_blocks(guest)[name].pages * PAGE_BYTES
+
+
 @contextlib.contextmanager
 def memory_files(*names: str) -> Iterator[List[Path]]:
     """Files for guests to keep their memory in. They have no names and are gone with us."""

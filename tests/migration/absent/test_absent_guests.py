@@ -13,12 +13,13 @@ from typing import Any, Dict, Optional, Tuple
 import pytest
 
 from livemig import paths, workload
-from livemig.absence import ABSENT, ABSENT_AND_HINTS, assert_absent_used, ram_bytes, usage
+from livemig.absence import ABSENT, ABSENT_AND_HINTS, assert_absent_used
 from livemig.checks import SMALL, STAMP_MIB, assert_intact, assert_whole, fill_and_free, hints_now
 from livemig.checks import hints_of, start_churn, wait_for
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB
+from livemig.memory import ram_bytes, usage
 from livemig.migration import let_end, migrate, start
 from livemig.oracle import Oracle
 from livemig.spec import BLOCKS, CPU, GuestSpec

@@ -17,12 +17,13 @@ import pytest
 
 from livemig import memory, paths, workload
 from livemig.absence import ABSENT, ABSENT_AND_HINTS, absent_of, absent_pages, assert_absent_used
-from livemig.absence import in_page_table, page_out, ram_bytes, swap_space, usage
+from livemig.absence import in_page_table, page_out, swap_space
 from livemig.checks import SMALL, STAMP_MIB, assert_intact, assert_whole, hints_of, start_churn
 from livemig.checks import wait_for, wait_hints_ended
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE, Machine, spec
+from livemig.memory import ram_bytes, usage
 from livemig.metal import DOWNTIME_MS, HELD, let_go
 from livemig.migration import ENDED, MigrationResult, finish, let_end, migrate, query, start
 from livemig.oracle import Oracle
