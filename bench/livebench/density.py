@@ -79,7 +79,7 @@ class Burst(Resting):
         with Guest(spec, "guest", logs=logs, listener=console.listener()) as guest:
             guest.wait_ready()
             time.sleep(min(self.REST_SECONDS, self.seconds))
-            values = {"rss_before_mib": hostinfo.rss_mib(guest.pid)}
+            values = {"rss_before_mib": host.process_mib(guest.pid)}
             workload.dirty_and_free(guest, scenario.mem_mib * self.percent // 100)
             cpu = hostinfo.cpu_seconds(guest.pid)
             series = [asdict(sample) for sample in watch([guest], self.seconds)]
@@ -202,7 +202,8 @@ def watch(guests: Sequence[Guest], seconds: float) -> List[Sample]:
     begin = time.monotonic()
     samples: List[Sample] = []
     while not samples or samples[-1].s < seconds:
-        mib = sum(hostinfo.own_mib(guest.pid) for guest in guests)
+        # What no file holds: there is that once for each QEMU.
+        mib = sum(host.process_mib(guest.pid, "RssAnon", "RssShmem") for guest in guests)
         samples.append(Sample(round(time.monotonic() - begin, 2), round(mib, 1)))
         time.sleep(SAMPLE_SECONDS)
     return samples

@@ -169,9 +169,9 @@ def _booted(scenario: Scenario, mode: Mode, logs: Path) -> Iterator[List[Pair]]:
 def settle(guest: Guest) -> float:
     """Wait until free page reporting is quiet; returns how long that took."""
     start = time.monotonic()
-    least, since = hostinfo.rss_mib(guest.pid), start
+    least, since = host.process_mib(guest.pid), start
     while (now := time.monotonic()) < max(start + SETTLE_SECONDS, since + QUIET_SECONDS):
-        if (rss := hostinfo.rss_mib(guest.pid)) < least - QUIET_MIB:
+        if (rss := host.process_mib(guest.pid)) < least - QUIET_MIB:
             least, since = rss, now
         time.sleep(0.5)
     return time.monotonic() - start
@@ -258,8 +258,8 @@ def _move(pairs: List[Pair], spec: MigrationSpec, after_round: Optional[int]) ->
 
 def _rss(pairs: List[Pair]) -> Dict[str, float]:
     return {
-        "source": sum(hostinfo.rss_mib(pair.source.pid) for pair in pairs),
-        "destination": sum(hostinfo.rss_mib(pair.there.pid) for pair in pairs),
+        "source": sum(host.process_mib(pair.source.pid) for pair in pairs),
+        "destination": sum(host.process_mib(pair.there.pid) for pair in pairs),
     }
 
 

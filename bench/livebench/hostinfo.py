@@ -11,38 +11,18 @@ from typing import Any, Dict, Optional
 from livemig import host, paths
 
 
-def _field(file: str, name: str) -> Optional[str]:
-    for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    return None
-
-
 def facts() -> Dict[str, Any]:
     """The machine, and how busy it is."""
-    total = _field("/proc/meminfo", "MemTotal") or "0"
+    total = host.field("/proc/meminfo", "MemTotal") or "0"
     return {
-        "cpu": _field("/proc/cpuinfo", "model name"),
+        "cpu": host.field("/proc/cpuinfo", "model name"),
         "cpus": len(os.sched_getaffinity(0)),
         "memory_mib": int(total.split()[0]) // 1024,
         "available_mib": host.available_mib(),
         "kernel": platform.release(),
         "load": list(os.getloadavg()),
-        "hypervisor": "hypervisor" in (_field("/proc/cpuinfo", "flags") or "").split(),
+        "hypervisor": "hypervisor" in (host.field("/proc/cpuinfo", "flags") or "").split(),
     }
-
-
-def rss_mib(pid: Optional[int]) -> float:
-    """The memory that a process occupies."""
-    text = _field(f"/proc/{pid}/status", "VmRSS") or "0"
-    return int(text.split()[0]) / 1024
-
-
-def own_mib(pid: Optional[int]) -> float:
-    """The memory of a process that no file holds: what there is once for each QEMU."""
-    fields = (_field(f"/proc/{pid}/status", name) for name in ("RssAnon", "RssShmem"))
-    return sum(int((text or "0").split()[0]) for text in fields) / 1024
 
 
 def cpu_seconds(pid: Optional[int]) -> float:

@@ -5,7 +5,7 @@ import contextlib
 import mmap
 import sys
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Optional
 
 from livemig.errors import LivemigError, NotEnoughMemory
 
@@ -26,12 +26,27 @@ NO_HUGE_PAGES = (
 CGROUPS = Path("/sys/fs/cgroup")
 
 
+def field(file: str, name: str) -> Optional[str]:
+    """What follows a name in one of the files of /proc that have a name on each line."""
+    for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return None
+
+
+def process_mib(pid: Optional[int], *names: str) -> float:
+    """The memory that a process occupies; or these fields of its status, in sum."""
+    found = (field(f"/proc/{pid}/status", name) for name in names or ("VmRSS",))
+    return sum(int((text or "0").split()[0]) for text in found) / 1024
+
+
 def available_mib() -> int:
     """The memory that the host, or the container that we are in, can give without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return min([int(line.split()[1]) // 1024, *_left_by_limits_mib()])
-    raise LivemigError("/proc/meminfo does not say how much memory is available")
+    found = field("/proc/meminfo", "MemAvailable")
+    if not found:
+        raise LivemigError("/proc/meminfo does not say how much memory is available")
+    return min([int(found.split()[0]) // 1024, *_left_by_limits_mib()])
 
 
 def check_memory(need_mib: int, what: str) -> None:

@@ -11,7 +11,6 @@ import re
 import struct
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import pytest
@@ -20,6 +19,7 @@ from livemig import memory
 from livemig.balloon import Balloon, Descriptor, chain
 from livemig.checks import assert_not_asked, hints_now, hints_of, in_check, wait_hints_ended
 from livemig.guest import Guest
+from livemig.host import process_mib
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE
 from livemig.metal import CHECK_EVENT, FIRST_ID, REGION, STRIP_BYTES, TO_NOWHERE, Metal, addrs_of
@@ -444,11 +444,7 @@ def test_a_queue_in_nothing_costs_the_deadline(lab: Lab, accel: str) -> None:
 
 def resident_mib(guest: Guest) -> float:
     """The memory that QEMU itself uses, without the guest's."""
-    match = re.search(
-        rb"^RssAnon:\s+(\d+) kB$", Path(f"/proc/{guest.pid}/status").read_bytes(), re.M
-    )
-    assert match
-    return int(match.group(1)) / 1024
+    return process_mib(guest.pid, "RssAnon")
 
 
 def prepare_flood(guest: Metal, kind: str, cmd_id: int) -> Tuple[int, ...]:

@@ -4,9 +4,7 @@
 The domain has no more of ours than the <emulator>, and libvirt's own free page reporting.
 """
 
-import os
 import re
-from pathlib import Path
 from typing import Any, Dict, Sequence
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from livemig import domains, workload
 from livemig.checks import wait_for
 from livemig.domains import FREED_MIB, MIB, SPEC, STAMPED_MIB, Guest, Hosts, processes_naming
+from livemig.host import process_mib
 from livemig.migration import MigrationResult
 
 # A fixture
@@ -41,8 +40,7 @@ class StockGuest(Guest):
         """The memory of its QEMU."""
         pids = list(processes_naming(f"guest={self.name},"))
         assert len(pids) == 1
-        fields = Path(f"/proc/{pids[0]}/statm").read_text(encoding="ascii").split()
-        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") // MIB
+        return int(process_mib(pids[0]))
 
     def free_and_report(self) -> int:
         """Write and free memory, and wait until the host has it back; returns what is left."""

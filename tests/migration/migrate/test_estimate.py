@@ -4,7 +4,6 @@
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence
 
 import pytest
@@ -14,6 +13,7 @@ from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, assert
 from livemig.checks import assert_intact, fill_and_free, hints_now, hints_of, in_check, keep_busy
 from livemig.errors import GuestError
 from livemig.guest import Guest
+from livemig.host import process_mib
 from livemig.lab import Lab
 from livemig.machine import PAGE
 from livemig.metal import FIRST_ID, HINTED_PAGES, Metal, held, let_go, metal, set_up
@@ -123,24 +123,18 @@ def test_changes_nothing(lab: Lab) -> None:
     events = source.trace_log.read_text().count("global_dirty_changed")
     # The premise.
     assert events > 0
-    resident = rss_mib(source)
+    resident = process_mib(source.pid)
     for _ in range(5):
         assert estimate(source)["complete"]
     assert source.qmp("query-migrate") == told
     assert source.trace_log.read_text().count("global_dirty_changed") == events
     assert source.trace_log.read_text().count("free_page_hint_ask ") == 1
     # What the guest itself takes in the meantime is less than what the freed memory would be.
-    assert rss_mib(source) - resident < FREED_MIB // 4
+    assert process_mib(source.pid) - resident < FREED_MIB // 4
     assert_intact(source)
     oracle_destination = lab.incoming(SMALL, "next")
     assert_hints_used(migrate(source, oracle_destination, WITH_HINTS), FREED_MIB // 2 * MIB)
     assert_intact(oracle_destination, "churn")
-
-
-def rss_mib(guest: Guest) -> int:
-    """How much memory a guest's QEMU has."""
-    pages = Path(f"/proc/{guest.pid}/statm").read_text(encoding="ascii").split()[1]
-    return int(pages) * PAGE // MIB
 
 
 def test_many_in_a_row(lab: Lab, measured: Dict[str, Any]) -> None:

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Hints work together with postcopy."""
 
-import re
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Dict, Mapping
 
 import pytest
@@ -14,6 +12,7 @@ from livemig.checks import FREED_MIB, SMALL, assert_hints_if, assert_hints_used,
 from livemig.checks import assert_whole, hints_now, huge_pages_set_aside, in_check, keep_busy
 from livemig.checks import migration, wait_hints_ended
 from livemig.guest import Guest
+from livemig.host import process_mib
 from livemig.lab import Lab
 from livemig.migration import POSTCOPY, MigrationResult, finish, query, start, status_is
 from livemig.oracle import Oracle
@@ -21,7 +20,6 @@ from livemig.oracle import Oracle
 pytestmark = pytest.mark.integrity
 
 MIB = 1 << 20
-RESIDENT = re.compile(r"^RssAnon:\s+(\d+) kB$", re.MULTILINE)
 # What QEMU itself is made of, with sanitizers.
 QEMU_MIB = 256
 PREEMPT = {"postcopy-preempt": True}
@@ -55,13 +53,6 @@ def finish_fast(source: Guest, destination: Guest) -> MigrationResult:
 
 # What nobody asks for comes so slowly that a guest can start a program before it is all there.
 BACKGROUND = 4 * MIB
-
-
-def resident_mib(guest: Guest) -> int:
-    """How much anonymous memory a guest's QEMU is made of."""
-    match = RESIDENT.search(Path(f"/proc/{guest.pid}/status").read_text(encoding="ascii"))
-    assert match
-    return int(match.group(1)) // 1024
 
 
 def busy_guest(lab: Lab, **changes: Any) -> Guest:
@@ -103,7 +94,7 @@ def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: 
     measured.update(redirtied=hints.redirtied_bytes, requested=hints.requested_bytes)
     # Of what was skipped, that alone was sent which was written again or asked for.
     kept = hints.skipped_bytes - hints.redirtied_bytes - hints.requested_bytes
-    measured["resident_mib"] = resident_mib(destination)
+    measured["resident_mib"] = process_mib(destination.pid, "RssAnon")
     if not case.running:
         seen = oracle.check()
         measured.update(kept=seen.kept, different=seen.different)

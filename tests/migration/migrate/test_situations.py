@@ -17,6 +17,7 @@ from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, ask, assert_hints_us
 from livemig.checks import hints_now, hints_of, in_check, migration, wait_for, wait_hints_ended
 from livemig.errors import MigrationError
 from livemig.guest import Guest
+from livemig.host import process_mib
 from livemig.lab import Lab
 from livemig.machine import PAGE
 from livemig.metal import HINTED_PAGES, held, let_go, metal
@@ -147,12 +148,6 @@ def test_balloon_of_shape(lab: Lab, measured: Dict[str, Any], name: str) -> None
     assert hints.messages < hints.blocks
 
 
-def resident_mib(guest: Guest) -> int:
-    """How much memory a QEMU has from the host."""
-    with open(f"/proc/{guest.pid}/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * PAGE // MIB
-
-
 @pytest.mark.parametrize("kernel", ["ours", "stock"])
 @pytest.mark.parametrize("machine", ["pc", "q35"])
 def test_with_reporting(lab: Lab, measured: Dict[str, Any], machine: str, kernel: str) -> None:
@@ -161,11 +156,11 @@ def test_with_reporting(lab: Lab, measured: Dict[str, Any], machine: str, kernel
     spec = GUEST.but(kernel=kernel, balloon=balloon, args=("-machine", machine))
     oracle = Oracle(lab, spec)
     source = oracle.boot()
-    before = resident_mib(source)
+    before = process_mib(source.pid)
     workload.dirty_and_free(source, FREED_MIB)
     # The premise: what was written has been taken back by the host.
-    wait_for(lambda: resident_mib(source) < before + FREED_MIB // 2, "nothing is reported")
-    measured["resident_mib"] = (before, resident_mib(source))
+    wait_for(lambda: process_mib(source.pid) < before + FREED_MIB // 2, "nothing is reported")
+    measured["resident_mib"] = (before, process_mib(source.pid))
     prepare(source)
     hints = assert_arrives(oracle, source)
     assert (hints.messages < hints.blocks) == (kernel == "ours")

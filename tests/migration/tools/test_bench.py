@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 
-from livebench import floor, hostinfo, plan, postcopy, report, statistics, summary, throughput
+from livebench import floor, plan, postcopy, report, statistics, summary, throughput
 from livebench.canned import IDLE, Runner, bench, canned
 from livebench.scenarios import SCENARIOS, Target, matching
 from livebench.store import Store, exported
@@ -380,9 +380,9 @@ def test_one_run_that_zeroes(tmp_path: Path, measured: Dict[str, Any]) -> None:
 
 def test_memory_is_warm_until_it_is_wanted() -> None:
     """Memory that was touched for a destination is held until it is wanted, and free then."""
-    rss = [hostinfo.rss_mib(os.getpid())]
+    rss = [host.process_mib(os.getpid())]
     with host.warmed(64):
-        rss.append(hostinfo.rss_mib(os.getpid()))
-    rss.append(hostinfo.rss_mib(os.getpid()))
+        rss.append(host.process_mib(os.getpid()))
+    rss.append(host.process_mib(os.getpid()))
     assert rss[1] - rss[0] >= 64
     assert rss[1] - rss[2] >= 64
