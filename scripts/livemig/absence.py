@@ -37,6 +37,15 @@ def assert_absent_used(result: MigrationResult, least_bytes: int) -> Absent:
     return absent
 
 
+def assert_same(source: Guest, destination: Guest) -> None:
+    """All memory is the same on both sides, and no page is excepted."""
+    here, there = memory.ram_blocks(source), memory.ram_blocks(destination)
+    different = memory.different_pages(here, there)
+    assert {name: mask.nonzero()[0][:20].tolist() for name, mask in different.items()} == {
+        name: [] for name in here
+    }
+
+
 def absent_pages(guest: Guest, name: str = "pc.ram") -> memory.Mask:
     """Which pages of a block a traced guest's migration has found to be absent."""
     mask = np.zeros(memory.ram_blocks(guest)[name].pages, dtype=bool)

@@ -34,6 +34,7 @@ UNSUPPORTED = 77
 MIB = 1 << 20
 STAMPED_MIB = 64
 FREED_MIB = 512
+COLD_MIB = 128
 SPEC = GuestSpec(mem_mib=1024, vcpus=2)
 
 
@@ -312,6 +313,28 @@ def hosts_fixture() -> Iterator[Hosts]:
     """Two libvirt hosts for the tests of this file."""
     with running_hosts() as hosts:
         yield hosts
+
+
+def cold_image(directory: Path) -> Path:
+    """A disk with a file, for cold_cache()."""
+    (directory / "files").mkdir()
+    (directory / "files" / "cold").write_bytes(os.urandom(COLD_MIB * MIB))
+    image = directory / "image"
+    command = ["/sbin/mke2fs", "-q", "-t", "ext4", "-d", directory / "files", image, "192M"]
+    subprocess.run(list(map(str, command)), check=True)
+    return image
+
+
+@contextlib.contextmanager
+def cold_cache(guest: Guest) -> Iterator[None]:
+    """A guest that has read the file of its first disk once, and finds it whole in the end."""
+    workload.stamp(guest, STAMPED_MIB)
+    guest.agent.run("mkdir -p /mnt && mount -t ext4 -o ro /dev/vda /mnt")
+    read = "sha256sum /mnt/cold"
+    before = guest.agent.run(read, timeout=120)
+    yield
+    guest.check()
+    assert guest.agent.run(read, timeout=120) == before
 
 
 def assert_used(result: MigrationResult) -> None:

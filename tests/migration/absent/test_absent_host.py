@@ -17,7 +17,7 @@ import pytest
 
 from livemig import memory, paths, workload
 from livemig.absence import ABSENT, ABSENT_AND_HINTS, absent_of, absent_pages, assert_absent_used
-from livemig.absence import in_page_table, page_out, swap_space
+from livemig.absence import assert_same, in_page_table, page_out, swap_space
 from livemig.checks import SMALL, STAMP_MIB, assert_intact, assert_whole, hints_of, start_churn
 from livemig.checks import wait_for, wait_hints_ended
 from livemig.guest import Guest
@@ -54,15 +54,6 @@ def arrival(lab: Lab, source: Guest, **changes: Any) -> Guest:
     """A QEMU that waits for it, and will not run it when it has come."""
     there = source.spec.but(trace=None, preload=None, **changes)
     return lab.incoming(there, running=False)
-
-
-def assert_same(source: Guest, destination: Guest) -> None:
-    """All memory is the same on both sides, and no page is excepted."""
-    here, there = memory.ram_blocks(source), memory.ram_blocks(destination)
-    different = memory.different_pages(here, there)
-    assert {name: mask.nonzero()[0][:20].tolist() for name, mask in different.items()} == {
-        name: [] for name in here
-    }
 
 
 def assert_arrives(lab: Lab, source: Guest, migration: MigrationSpec = ABSENT) -> MigrationResult:

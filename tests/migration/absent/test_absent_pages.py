@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
-from livemig import memory
+from livemig.absence import absent_of, assert_same
 from livemig.checks import SMALL, assert_intact, fill_and_free, hints_now, hints_of
 from livemig.checks import huge_pages_set_aside, in_check, wait_hints_ended, wait_rounds
 from livemig.guest import Guest
@@ -21,8 +21,7 @@ from livemig.leftovers import LEFTOVER, leave_data, leftovers
 from livemig.machine import MIB, PAGE
 from livemig.metal import CHURN, CHURN_PAGES, HELD, WAIT_MS, Metal, accelerators, each_accelerator
 from livemig.metal import let_go, metal
-from livemig.migration import Absent, MigrationResult, cancel, finish, migrate, query, restore, save
-from livemig.migration import start
+from livemig.migration import Absent, cancel, finish, migrate, query, restore, save, start
 from livemig.oracle import Oracle
 from livemig.spec import MigrationSpec
 
@@ -45,19 +44,6 @@ def absent(hints: bool = False, **common: bool) -> MigrationSpec:
         parameters={"max-bandwidth": 0, "downtime-limit": 2000, "free-page-hint-wait": WAIT_MS},
         common={name.replace("_", "-"): value for name, value in common.items()},
     )
-
-
-def found(result: MigrationResult) -> Absent:
-    """What became of absent pages, which our QEMU always reports."""
-    assert result.absent is not None, "query-migrate has no absent-pages"
-    return result.absent
-
-
-def assert_same(source: Guest, destination: Guest) -> None:
-    """All memory is equal: nothing was hinted, so nothing may differ."""
-    here, there = memory.ram_blocks(source), memory.ram_blocks(destination)
-    for name, mask in memory.different_pages(here, there).items():
-        assert not mask.any(), f"{name}: pages {mask.nonzero()[0][:20]} differ"
 
 
 def proofs(source: Guest) -> Dict[str, str]:
@@ -120,7 +106,7 @@ def test_whenever_it_is_populated(
         spec = absent(True).with_parameters(max_bandwidth=HELD, downtime_limit=1)
         start(guest.source, destination, spec)
         cmd_id = guest.balloon.wait_asked()
-        looked = found(query(guest.source))
+        looked = absent_of(query(guest.source))
         parts.write("after the look")
         parts.read("read after the look")
         guest.balloon.send_end(cmd_id)
@@ -208,7 +194,7 @@ def test_kind_of_memory(lab: Lab, measured: Dict[str, Any], tmp_path: Path, name
                 for file in path.glob(f"livemig-{os.getpid()}-*"):
                     file.unlink()
             result = migrate(guest.source, destination, absent())
-            looked = found(result)
+            looked = absent_of(result)
             measured.update(absent=looked.absent_bytes, us=looked.scan_time)
             assert_same(guest.source, destination)
             known = proofs(guest.source)
@@ -254,7 +240,7 @@ def test_leftovers_at_the_destination(
         )
         destination = lab.incoming(there, "destination", running=False)
         result = migrate(guest.source, destination, absent(**common))
-        assert found(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
+        assert absent_of(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
         assert_same(guest.source, destination)
 
 
@@ -270,8 +256,8 @@ def test_through_a_file(
         spec = absent(mapped_ram=mapped, multifd=mapped)
         saved = tmp_path / "saved"
         result = save(guest.source, saved, spec)
-        measured.update(file=saved.stat().st_blocks * 512, absent=found(result).absent_bytes)
-        assert found(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
+        measured.update(file=saved.stat().st_blocks * 512, absent=absent_of(result).absent_bytes)
+        assert absent_of(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
         leave_data(guest.files[1])
         there = guest.source.spec.but(mem_file=guest.files[1])
         destination = lab.incoming(there, "destination", running=False)
@@ -288,7 +274,7 @@ def test_stock_destination(lab: Lab, accel: str) -> None:
         there = guest.source.spec.but(qemu="stock", trace=None)
         destination = lab.incoming(there, "destination", running=False)
         result = migrate(guest.source, destination, absent())
-        assert found(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
+        assert absent_of(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
         assert_same(guest.source, destination)
         destination.qmp("cont")
         guest.machine.moved_to(destination)
@@ -317,7 +303,7 @@ def test_not_looked_for(lab: Lab, accel: str, name: str) -> None:
         )
         destination = lab.incoming(guest.source.spec, "destination", running=False)
         result = migrate(guest.source, destination, spec)
-        assert found(result) == Absent(reason=reason)
+        assert absent_of(result) == Absent(reason=reason)
         assert hints_of(result).state == "idle"
         assert result.zero_pages * PAGE >= (MEM_MIB - USED_MIB) * MIB
         assert_same(guest.source, destination)
@@ -328,7 +314,7 @@ def test_background_snapshot(lab: Lab, accel: str, tmp_path: Path) -> None:
     """A background snapshot, which write-protects memory with userfaultfd, has all pages."""
     with metal(lab, accel=accel, **PRIVATE) as guest:
         result = save(guest.source, tmp_path / "saved", absent(background_snapshot=True))
-        assert found(result) == Absent(reason="unsupported")
+        assert absent_of(result) == Absent(reason="unsupported")
         assert result.zero_pages * PAGE >= (MEM_MIB - USED_MIB) * MIB
 
 
@@ -348,7 +334,7 @@ def test_time_is_over(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
         destination = guest.incoming()
         spec = absent(True).with_parameters(free_page_hint_wait=1)
         result = migrate(guest.source, destination, spec)
-        looked = found(result)
+        looked = absent_of(result)
         measured.update(absent=looked.absent_bytes, us=looked.scan_time)
         assert looked.reason == "timeout"
         assert 0 < looked.absent_bytes < 496 * MIB
@@ -368,15 +354,15 @@ def test_cancelled(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
         while (state := hints_now(source).state) != "scanning":
             assert state in ("idle", "arming")
         cancel(source)
-        looked = found(query(source))
+        looked = absent_of(query(source))
         measured.update(absent=looked.absent_bytes, us=looked.scan_time)
         assert looked.reason == "cancelled"
         assert looked.absent_bytes < (3072 - 16) // 2 * MIB
         abandoned.close()
         destination = guest.incoming()
         result = migrate(source, destination, absent())
-        measured["second"] = found(result).scan_time
-        assert found(result).reason is None
+        measured["second"] = absent_of(result).scan_time
+        assert absent_of(result).reason is None
         assert_same(source, destination)
 
 
@@ -389,7 +375,7 @@ def test_linux_guest(lab: Lab, measured: Dict[str, Any], hints: bool) -> None:
     fill_and_free(source)
     destination = oracle.arrival()
     result = migrate(source, destination, absent(hints))
-    looked, told = found(result), hints_of(result)
+    looked, told = absent_of(result), hints_of(result)
     measured.update(
         absent=looked.absent_bytes, skipped=told.skipped_bytes, again=told.redirtied_bytes
     )
@@ -413,5 +399,5 @@ def test_postcopy_advised(lab: Lab, accel: str) -> None:
         destination = lab.incoming(guest.source.spec, "destination", running=False)
         start(guest.source, destination, absent(postcopy_ram=True))
         result = finish(guest.source, destination)
-        assert found(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
+        assert absent_of(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
         assert_same(guest.source, destination)

@@ -25,7 +25,8 @@ from livemig.leftovers import LEFTOVER, RAM_BYTES, leave_data, leftovers
 from livemig.machine import MIB, PAGE
 from livemig.metal import CHURN, CHURN_PAGES, DOWNTIME_MS, HELD, HINTED_PAGES, SLOW, STRIP_PAGES
 from livemig.metal import WAIT_MS, Metal, metal, strips
-from livemig.migration import MigrationResult, cancel, finish, migrate, start, status_is
+from livemig.migration import MigrationResult, cancel, finish, migrate, restore, set_capabilities
+from livemig.migration import start, status_is
 from livemig.spec import GuestSpec, MigrationSpec
 
 EMPTIED = re.compile(r"^ram_make_empty block '(\S+)' (\w+) (\d+) bytes$", re.MULTILINE)
@@ -175,11 +176,7 @@ def test_saved_to_a_file(lab: Lab, tmp_path: Path, mapped: bool, hints: bool) ->
         guest.write_all()
         spec = hold(hints, mapped_ram=mapped)
         # As migration.save() does, but for the guest that has to answer meanwhile.
-        capabilities = {**spec.capabilities, **spec.common, "events": True}
-        guest.source.qmp(
-            "migrate-set-capabilities",
-            capabilities=[{"capability": k, "state": v} for k, v in capabilities.items()],
-        )
+        set_capabilities(guest.source, {**spec.capabilities, **spec.common, "events": True})
         guest.source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
         guest.source.qmp("migrate", uri=f"file:{saved}")
         if hints:
@@ -188,13 +185,7 @@ def test_saved_to_a_file(lab: Lab, tmp_path: Path, mapped: bool, hints: bool) ->
 
         leave_data(guest.files[1])
         destination = arrival(guest, mem_file=guest.files[1])
-        memory_of = {"events": True, "mapped-ram": mapped}
-        destination.qmp(
-            "migrate-set-capabilities",
-            capabilities=[{"capability": k, "state": v} for k, v in memory_of.items()],
-        )
-        destination.qmp("migrate-incoming", uri=f"file:{saved}")
-        destination.wait_event(status_is("completed"), "end of the restore", 60)
+        restore(destination, saved, spec)
         assert_empty_or_sent(guest, destination, hints)
 
 

@@ -18,9 +18,11 @@ import pytest
 
 from livemig import domains, memory, paths, workload
 from livemig.checks import wait_for
-from livemig.domains import DOCUMENTATION, DOMAIN_XML, FREED_MIB, MEMORY_DIRECTORY, MIB, SPEC
-from livemig.domains import STAMPED_MIB, TOOL, UNSUPPORTED, Guest, Hosts, assert_unused, assert_used
-from livemig.domains import capability, processes_naming, start_hosts, two_hosts
+from livemig.domains import COLD_MIB, DOCUMENTATION, DOMAIN_XML, FREED_MIB, MEMORY_DIRECTORY, MIB
+from livemig.domains import SPEC, STAMPED_MIB, TOOL, UNSUPPORTED, Guest, Hosts, assert_unused
+from livemig.domains import assert_used, capability, cold_cache, cold_image, processes_naming
+from livemig.domains import start_hosts, two_hosts
+from livemig.leftovers import LEFTOVER, leave_data
 from livemig.migration import MigrationResult
 
 # A fixture
@@ -274,7 +276,6 @@ def test_two_hosts_says_what_is_missing(
 def test_memory_in_a_used_file(hosts: Hosts) -> None:
     """<source type='file'/>: what another guest left in the file does not reach the guest."""
     name = "used-file"
-    left = b"another guest's " * (memory.PAGE_BYTES // 16)
     with Guest(hosts, name, source="file") as guest:
         workload.stamp(guest, STAMPED_MIB)
         guest.fill()
@@ -285,10 +286,8 @@ def test_memory_in_a_used_file(hosts: Hosts) -> None:
             file.parent.mkdir(parents=True)
             if file != files[0]:
                 os.link(files[0], file)
-                continue
-            with open(file, "wb") as out:
-                for _ in range(SPEC.mem_mib):
-                    out.write(left * (MIB // memory.PAGE_BYTES))
+            else:
+                leave_data(file, SPEC.mem_mib * MIB)
         with open(files[0], "rb") as used:
             assert_used(guest.migrate())
             guest.check()
@@ -296,37 +295,27 @@ def test_memory_in_a_used_file(hosts: Hosts) -> None:
             pids = list(processes_naming(f"guest={name},"))
             maps = Path(f"/proc/{pids[0]}/maps").read_text(encoding="utf-8")
             assert f" {os.fstat(used.fileno()).st_ino} " in maps
-            assert all(page != left for page in iter(lambda: used.read(len(left)), b""))
+            assert all(page != LEFTOVER for page in iter(lambda: used.read(len(LEFTOVER)), b""))
 
 
 def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> None:
     """Cold page cache is freed for the one migration that it is asked for, as in the guide."""
-    size_mib = 128
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "cold").write_bytes(os.urandom(size_mib * MIB))
-    image = tmp_path / "image"
-    command = ["/sbin/mke2fs", "-q", "-t", "ext4", "-d", tmp_path / "files", image, "192M"]
-    subprocess.run(list(map(str, command)), check=True)
+    image = cold_image(tmp_path)
     args = (
         *("-global", "migration.free-page-hint-wait=60000"),
         *("-drive", f"file={image},format=raw,if=none,id=files,readonly=on"),
         *("-device", "virtio-blk-pci,drive=files,bus=pcie.0,addr=0x1d"),
     )
     with Guest(hosts, "page-cache", args, properties=["free-page-hint-cache"]) as guest:
-        workload.stamp(guest, STAMPED_MIB)
-        guest.agent.run("mkdir -p /mnt && mount -t ext4 -o ro /dev/vda /mnt")
-        read = "sha256sum /mnt/cold"
-        before = guest.agent.run(read, timeout=120)
-        # Nobody asks for it.
-        kept = guest.migrate()
-        guest.hmp("migrate_set_parameter free-page-hint-cache 1G")
-        freed = guest.migrate()
-        guest.check()
-        assert guest.agent.run(read, timeout=120) == before
+        with cold_cache(guest):
+            # Nobody asks for it.
+            kept = guest.migrate()
+            guest.hmp("migrate_set_parameter free-page-hint-cache 1G")
+            freed = guest.migrate()
         for name, result in ("kept", kept), ("freed", freed):
             assert result.hints and result.hints.complete, result
             freed_bytes = result.hints.cache_freed_bytes
             measured[name] = {"sent_bytes": result.sent_bytes, "cache_freed_bytes": freed_bytes}
         assert measured["kept"]["cache_freed_bytes"] == 0
-        assert measured["freed"]["cache_freed_bytes"] > 0.9 * size_mib * MIB
-        assert kept.sent_bytes - freed.sent_bytes > 0.8 * size_mib * MIB
+        assert measured["freed"]["cache_freed_bytes"] > 0.9 * COLD_MIB * MIB
+        assert kept.sent_bytes - freed.sent_bytes > 0.8 * COLD_MIB * MIB

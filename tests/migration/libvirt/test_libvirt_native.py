@@ -6,7 +6,6 @@ docs/libvirt.md explains what is used here. "make libvirt" builds it.
 """
 
 import json
-import os
 import re
 import subprocess
 import time
@@ -18,8 +17,9 @@ from xml.etree import ElementTree
 import pytest
 
 from livemig import paths, workload
-from livemig.domains import DOCUMENTATION, MIB, OTHER_HOST, QEMU_NAMESPACE, STAMPED_MIB, TOOL, Guest
-from livemig.domains import Hosts, assert_unused, assert_used, running_hosts, two_hosts
+from livemig.domains import COLD_MIB, DOCUMENTATION, MIB, OTHER_HOST, QEMU_NAMESPACE, STAMPED_MIB
+from livemig.domains import TOOL, Guest, Hosts, assert_unused, assert_used, cold_cache, cold_image
+from livemig.domains import running_hosts, two_hosts
 from livemig.migration import Absent, Hints, MigrationResult
 
 ATTRIBUTES = ("freePageHinting", "freePageHintArrays", "freePageHintCache")
@@ -237,32 +237,22 @@ def test_parameters_of_one_migration(hosts: Hosts) -> None:
 
 def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> None:
     """Cold page cache is dropped for the migration that says how much, and domjobinfo says so."""
-    size_mib = 128
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "cold").write_bytes(os.urandom(size_mib * MIB))
-    image = tmp_path / "image"
-    command = ["/sbin/mke2fs", "-q", "-t", "ext4", "-d", tmp_path / "files", image, "192M"]
-    subprocess.run(list(map(str, command)), check=True)
+    image = cold_image(tmp_path)
     disk = (
         "<disk type='file' device='disk'><driver name='qemu' type='raw'/>"
         f"<source file='{image}'/><target dev='vda' bus='virtio'/><readonly/></disk>"
     )
     with NativeGuest(hosts, "page-cache", ATTRIBUTES, [disk]) as guest:
-        workload.stamp(guest, STAMPED_MIB)
-        guest.agent.run("mkdir -p /mnt && mount -t ext4 -o ro /dev/vda /mnt")
-        read = "sha256sum /mnt/cold"
-        before = guest.agent.run(read, timeout=120)
-        kept = guest.migrate(*WAIT)
-        assert_reported(guest, kept)
-        dropped = guest.migrate(*WAIT, "--free-page-hint-cache", 1 << 30)
-        assert_reported(guest, dropped)
-        assert_untainted(guest)
-        guest.check()
-        assert guest.agent.run(read, timeout=120) == before
+        with cold_cache(guest):
+            kept = guest.migrate(*WAIT)
+            assert_reported(guest, kept)
+            dropped = guest.migrate(*WAIT, "--free-page-hint-cache", 1 << 30)
+            assert_reported(guest, dropped)
+            assert_untainted(guest)
         assert kept.hints and dropped.hints
         assert kept.hints.cache_freed_bytes == 0
-        assert dropped.hints.cache_freed_bytes > 0.9 * size_mib * MIB
-        assert kept.sent_bytes - dropped.sent_bytes > 0.8 * size_mib * MIB
+        assert dropped.hints.cache_freed_bytes > 0.9 * COLD_MIB * MIB
+        assert kept.sent_bytes - dropped.sent_bytes > 0.8 * COLD_MIB * MIB
         info = guest.job_info("a")
         measured.update({label: info[label] for label in info if label.startswith("Page cache")})
         documented = DOCUMENTATION.read_text("utf-8")
