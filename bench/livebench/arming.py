@@ -19,12 +19,10 @@ from livebench.store import write_json
 from livemig import kvm, machine, paths, workload
 from livemig.errors import LivemigError, NotPossibleHere
 from livemig.guest import Guest
-from livemig.machine import Machine, trouble_with_kvm
+from livemig.machine import MIB, PAGE, Machine, trouble_with_kvm
 from livemig.migration import MigrationResult, cancel, finish, query, start
 from livemig.spec import MigrationSpec
 
-MIB = 1 << 20
-PAGE = 4096
 # Where the guest's program and its stack are not.
 FIRST = 16 * MIB
 # Of its memory, it does not write to this.

@@ -17,12 +17,12 @@ from livebench.store import write_json
 from livebench.workloads import Churn, Freed, Idle, Workload
 from livemig import paths, workload
 from livemig.errors import LivemigError, NotEnoughMemory
+from livemig.host import MIB
 from livemig.migration import Hints, MigrationResult
 from livemig.modes import DEMO, MODES
 from livemig.options import add_guest_options
 
 Run = Mapping[str, Any]
-MIB = 1 << 20
 WORKLOADS: Mapping[str, Workload] = {"idle": Idle(), "freed": Freed(75), "churn": Churn()}
 
 

@@ -13,9 +13,9 @@ from typing import Iterator, Tuple
 from livemig import host, memory, paths
 from livemig.errors import LivemigError, NotPossibleHere
 from livemig.guest import Guest
+from livemig.host import MIB
 
 FILE = paths.OUT / "swap"
-MIB = 1 << 20
 # What is swapped out besides what a scenario wants, and what a file system keeps for others.
 SPARE_MIB = 512
 

@@ -142,7 +142,6 @@ class Balloon:
     ACKNOWLEDGE = 1
     DRIVER = 2
     DRIVER_OK = 4
-    NEEDS_RESET = 0x40
 
     # Feature bits
     HINTS = 1 << 3

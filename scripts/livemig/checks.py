@@ -12,6 +12,7 @@ import pytest
 
 from livemig import workload
 from livemig.guest import Guest
+from livemig.host import MIB
 from livemig.lab import ABSENT
 from livemig.migration import Hints, MigrationResult, cancel, query, set_capabilities, status_is
 from livemig.modes import MODES, Mode, migration_for_mode
@@ -22,7 +23,6 @@ SMALL = GuestSpec(mem_mib=1024, vcpus=2)
 STAMP_MIB = 16
 # A guest that clears memory when it is freed, and not again when it is used: but for huge pages.
 INIT_ON_FREE = ("init_on_free=1", "transparent_hugepage=never")
-MIB = 1 << 20
 # What tests write and free so that there is something for hints to skip.
 FREED_MIB = 512
 FREED_PAGES = FREED_MIB * 256

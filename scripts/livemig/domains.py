@@ -18,6 +18,7 @@ import pytest
 
 from livemig import memory, paths, workload
 from livemig.guest import BOOT_RACE, KERNEL_TROUBLE
+from livemig.host import MIB
 from livemig.migration import MigrationResult
 from livemig.serial import Agent, Port
 from livemig.spec import GuestSpec
@@ -31,7 +32,6 @@ MEMORY_DIRECTORY = "/var/lib/libvirt/qemu/ram"
 LIBVIRTD_LOG = "/var/log/libvirt/libvirtd.log"
 # Exit status of two-hosts where the machine cannot run the hosts
 UNSUPPORTED = 77
-MIB = 1 << 20
 STAMPED_MIB = 64
 FREED_MIB = 512
 COLD_MIB = 128

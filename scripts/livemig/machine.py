@@ -14,10 +14,10 @@ from typing import List, Optional, Sequence
 from livemig import paths
 from livemig.errors import GuestError
 from livemig.guest import Guest
+from livemig.host import MIB, PAGE_BYTES
 from livemig.spec import CPU, GuestSpec
 
-PAGE = 4096
-MIB = 1 << 20
+PAGE = PAGE_BYTES
 
 # A register that not every KVM has.
 SPEC_CPU = f"{CPU},-arch-capabilities"

@@ -18,8 +18,8 @@ import numpy as np
 
 from livemig.errors import GuestError, MigrationError
 from livemig.guest import Guest
+from livemig.host import PAGE_BYTES
 
-PAGE_BYTES = 4096
 CHUNK_PAGES = 16384
 
 # What the source's trace log says, when the migration has ended, about each run of pages that were

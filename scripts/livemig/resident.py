@@ -19,13 +19,10 @@ from livemig.checks import assert_hints_if, assert_intact, hints_now, migration,
 from livemig.checks import wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.machine import trouble_with_kvm
+from livemig.machine import MIB, PAGE, trouble_with_kvm
 from livemig.migration import POSTCOPY, MigrationResult, finish, let_end, query, start
 from livemig.oracle import Oracle
 from livemig.spec import GuestSpec
-
-MIB = 1 << 20
-PAGE = 4096
 
 # What it does all the time: pages that are rewritten in turn, pages that are taken from the
 # allocator and given back, and pages that it takes when they are about to be hinted.

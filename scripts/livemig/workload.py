@@ -7,12 +7,12 @@ from typing import Dict, List, Sequence
 
 from livemig.errors import GuestError
 from livemig.guest import Guest
+from livemig.host import PAGE_BYTES
 
 # The last column of /proc/buddyinfo counts blocks of this many pages on x86-64.
 MAX_ORDER_PAGES = 1024
 # The orders that the driver reports by default (hint_order): blocks of 4 and of 2 MiB.
 TOLD_ORDERS = 2
-PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Iterator
 import pytest
 
 from livemig import workload
-from livemig.checks import SMALL, WITH_HINTS, assert_hints_used, assert_intact
+from livemig.checks import MIB, SMALL, WITH_HINTS, assert_hints_used, assert_intact
 from livemig.errors import GuestError
 from livemig.lab import Lab
 from livemig.migration import migrate
@@ -23,7 +23,6 @@ from livemig.workload import meminfo
 
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 PAGES = {"whole": 256, "half": 128}
-MIB = 1 << 20
 FREED_MIB = 192
 GUEST = SMALL.but(mem_mib=512, balloon="free-page-hint=on,free-page-hint-arrays=on")
 

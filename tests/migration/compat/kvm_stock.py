@@ -25,14 +25,13 @@ from livemig import kvm, workload
 from livemig.checks import FOR_STOCK
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.machine import trouble_with_kvm
+from livemig.machine import MIB, trouble_with_kvm
 from livemig.migration import let_end, restore, save, start
 from livemig.modes import MODES
 from livemig.resident import Seen
 from livemig.spec import BLOCKS, GuestSpec
 
 TRIES = int(os.environ.get("FPH_TRIES", "10"))
-MIB = 1 << 20
 # Taken in blocks of 4 MiB and written, given back, and taken again.
 PRESSURE_MIB = 240
 FREED_MIB = 300

@@ -7,7 +7,7 @@ from typing import Any, Dict, Mapping
 import pytest
 
 from livemig import paths, workload
-from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_used, assert_intact
+from livemig.checks import FREED_MIB, MIB, SMALL, WITH_HINTS, assert_hints_used, assert_intact
 from livemig.checks import assert_whole, hints_now, keep_busy, migration, wait_hints_ended
 from livemig.errors import MissingArtifact
 from livemig.guest import Guest
@@ -16,7 +16,6 @@ from livemig.migration import finish, migrate, query, start
 
 pytestmark = pytest.mark.integrity
 
-MIB = 1 << 20
 OLD, NEW = "ours", "ours-10.2"
 # The newest machine type that both know.
 MACHINE = "pc-q35-10.0"

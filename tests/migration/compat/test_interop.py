@@ -29,7 +29,7 @@ from livemig.checks import keep_busy, start_churn, wait_for
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.machine import Machine, spec as bare_metal
+from livemig.machine import MIB, Machine, spec as bare_metal
 from livemig.migration import MigrationResult, migrate, save
 from livemig.modes import MODES
 from livemig.oracle import Oracle
@@ -37,7 +37,6 @@ from livemig.spec import ARRAYS, BLOCKS, MigrationSpec
 
 pytestmark = pytest.mark.integrity
 
-MIB = 1 << 20
 BUILDS = ("stock", "ours")
 STOCK_BALLOON = MODES["stock-hints"].balloon
 # Stock QEMU sends pages while it waits for hints: it must not be done before they come.

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 import pytest
 
 from livemig import workload
-from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_used
+from livemig.checks import FREED_MIB, MIB, SMALL, WITH_HINTS, assert_hints_used
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import cancel, migrate, start
@@ -17,7 +17,6 @@ TRACE = "/sys/kernel/tracing"
 EVENTS = ("virtio_balloon_hint", "free_page_hint")
 HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
 ARRAY = re.compile(r"virtio_balloon_hint_array: id=\d+ size=(\d+)")
-MIB = 1 << 20
 EVENT = re.compile(
     r"^.*: (virtio_balloon_hint_\w+|free_page_hint_batch): (?:id=(\d+))?.*?(?:err=(-?\d+))?$",
     re.MULTILINE,

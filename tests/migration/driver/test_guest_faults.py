@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 
 from livemig import paths, workload
-from livemig.checks import FREED_MIB, PATIENT_MS, SMALL, WITH_HINTS, ask, assert_goes_on
+from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, ask, assert_goes_on
 from livemig.checks import assert_hints_used, assert_intact, assert_watched, assert_whole, begin
 from livemig.checks import fill_and_free, hints_now, hints_of, keep_busy, start_churn, wait_answered
 from livemig.checks import wait_for
@@ -30,7 +30,6 @@ from livemig.oracle import Oracle
 from livemig.spec import ARRAYS, GuestSpec
 
 REPEAT = int(os.environ.get("FPH_REPEAT", "1"))
-MIB = 1 << 20
 DEBUG = SMALL.but(kernel="debug")
 # Where QEMU has to clean up too. (The oracle does so in any case.)
 SANITIZED = DEBUG.but(qemu="debug")

@@ -22,14 +22,13 @@ from livemig.checks import hints_of, in_check, keep_busy, migration, wait_hints,
 from livemig.checks import wait_rounds
 from livemig.guest import Guest
 from livemig.lab import ABSENT, Lab
-from livemig.machine import PAGE
+from livemig.machine import MIB, PAGE
 from livemig.metal import HINTED_PAGES, PARTS, WAIT_MS, Metal, held, let_go, metal, wait_hinted
 from livemig.migration import migrate, query, set_capabilities, start, status_is
 from livemig.oracle import Oracle
 
 pytestmark = pytest.mark.integrity
 
-MIB = 1 << 20
 ENDED = {"cancel": "cancelled", "destination-dies": "failed"}
 
 

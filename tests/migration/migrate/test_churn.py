@@ -6,8 +6,8 @@ from typing import Any, Dict
 import pytest
 
 from livemig import workload
-from livemig.checks import INIT_ON_FREE, SMALL, assert_goes_on, assert_intact, hints_of, in_check
-from livemig.checks import migration, patient, start_churn, wait_rounds
+from livemig.checks import INIT_ON_FREE, MIB, SMALL, assert_goes_on, assert_intact, hints_of
+from livemig.checks import in_check, migration, patient, start_churn, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import MigrationResult, let_end, start
@@ -17,7 +17,6 @@ from livemig.oracle import Oracle
 pytestmark = pytest.mark.integrity
 
 ROUNDS = 5
-MIB = 1 << 20
 
 
 def migrate_in_rounds(source: Guest, destination: Guest, mode: Mode) -> MigrationResult:

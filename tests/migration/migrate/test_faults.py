@@ -15,7 +15,7 @@ from livemig.checks import SMALL, WITH_HINTS, assert_intact, assert_whole, hints
 from livemig.checks import keep_busy, migration, wait_hints_ended
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.machine import PAGE
+from livemig.machine import MIB, PAGE
 from livemig.metal import HINTED_PAGES, WAIT_MS, metal, wait_hinted
 from livemig.migration import migrate, query, set_capabilities, start, status_is
 from livemig.oracle import Oracle
@@ -23,7 +23,6 @@ from livemig.workload import meminfo
 
 pytestmark = pytest.mark.integrity
 
-MIB = 1 << 20
 # A command that has to wait for a stalled link waits for ever; one that does not is done in
 # milliseconds. A machine that is busy with other things is not counted as a stall.
 ANSWER_SECONDS = 10

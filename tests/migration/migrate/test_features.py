@@ -10,7 +10,7 @@ from typing import Any, Dict, Mapping, Tuple
 import pytest
 
 from livemig import memory, workload
-from livemig.checks import FREED_MIB, SMALL, WITH_HINTS, assert_hints_if, assert_hints_used
+from livemig.checks import FREED_MIB, MIB, SMALL, WITH_HINTS, assert_hints_if, assert_hints_used
 from livemig.checks import assert_intact, assert_not_asked, assert_whole, fill_and_free, hints_now
 from livemig.checks import hints_of, huge_pages_set_aside, in_check, keep_busy, migration
 from livemig.checks import start_churn, wait_dirty_rate, wait_for, wait_hints_ended, wait_rounds
@@ -24,7 +24,6 @@ from livemig.workload import meminfo
 
 pytestmark = pytest.mark.integrity
 
-MIB = 1 << 20
 MULTIFD = {"multifd": True}
 
 

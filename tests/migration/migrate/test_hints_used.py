@@ -7,8 +7,9 @@ from typing import Any, Dict
 import pytest
 
 from livemig import workload
-from livemig.checks import FREED_MIB, FREED_PAGES, NO_HINTS, SMALL, WITH_HINTS, assert_hints_used
-from livemig.checks import assert_intact, fill_and_free, hints_of, in_check, patient, start_churn
+from livemig.checks import FREED_MIB, FREED_PAGES, MIB, NO_HINTS, SMALL, WITH_HINTS
+from livemig.checks import assert_hints_used, assert_intact, fill_and_free, hints_of, in_check
+from livemig.checks import patient, start_churn
 from livemig.lab import Lab
 from livemig.migration import MigrationResult, migrate
 from livemig.modes import MODES
@@ -16,7 +17,6 @@ from livemig.oracle import Oracle
 
 pytestmark = pytest.mark.integrity
 
-MIB = 1 << 20
 HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
 
 

@@ -8,7 +8,7 @@ from typing import Any, Dict, Mapping
 import pytest
 
 from livemig import workload
-from livemig.checks import FREED_MIB, SMALL, assert_hints_if, assert_hints_used, assert_intact
+from livemig.checks import FREED_MIB, MIB, SMALL, assert_hints_if, assert_hints_used, assert_intact
 from livemig.checks import assert_whole, hints_now, huge_pages_set_aside, in_check, keep_busy
 from livemig.checks import migration, wait_hints_ended
 from livemig.guest import Guest
@@ -19,7 +19,6 @@ from livemig.oracle import Oracle
 
 pytestmark = pytest.mark.integrity
 
-MIB = 1 << 20
 # What QEMU itself is made of, with sanitizers.
 QEMU_MIB = 256
 PREEMPT = {"postcopy-preempt": True}

@@ -3,7 +3,7 @@
 
 import pytest
 
-from livemig.checks import FREED_MIB, FREED_PAGES, SMALL, WITH_HINTS, assert_hints_used
+from livemig.checks import FREED_MIB, FREED_PAGES, MIB, SMALL, WITH_HINTS, assert_hints_used
 from livemig.checks import assert_intact, fill_and_free, hints_of, migration, wait_asked
 from livemig.checks import wait_hints_ended
 from livemig.errors import GuestError
@@ -15,7 +15,6 @@ pytestmark = pytest.mark.integrity
 
 # More than fits into 32 bits as nanoseconds.
 WAIT_MS = 4500
-MIB = 1 << 20
 
 
 @pytest.mark.parametrize("mode", ["array", "block"])

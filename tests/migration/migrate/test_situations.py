@@ -19,7 +19,7 @@ from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.host import process_mib
 from livemig.lab import Lab
-from livemig.machine import PAGE
+from livemig.machine import MIB, PAGE
 from livemig.metal import HINTED_PAGES, held, let_go, metal
 from livemig.migration import Hints, cancel, finish, let_end, migrate, query, set_capabilities
 from livemig.migration import start
@@ -27,7 +27,6 @@ from livemig.oracle import Oracle
 from livemig.spec import GuestSpec
 from livemig.workload import meminfo
 
-MIB = 1 << 20
 ARRAYS = "free-page-hint=on,free-page-hint-arrays=on"
 BLOCKS = "free-page-hint=on,free-page-hint-arrays=off"
 # There are many of them: smaller than elsewhere.

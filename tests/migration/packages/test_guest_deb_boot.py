@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, Optional, Tuple
 import pytest
 
 from livemig import paths, workload
-from livemig.checks import WITH_HINTS, assert_hints_used, assert_intact
+from livemig.checks import MIB, WITH_HINTS, assert_hints_used, assert_intact
 from livemig.disk import disk_copy
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -25,7 +25,6 @@ from livemig.workload import meminfo
 
 pytestmark = pytest.mark.long
 
-MIB = 1 << 20
 MEM_MIB = 2048
 PACKAGE = "free-page-hint-dkms"
 # The guest has dkms build two modules. Under TCG, on a busy machine, all of this takes minutes.

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 from livemig import paths, workload
-from livemig.checks import assert_hints_used
+from livemig.checks import MIB, assert_hints_used
 from livemig.debian_root import YES, DebianRoot, host_root
 from livemig.domains import OTHER_HOST, QEMU_NAMESPACE, SPEC, Guest
 from livemig.hosts_in_root import HostsInRoot, hosts_in_root
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.long
 
 README = paths.REPO / "README.md"
 SUITE = "bookworm"
-MIB = 1 << 20
 MEM_MIB = 2048
 STAMPED_MIB = 64
 # Under TCG, on a busy machine
