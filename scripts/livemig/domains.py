@@ -10,8 +10,7 @@ import string
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 from xml.etree import ElementTree
 
 import pytest
@@ -115,12 +114,7 @@ class Guest:
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: Optional[Type[BaseException]],
-        exc: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, exc_type: object, *_: object) -> None:
         """End the guest, whose kernel should not have complained about anything."""
         consoles = [self._log(host, "console") for host in OTHER_HOST]
         said = "".join(log.read_text(errors="replace") for log in consoles if log.exists())

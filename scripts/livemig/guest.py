@@ -9,8 +9,7 @@ import re
 import time
 import warnings
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from livemig import paths
 from livemig.errors import GuestError
@@ -99,12 +98,7 @@ class Guest:
         self.launch()
         return self
 
-    def __exit__(
-        self,
-        exc_type: Optional[Type[BaseException]],
-        exc: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def launch(self) -> None:
