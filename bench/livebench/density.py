@@ -48,6 +48,7 @@ def _moments(seconds: int) -> Iterator[int]:
 class Burst(Resting):
     """A guest writes to much of its memory and frees it; then a program allocates in a loop."""
 
+    name: ClassVar[str] = "burst"
     percent: int = 75
     # How long it is watched after the burst, and in the loop.
     seconds: int = 60
@@ -58,10 +59,6 @@ class Burst(Resting):
     # What the boot freed is on its way back.
     REST_SECONDS: ClassVar[int] = 10
     guess: ClassVar[int] = 150
-
-    @property
-    def name(self) -> str:
-        return "burst"
 
     @property
     def about(self) -> str:

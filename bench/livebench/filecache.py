@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Guests whose memory is full of files: read once, or read again and again."""
 
-import re
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar, Dict, List
@@ -10,8 +9,8 @@ from livebench import throughput
 from livebench.console import Console
 from livebench.throughput import Point, Span
 from livebench.workloads import Sysbench, Working, Workload, on_console
-from livemig.errors import GuestError
 from livemig.guest import Guest
+from livemig.workload import refaults
 
 # Of the files on the disk: 0, 1, ...
 FILE_MIB = 64
@@ -27,16 +26,10 @@ def file_names(begin: int, end: int) -> str:
 class PageCache(Workload):
     """Memory full of files that were read."""
 
+    name: ClassVar[str] = "pagecache"
+    about: ClassVar[str] = "the page cache is full of files"
     data_disk: ClassVar[str] = "pagecache.ext4"
     guess: ClassVar[int] = 30
-
-    @property
-    def name(self) -> str:
-        return "pagecache"
-
-    @property
-    def about(self) -> str:
-        return "the page cache is full of files"
 
     def used_mib(self, mem_mib: int) -> int:
         return mem_mib
@@ -52,6 +45,7 @@ class PageCache(Workload):
 class HotAndCold(Working):
     """Files that are read again and again, beside many that were read once."""
 
+    name: ClassVar[str] = "hotcold"
     data_disk: ClassVar[str] = "pagecache.ext4"
     guess: ClassVar[int] = 60
 
@@ -59,10 +53,6 @@ class HotAndCold(Working):
     # What is left to the rest: then nothing has to be evicted before the migration.
     SPARE_MIB: ClassVar[int] = 512
     AFTER_SECONDS: ClassVar[float] = 10
-
-    @property
-    def name(self) -> str:
-        return "hotcold"
 
     @property
     def about(self) -> str:
@@ -165,15 +155,12 @@ class WantedAgain(PageCache):
 class MappedHot(Sysbench):
     """A program that has mapped its files, as databases do, beside files that were read once."""
 
+    name: ClassVar[str] = "mappedcold"
     test: str = "mmap"
     data_disk: ClassVar[str] = "pagecache.ext4"
     guess: ClassVar[int] = 120
 
     COLD_FILES: ClassVar[int] = 24
-
-    @property
-    def name(self) -> str:
-        return "mappedcold"
 
     @property
     def about(self) -> str:
@@ -198,12 +185,3 @@ class MappedHot(Sysbench):
         result = super().finish(guest, console, span)
         result["refaulted_pages"] = refaults(guest) - int(guest.agent.run("cat /run/refaults"))
         return result
-
-
-def refaults(guest: Guest) -> int:
-    """Pages of files that were read again after they had been freed, since the guest has booted."""
-    text = guest.agent.run("cat /proc/vmstat")
-    match = re.search(r"^workingset_refault_file (\d+)$", text, re.MULTILINE)
-    if not match:
-        raise GuestError(f"{guest.name} does not count refaults")
-    return int(match[1])

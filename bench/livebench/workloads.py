@@ -31,6 +31,8 @@ ALLOC_LINE = r"alloc ms=\d+ ops=(\d+) p50=\d+ p99=(\d+) max=(\d+)$"
 class Workload:
     """Nothing: the guest has booted and is idle. The base of all others."""
 
+    # The names of the memory that the guest checks at the destination.
+    stamps: ClassVar[Tuple[str, ...]] = ("default",)
     # Boots Debian from its disk, in place of busybox.
     debian: ClassVar[bool] = False
     # A Debian with its own kernel, as people have it (scripts/make-stock-guest). Where the mode's
@@ -79,11 +81,6 @@ class Workload:
         """What came of it, at the destination."""
         del guest, console, span
         return {}
-
-    @property
-    def stamps(self) -> Tuple[str, ...]:
-        """The names of the memory that the guest checks at the destination."""
-        return ("default",)
 
 
 Idle = Workload
@@ -139,16 +136,10 @@ class Freed(Workload):
 class Churn(Workload):
     """Memory that is rewritten all the time, and some that is taken and given back."""
 
+    name: ClassVar[str] = "churn"
+    about: ClassVar[str] = "memory is rewritten, freed and taken back all the time"
     MIB: ClassVar[int] = 64
     REALLOC_MIB: ClassVar[int] = 128
-
-    @property
-    def name(self) -> str:
-        return "churn"
-
-    @property
-    def about(self) -> str:
-        return "memory is rewritten, freed and taken back all the time"
 
     def used_mib(self, mem_mib: int) -> int:
         return self.MIB + self.REALLOC_MIB
@@ -157,9 +148,7 @@ class Churn(Workload):
         super().prepare(guest)
         workload.stamp(guest, self.MIB, churn=True, realloc_mib=self.REALLOC_MIB, name="churn")
 
-    @property
-    def stamps(self) -> Tuple[str, ...]:
-        return ("default", "churn")
+    stamps: ClassVar[Tuple[str, ...]] = ("default", "churn")
 
 
 @dataclass(frozen=True)
@@ -167,6 +156,7 @@ class Held(Workload):
     """Memory that is in use, but for a share of it."""
 
     free_percent: int = 0
+    stamps: ClassVar[Tuple[str, ...]] = ("default", "held")
     guess: ClassVar[int] = 15
 
     @property
@@ -187,21 +177,15 @@ class Held(Workload):
         held = min(wanted, info["MemAvailable"] - RESERVE_MIB)
         guest.agent.run(f"memstamp start --name held {max(held, 1)}", timeout=600)
 
-    @property
-    def stamps(self) -> Tuple[str, ...]:
-        return ("default", "held")
-
 
 @dataclass(frozen=True)
 class Alternate(Workload):
     """Of a share of the memory, every second page holds data and the others are free."""
 
     percent: int = 75
+    name: ClassVar[str] = "alternate"
+    stamps: ClassVar[Tuple[str, ...]] = ("default", "held")
     guess: ClassVar[int] = 50
-
-    @property
-    def name(self) -> str:
-        return "alternate"
 
     @property
     def about(self) -> str:
@@ -214,10 +198,6 @@ class Alternate(Workload):
         super().prepare(guest)
         mib = self.used_mib(guest.spec.mem_mib)
         guest.agent.run(f"memstamp start --name held --alternate {mib}", timeout=600)
-
-    @property
-    def stamps(self) -> Tuple[str, ...]:
-        return ("default", "held")
 
 
 @dataclass(frozen=True)
@@ -283,15 +263,9 @@ class Compile(Workload):
 class Fragmented(Compile):
     """A guest that compiled for a while and is idle now."""
 
+    name: ClassVar[str] = "fragmented"
+    about: ClassVar[str] = "idle, after a part of the kernel was compiled"
     guess: ClassVar[int] = 240
-
-    @property
-    def name(self) -> str:
-        return "fragmented"
-
-    @property
-    def about(self) -> str:
-        return "idle, after a part of the kernel was compiled"
 
     def prepare(self, guest: Guest) -> None:
         super().prepare(guest)

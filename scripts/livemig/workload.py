@@ -90,6 +90,15 @@ def meminfo(guest: Guest) -> Dict[str, int]:
     return {line[0].rstrip(":"): int(line[1]) // 1024 for line in words if len(line) == 3}
 
 
+def refaults(guest: Guest) -> int:
+    """Pages of files that were read again after they had been freed, since the guest has booted."""
+    text = guest.agent.run("cat /proc/vmstat")
+    match = re.search(r"^workingset_refault_file (\d+)$", text, re.MULTILINE)
+    if not match:
+        raise GuestError(f"{guest.name} does not count refaults")
+    return int(match[1])
+
+
 def buddyinfo(guest: Guest) -> List[int]:
     """The guest's free blocks of each order, over all zones."""
     lines = guest.agent.run("cat /proc/buddyinfo").splitlines()

@@ -25,6 +25,7 @@ from livemig.metal import WAIT_MS, held, let_go, lost_strips, metal
 from livemig.migration import Hints, MigrationResult, cancel, finish, migrate, start
 from livemig.oracle import Oracle
 from livemig.spec import ARRAYS, MigrationSpec
+from livemig.workload import refaults
 
 pytestmark = pytest.mark.integrity
 
@@ -138,13 +139,6 @@ def assert_files(guest: Guest) -> None:
     for name in FILES:
         output = guest.agent.run(f"sha256sum /mnt/{name}", timeout=300)
         assert output.split()[0] == hashlib.sha256(contents(name)).hexdigest(), name
-
-
-def refaults(guest: Guest) -> int:
-    """Pages of files that were read again although they had been freed, so far."""
-    match = re.search(r"^workingset_refault_file (\d+)$", guest.agent.run("cat /proc/vmstat"), re.M)
-    assert match
-    return int(match.group(1))
 
 
 # The other LRU keeps what is hot and what is cold in one list. Only the debug kernel has it.
