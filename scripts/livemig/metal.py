@@ -16,7 +16,7 @@ from livemig.checks import hints_now
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE, Machine, spec, stamped, trouble_with_kvm
-from livemig.migration import Hints, MigrationResult, finish, set_capabilities
+from livemig.migration import Hints, MigrationResult, finish, set_capabilities, start
 from livemig.spec import MigrationSpec
 
 # Round 0 lasts until the guest ends it.
@@ -106,6 +106,12 @@ class Metal:
         """A QEMU that waits for the guest, and will not run it when it has come."""
         there = self.source.spec.but(mem_file=self.files[1])
         return self.lab.incoming(there, name, running=False)
+
+    def ask(self, name: str = "destination", **parameters: Any) -> Tuple[Guest, int]:
+        """Migrate, held, until the guest is asked; returns where it goes, and the request's id."""
+        destination = self.incoming(name)
+        start(self.source, destination, held().with_parameters(**parameters))
+        return destination, self.balloon.wait_asked()
 
     def write(self, part: str) -> None:
         """Write all pages of a part, with contents that they never had."""

@@ -32,11 +32,23 @@ class Oracle:
     def __init__(self, lab: Lab, spec: GuestSpec):
         self._lab = lab
         self._spec = spec
-        self.source: Optional[Guest] = None
-        self.destination: Optional[Guest] = None
+        self._source: Optional[Guest] = None
+        self._destination: Optional[Guest] = None
         self._moves = 0
         # Where the source's trace log ended when the destination was started.
         self._log_start = 0
+
+    @property
+    def source(self) -> Guest:
+        """Where the guest is."""
+        assert self._source
+        return self._source
+
+    @property
+    def destination(self) -> Guest:
+        """Where it goes."""
+        assert self._destination
+        return self._destination
 
     def _watched(self, changes: Any) -> GuestSpec:
         spec = self._spec.but(**changes)
@@ -49,35 +61,36 @@ class Oracle:
 
     def boot(self, **changes: Any) -> Guest:
         """Start the guest that is to be migrated, which may differ from the destination."""
-        self.source = self._lab.boot(self._watched(changes))
-        return self.source
+        return self.take(self._lab.boot(self._watched(changes)))
 
     def start(self) -> Guest:
         """Start a guest that does not say when it has booted."""
-        self.source = self._lab.launch(self._watched({}), "source")
-        return self.source
+        return self.take(self._lab.launch(self._watched({}), "source"))
+
+    def take(self, guest: Guest) -> Guest:
+        """Watch a guest that somebody else has started."""
+        self._source = guest
+        return guest
 
     def arrival(self, *, running: bool = False, **changes: Any) -> Guest:
         """Start the QEMU that it goes to, in the place of one that it did not reach.
 
         The guest does not run there before check(), unless it is told to.
         """
-        assert self.source
-        if self.destination:
-            self.destination.close()
+        if self._destination:
+            self._destination.close()
         log = self.source.trace_log
         self._log_start = log.stat().st_size if log.exists() else 0
         self._moves += 1
         name = "destination" if self._moves == 1 else f"destination-{self._moves}"
-        self.destination = self._lab.incoming(self._watched(changes), name, running=running)
-        return self.destination
+        self._destination = self._lab.incoming(self._watched(changes), name, running=running)
+        return self._destination
 
     def check(self, kept: Optional[memory.Masks] = None) -> memory.Comparison:
         """After the migration: nothing is lost. Then the guest runs on at the destination.
 
         If the source is stock, which does not say what it kept back, that has to be given.
         """
-        assert self.source and self.destination
         result = memory.compare(self.source, self.destination, start=self._log_start, kept=kept)
         assert not result.lost, f"pages differ that were not kept back on purpose: {result.lost}"
         self.destination.qmp("cont")
@@ -85,7 +98,12 @@ class Oracle:
 
     def move_on(self) -> Guest:
         """The guest is to be migrated again, from where it is now."""
-        assert self.source and self.destination
         self.source.close()
-        self.source, self.destination = self.destination, None
+        self._source, self._destination = self.destination, None
         return self.source
+
+    def close(self) -> None:
+        """End the guests that there are."""
+        for guest in (self._source, self._destination):
+            if guest:
+                guest.close()

@@ -123,14 +123,14 @@ class Resident:
     @property
     def here(self) -> Guest:
         """Where it is."""
-        assert self._oracle and self._oracle.source
+        assert self._oracle
         return self._oracle.source
 
     def _boot(self) -> None:
         self._changes = None
         self._oracle = Oracle(self._lab, self._spec)
         # It boots faster in a QEMU without sanitizers.
-        self._oracle.source = self._lab.boot(self._spec.but(trace=memory.KEPT_EVENTS))
+        self._oracle.take(self._lab.boot(self._spec.but(trace=memory.KEPT_EVENTS)))
         workload.stamp(self.here, STAMP_MIB)
         if self._busy:
             self.here.agent.run(
@@ -158,14 +158,12 @@ class Resident:
         """The end."""
         oracle, self._oracle = self._oracle, None
         if oracle:
-            for guest in (oracle.source, oracle.destination):
-                if guest:
-                    guest.close()
+            oracle.close()
 
     @property
     def there(self) -> Guest:
         """Where it goes."""
-        assert self._oracle and self._oracle.destination
+        assert self._oracle
         return self._oracle.destination
 
     def arrival(self, running: bool = False) -> Guest:

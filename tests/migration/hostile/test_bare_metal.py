@@ -214,9 +214,7 @@ def test_what_is_written_before_it_is_sent_is_sent_once(
     case = Case("", "kvm", shift=shift)
     with metal(lab, qemu=qemu, **spec_changes(case)) as guest:
         guest.write_all()
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask()
         written = ("kept", "kept too", "after the ask", "after the hint was added")
         for part in written:
             guest.write(part)
@@ -252,18 +250,14 @@ def test_answers_to_other_requests_are_dropped(lab: Lab, accel: str) -> None:
     """Arrays with an id that is not the current one take nothing out, and are counted as stale."""
     with metal(lab, accel=accel) as guest:
         guest.write_all()
-        abandoned = guest.incoming("abandoned")
-        start(guest.source, abandoned, held())
-        old_id = guest.balloon.wait_asked()
+        abandoned, old_id = guest.ask("abandoned")
         guest.balloon.send_array(old_id, PAGE, addrs_of("kept"))
         guest.balloon.queue.wait_returned()
         cancel(guest.source)
         abandoned.close()
 
         guest.balloon.send_array(old_id, PAGE, addrs_of("kept"))
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask()
         assert cmd_id not in (old_id, Balloon.STOP, Balloon.DONE)
         wrong = {
             "kept": old_id,
@@ -299,16 +293,12 @@ def test_hints_wait_for_the_end_of_their_round(lab: Lab, accel: str) -> None:
     """An array that was made available in time, but told too late, is stale in the next request."""
     with metal(lab, accel=accel) as guest:
         guest.write_all()
-        abandoned = guest.incoming("abandoned")
-        start(guest.source, abandoned, held())
-        old_id = guest.balloon.wait_asked()
+        abandoned, old_id = guest.ask("abandoned")
         guest.balloon.send_array(old_id, PAGE, addrs_of("kept"), kick=False)
         cancel(guest.source)
         abandoned.close()
 
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask()
         guest.balloon.send_array(cmd_id, PAGE, addrs_of("free"), slot=1)
         guest.balloon.send_end(cmd_id, slot=2)
         wait_hints_ended(guest.source)
@@ -325,9 +315,7 @@ def test_blocks_count_between_start_and_stop(lab: Lab, accel: str) -> None:
     """
     with metal(lab, Balloon.HINTS, accel=accel) as guest:
         guest.write_all()
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask()
         guest.balloon.send_block(strips("kept")[0], STRIP_BYTES)
         # A start for another request is none.
         guest.balloon.send_command(cmd_id + 1)
@@ -362,9 +350,7 @@ def test_hints_after_a_sync_are_stale(lab: Lab, measured: Dict[str, Any], accel:
     """
     with metal(lab, accel=accel) as guest:
         guest.write_all()
-        destination = guest.incoming()
-        start(guest.source, destination, held().with_parameters(free_page_hint_wait=100))
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask(free_page_hint_wait=100)
         guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES, kick=False)
         assert wait_hints_ended(guest.source).reason == "timeout"
         later_rounds(guest)
@@ -389,9 +375,7 @@ def test_written_last(lab: Lab, accel: str) -> None:
     """
     with metal(lab, accel=accel, trace=None) as guest:
         guest.write_all()
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask()
         guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
         guest.balloon.send_end(cmd_id)
         assert wait_hints_ended(guest.source).skipped_bytes == len(HINTED_PAGES) * PAGE

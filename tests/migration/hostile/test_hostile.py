@@ -121,9 +121,7 @@ def test_lies_are_counted(lab: Lab, accel: str) -> None:
     with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         # All RAM but the first 3 MiB, in which the program and its queue live.
         guest.machine.stamp(3 * MIB, (MEM_MIB - 3) * 256, 1)
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask()
         wrong = {}
         for lie in LIES:
             before = hints_now(guest.source)
@@ -206,9 +204,7 @@ def test_shapes_are_counted(lab: Lab, accel: str, measured: Dict[str, Any]) -> N
     """Messages that are too short or too long, that the device could write, or in pieces."""
     with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         guest.write_all()
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask()
         wrong = {}
         for shape in SHAPES:
             before = hints_now(guest.source)
@@ -370,9 +366,7 @@ def test_broken_chains(lab: Lab, accel: str, measured: Dict[str, Any]) -> None:
 
 def assert_hints_work(guest: Metal) -> None:
     """The next migration asks this guest for hints and uses them, and all else arrives."""
-    destination = guest.incoming()
-    start(guest.source, destination, held())
-    cmd_id = guest.balloon.wait_asked()
+    destination, cmd_id = guest.ask()
     guest.balloon.send_array(cmd_id, PAGE, addrs_of("free"))
     guest.balloon.send_end(cmd_id)
     hints = wait_hints_ended(guest.source)
@@ -388,9 +382,7 @@ def test_a_device_that_breaks_ends_the_round(lab: Lab, accel: str, how: str) -> 
     """When the device gives up on its driver while it is asked, RAM is sent at once."""
     with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         guest.write_all()
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        guest.balloon.wait_asked()
+        destination, _ = guest.ask()
         BREAKS[how](guest)
         hints = wait_hints_ended(guest.source)
         # Not the deadline, which is a minute.
@@ -428,9 +420,7 @@ def test_a_queue_in_nothing_costs_the_deadline(lab: Lab, accel: str) -> None:
     """A device whose queue is where no memory is does not give up: its driver is merely silent."""
     with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         guest.write_all()
-        destination = guest.incoming()
-        start(guest.source, destination, held().with_parameters(free_page_hint_wait=1000))
-        guest.balloon.wait_asked()
+        destination, _ = guest.ask(free_page_hint_wait=1000)
         BREAKS["queue-in-nothing"](guest)
         hints = wait_hints_ended(guest.source)
         assert not guest.balloon.broken

@@ -221,9 +221,7 @@ def test_ended_while(lab: Lab, state: str, how: str) -> None:
 
         # What was hinted is kept by its owner now, and some of it written.
         guest.write("in round 1")
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask()
         assert cmd_id != old_id
         # An answer that is late.
         guest.balloon.send_array(old_id, PAGE, HINTED_PAGES)

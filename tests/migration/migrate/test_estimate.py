@@ -281,9 +281,7 @@ def test_migrations_go_on_as_before(lab: Lab) -> None:
         guest.write_all()
         set_up(guest.source)
         assert estimate(guest.source, wait_ms=200)["reason"] == "timeout"
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask()
         guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
         guest.balloon.send_end(cmd_id)
         hints = hints_of(let_go(guest.source, destination))

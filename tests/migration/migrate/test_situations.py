@@ -20,7 +20,7 @@ from livemig.guest import Guest
 from livemig.host import process_mib
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE
-from livemig.metal import HINTED_PAGES, held, let_go, metal
+from livemig.metal import HINTED_PAGES, let_go, metal
 from livemig.migration import Hints, cancel, finish, let_end, migrate, query, set_capabilities
 from livemig.migration import start
 from livemig.oracle import Oracle
@@ -373,9 +373,7 @@ def test_network_card_goes_while_asked(lab: Lab) -> None:
         # The premise: its ROM is a block of RAM that is sent.
         assert "/virtio-net-pci.rom" in source.hmp("info ramblock")
         guest.write_all()
-        destination = guest.incoming()
-        start(source, destination, held())
-        cmd_id = guest.balloon.wait_asked()
+        destination, cmd_id = guest.ask()
         # The chipset's register for this: slot 16 of the first bus.
         guest.machine.write_port(0xAE10, 0, 32)
         guest.machine.write_port(0xAE08, 1 << 16, 32)
