@@ -3,20 +3,23 @@
 # this machine's, without a change to the machine's own. Needs no root.
 # shellcheck shell=bash
 
-# suite_entry SUITE: a line for sources.list. The mirror is the one of bookworm, or of its security
-# updates.
+# suite_entry SUITE|SUITE=src: a line for sources.list, of packages or of sources. The mirror is the one of
+# bookworm, or of its security updates.
 suite_entry() {
-    local mine=bookworm archive
+    local mine=bookworm archive type=deb
     [[ $1 != *-security ]] || mine=bookworm-security
+    [[ $1 != *=src ]] || type=deb-src
     archive=$(mirror_of $mine Packages) || die "apt has no entry for $mine main: add Debian's own to /etc/apt first"
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive $1 main"
+    echo "$type [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive ${1%=src} main"
 }
 
-# use_suites SUITE...: from here on, apt-get and apt-cache of this script know these suites only. Their
-# lists, in $FPH_CACHE/apt, are read again when they are a day old.
+# use_suites [--fresh] SUITE|SUITE=src...: from here on, apt-get and apt-cache of this script know these suites
+# only. Their lists, in $FPH_CACHE/apt, are read again when they are a day old, or if they are to be fresh.
 use_suites() {
-    local dir suite
+    local dir suite fresh=no
+    [ "$1" != --fresh ] || { fresh=yes && shift; }
     dir=$FPH_CACHE/apt/$(IFS=+ && echo "$*")
+    need_disk "$dir" 200 "the lists of $*"
     mkdir -p "$dir"/{lists,archives,etc,state}
     for suite; do suite_entry "$suite"; done >"$dir/sources"
     cat >"$dir/conf" <<EOF
@@ -34,7 +37,8 @@ Acquire::Retries "3";
 APT::Sandbox::User "root";
 EOF
     export APT_CONFIG=$dir/conf
-    if [ -z "$(find "$dir/read" -mtime -1 2>/dev/null)" ]; then
+    if [ $fresh = yes ] || [ -z "$(find "$dir/read" -mtime -1 2>/dev/null)" ]; then
+        say "reading the lists of $*"
         apt-get -q -o APT::Update::Error-Mode=any update >"$dir/log" 2>&1 ||
             die "cannot read the package lists of $*, is the network there?" \
                 "$(grep -m 1 '^[EW]: ' "$dir/log"). Log: $dir/log"
