@@ -11,12 +11,12 @@ import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
 from livebench import hostinfo
 from livebench.statistics import Spread
 from livebench.store import write_json
-from livemig import kvm, machine, paths, workload
+from livemig import host, kvm, machine, paths, workload
 from livemig.errors import LivemigError, NotPossibleHere
 from livemig.guest import Guest
 from livemig.machine import MIB, PAGE, Machine, trouble_with_kvm
@@ -43,8 +43,6 @@ LINK_MIB = 200
 WATCH_SECONDS = 2.0
 # Slow enough that nothing but arming happens to the guest meanwhile.
 HELD_BACK = MIB
-HUGE_PAGE_MIB = 2
-NR_HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 # What KVM counts when a guest's write or read has to wait for it.
 FAULTS = "pf_taken"
 
@@ -72,21 +70,6 @@ OFF = {"free-page-hint": False, "skip-absent-pages": False}
 ARMED = {"free-page-hint": False, "skip-absent-pages": True}
 HINTS = {"free-page-hint": True, "skip-absent-pages": True}
 LINUX = "linux"
-
-
-@contextlib.contextmanager
-def _huge_pages(mib: int) -> Iterator[None]:
-    """Huge pages for so much memory, until the context ends."""
-    before = int(NR_HUGEPAGES.read_text(encoding="ascii"))
-    wanted = before + mib // HUGE_PAGE_MIB
-    try:
-        NR_HUGEPAGES.write_text(str(wanted), encoding="ascii")
-        have = int(NR_HUGEPAGES.read_text(encoding="ascii"))
-        if have < wanted:
-            raise NotPossibleHere(f"the host has {have} huge pages of {wanted}")
-        yield
-    finally:
-        NR_HUGEPAGES.write_text(str(before), encoding="ascii")
 
 
 def _faults(guest: Guest) -> int:
@@ -279,7 +262,8 @@ def run(set_mib: int, runs: int, qemus: Sequence[str], out: Path) -> List[Dict[s
                 logs = paths.OUT / "logs" / "bench" / f"arming-{what}-{way}-{index}"
                 with contextlib.ExitStack() as stack:
                     if what == "hugetlb":
-                        stack.enter_context(_huge_pages(2 * (set_mib + REST_MIB)))
+                        # Both sides, in pages of 2 MiB.
+                        stack.enter_context(host.huge_pages(2048, set_mib + REST_MIB))
                     if what == LINUX:
                         values = run_linux(qemu, capabilities, logs)
                     else:

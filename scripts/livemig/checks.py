@@ -5,12 +5,12 @@ import contextlib
 import re
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence
 
 import pytest
 
-from livemig import workload
+from livemig import host, workload
+from livemig.errors import NotPossibleHere
 from livemig.guest import Guest
 from livemig.host import MIB
 from livemig.lab import ABSENT
@@ -232,18 +232,9 @@ def assert_watched(guest: Guest) -> None:
 @contextlib.contextmanager
 def huge_pages_set_aside(size_kib: int, count: int) -> Iterator[None]:
     """Huge pages of the host for a test; skips it if there are not so many."""
-    control = Path(f"/sys/kernel/mm/hugepages/hugepages-{size_kib}kB/nr_hugepages")
-    if not control.exists():
-        pytest.skip(f"this host has no huge pages of {size_kib} KiB")
-    before = int(control.read_text(encoding="ascii"))
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            control.write_text(str(before + count), encoding="ascii")
-        except OSError as err:
-            pytest.skip(f"huge pages cannot be set aside on this host: {err}")
-        if int(control.read_text(encoding="ascii")) < before + count:
-            pytest.skip(f"this host has no {count} free huge pages of {size_kib} KiB")
+            stack.enter_context(host.huge_pages(size_kib, count))
+        except NotPossibleHere as err:
+            pytest.skip(str(err))
         yield
-    finally:
-        if int(control.read_text(encoding="ascii")) != before:
-            control.write_text(str(before), encoding="ascii")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Iterator, Optional
 
-from livemig.errors import LivemigError, NotEnoughMemory
+from livemig.errors import LivemigError, NotEnoughMemory, NotPossibleHere
 
 PAGE_BYTES = 4096
 MIB = 1 << 20
@@ -69,6 +69,26 @@ def _left_by_limits_mib() -> Iterator[int]:
             for word in "active_file", "inactive_file":
                 used -= int(stat[stat.index(word) + 1])
             yield max(limit - used, 0) // MIB
+
+
+@contextlib.contextmanager
+def huge_pages(size_kib: int, count: int) -> Iterator[None]:
+    """So many huge pages more, until the context ends. Raises NotPossibleHere if there are not."""
+    control = Path(f"/sys/kernel/mm/hugepages/hugepages-{size_kib}kB/nr_hugepages")
+    if not control.exists():
+        raise NotPossibleHere(f"this host has no huge pages of {size_kib} KiB")
+    before = int(control.read_text(encoding="ascii"))
+    try:
+        try:
+            control.write_text(str(before + count), encoding="ascii")
+        except OSError as err:
+            raise NotPossibleHere(f"huge pages cannot be set aside on this host: {err}") from err
+        if int(control.read_text(encoding="ascii")) < before + count:
+            raise NotPossibleHere(f"this host has no {count} free huge pages of {size_kib} KiB")
+        yield
+    finally:
+        if int(control.read_text(encoding="ascii")) != before:
+            control.write_text(str(before), encoding="ascii")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ import pytest
 
 from livemig import memory, paths, workload
 from livemig.checks import FREED_MIB, INIT_ON_FREE, NO_HINTS, SMALL, WITH_HINTS, assert_hints_if
-from livemig.checks import assert_intact, fill_and_free, wait_hints_ended, wait_rounds
+from livemig.checks import assert_intact, fill_and_free, huge_pages_set_aside, wait_hints_ended
+from livemig.checks import wait_rounds
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -30,8 +31,6 @@ from livemig.migration import start, status_is
 from livemig.spec import GuestSpec, MigrationSpec
 
 EMPTIED = re.compile(r"^ram_make_empty block '(\S+)' (\w+) (\d+) bytes$", re.MULTILINE)
-HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
-HUGE_MIB = 2
 
 
 def emptied(destination: Guest) -> Dict[str, Tuple[str, int]]:
@@ -323,22 +322,14 @@ def test_fresh_memory_is_left_alone(lab: Lab, tmp_path: Path, name: str) -> None
 @pytest.fixture(name="huge_pages")
 def _huge_pages(tmp_path: Path) -> Iterator[Path]:
     """A hugetlbfs whose pool has two guests' memory, and some more: it is given back late."""
-    before = int(HUGE_PAGES.read_text(encoding="ascii"))
-    wanted = before + 2 * RAM_BYTES // (HUGE_MIB * MIB) + 16
     where = tmp_path / "huge"
     where.mkdir()
-    try:
-        HUGE_PAGES.write_text(f"{wanted}\n", encoding="ascii")
-        if int(HUGE_PAGES.read_text(encoding="ascii")) < wanted:
-            pytest.skip(f"this machine has no {wanted} huge pages of {HUGE_MIB} MiB to spare")
-        options = f"pagesize={HUGE_MIB}M"
-        subprocess.run(["mount", "-t", "hugetlbfs", "-o", options, "none", where], check=True)
+    with huge_pages_set_aside(2048, 2 * RAM_BYTES // (2 * MIB) + 16):
+        subprocess.run(["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", where], check=True)
         try:
             yield where
         finally:
             subprocess.run(["umount", where], check=True)
-    finally:
-        HUGE_PAGES.write_text(f"{before}\n", encoding="ascii")
 
 
 HUGE = {

@@ -15,13 +15,14 @@ import pytest
 
 from livemig import workload
 from livemig.checks import MIB, SMALL, WITH_HINTS, assert_hints_used, assert_intact
+from livemig.checks import huge_pages_set_aside
 from livemig.errors import GuestError
 from livemig.lab import Lab
 from livemig.migration import migrate
 from livemig.spec import GuestSpec
 from livemig.workload import meminfo
 
-POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+FREE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 PAGES = {"whole": 256, "half": 128}
 FREED_MIB = 192
 GUEST = SMALL.but(mem_mib=512, balloon="free-page-hint=on,free-page-hint-arrays=on")
@@ -37,27 +38,13 @@ def in_huge_pages(how: str) -> GuestSpec:
     return GUEST.but(mem_backend=f"{kind},{how}")
 
 
-def counted(name: str) -> int:
-    """A number of huge pages that the host reports."""
-    return int((POOL / name).read_text(encoding="ascii"))
-
-
 @contextlib.contextmanager
 def pool(pages: int) -> Iterator[None]:
-    """The host's pool has so many free huge pages; skips where it cannot."""
-    try:
-        before = counted("nr_hugepages")
-        if counted("free_hugepages"):
+    """The host's pool has so many free huge pages, and no more; skips where it cannot."""
+    with huge_pages_set_aside(2048, pages):
+        if int(FREE_PAGES.read_text(encoding="ascii")) != pages:
             pytest.skip("others have set huge pages aside on this host")
-        (POOL / "nr_hugepages").write_text(str(before + pages), encoding="ascii")
-    except OSError as err:
-        pytest.skip(f"huge pages cannot be set aside on this host: {err}")
-    try:
-        if counted("nr_hugepages") < before + pages:
-            pytest.skip(f"this host has no {pages} free huge pages of 2 MiB")
         yield
-    finally:
-        (POOL / "nr_hugepages").write_text(str(before), encoding="ascii")
 
 
 @pytest.mark.parametrize("how", MEMORY)
