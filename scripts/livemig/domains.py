@@ -54,6 +54,11 @@ class Hosts:
         """Run a command on a host; return what it did."""
         return two_hosts("on", "--state", self.state, host, *command)
 
+    def start(self, host: str, *command: Any) -> "subprocess.Popen[str]":
+        """Start a command on a host."""
+        words = [str(word) for word in (TOOL, "on", "--state", self.state, host, *command)]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
     def virsh(self, host: str, *args: Any) -> str:
         """Run virsh on a host, which must succeed; return what it printed."""
         done = self.call(host, "virsh", "-q", *args)

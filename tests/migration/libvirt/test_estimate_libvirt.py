@@ -7,13 +7,12 @@ The commands are those of docs/libvirt.md.
 import json
 import re
 import shlex
-import subprocess
 from typing import Any, Dict, List
 
 import pytest
 
 from livemig import domains, workload
-from livemig.domains import DOCUMENTATION, FREED_MIB, MIB, STAMPED_MIB, TOOL, Guest, Hosts
+from livemig.domains import DOCUMENTATION, FREED_MIB, MIB, STAMPED_MIB, Guest, Hosts
 
 # A fixture
 hosts = domains.hosts_fixture
@@ -52,10 +51,8 @@ def test_planned_and_accounted_for(hosts: Hosts, guest: Guest, measured: Dict[st
     listener = documented("qemu-monitor-event", guest.name)
     assert listener[-4:] == ["--event", EVENT, "--timeout", "600"]
     # Of all events, so that one of them shows that it listens.
-    command = [str(word) for word in (TOOL, "on", "--state", hosts.state, "a", "virsh")]
-    with subprocess.Popen(
-        [*command, *listener[:-4], "--loop", "--timeout", "600"], stdout=subprocess.PIPE, text=True
-    ) as virsh:
+    command = ("virsh", *listener[:-4], "--loop", "--timeout", "600")
+    with hosts.start("a", *command) as virsh:
         try:
             assert virsh.stdout
             heard = ""

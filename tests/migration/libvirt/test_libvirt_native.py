@@ -7,7 +7,6 @@ docs/libvirt.md explains what is used here. "make libvirt" builds it.
 
 import json
 import re
-import subprocess
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 
 from livemig import paths, workload
 from livemig.domains import COLD_MIB, DOCUMENTATION, MIB, OTHER_HOST, QEMU_NAMESPACE, STAMPED_MIB
-from livemig.domains import TOOL, Guest, Hosts, assert_unused, assert_used, cold_cache, cold_image
+from livemig.domains import Guest, Hosts, assert_unused, assert_used, cold_cache, cold_image
 from livemig.domains import running_hosts, two_hosts
 from livemig.migration import Absent, Hints, MigrationResult
 
@@ -212,11 +211,9 @@ def test_parameters_of_one_migration(hosts: Hosts) -> None:
         wanted = [1234, 7 * MIB]
         assert all(is_now != shall_be for is_now, shall_be in zip(before, wanted))
         options = ("--free-page-hint-wait", wanted[0], "--free-page-hint-cache", "7MiB")
-        command = (TOOL, "on", "--state", hosts.state, "a", "virsh", "migrate", "--live")
         # Slow enough to be looked at
         slowly = ("--bandwidth", 1, guest.name, "qemu+tcp://host-b/system")
-        words = [str(word) for word in (*command, *options, *slowly)]
-        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as virsh:
+        with hosts.start("a", "virsh", "migrate", "--live", *options, *slowly) as virsh:
             try:
                 deadline = time.monotonic() + 60
                 while guest.qmp("query-migrate").get("status") != "active":

@@ -2,14 +2,13 @@
 """What controllers look at while a guest migrates with hints, and whether they would give it up."""
 
 import json
-import subprocess
 from dataclasses import replace
 from typing import Any, Dict, List, Sequence
 
 import pytest
 
 from livemig import domains, workload
-from livemig.domains import FREED_MIB, MIB, SPEC, STAMPED_MIB, TOOL, Guest, Hosts
+from livemig.domains import FREED_MIB, MIB, SPEC, STAMPED_MIB, Guest, Hosts
 from livemig.stall import GIB, GivenUp, Sample, given_up, longest_standstill
 
 # A fixture
@@ -86,9 +85,7 @@ def test_no_controller_gives_up(hosts: Hosts, measured: Dict[str, Any]) -> None:
     with Guest(hosts, "watched", ["-global", "migration.free-page-hint-wait=60000"]) as guest:
         workload.stamp(guest, STAMPED_MIB)
         guest.fill()
-        command = [TOOL, "on", "--state", hosts.state, "a", "/usr/bin/python3", "-c", SAMPLER]
-        words = [str(word) for word in (*command, guest.name)]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as sampler:
+        with hosts.start("a", "/usr/bin/python3", "-c", SAMPLER, guest.name) as sampler:
             assert sampler.stdout
             # It has begun to look.
             first = sampler.stdout.readline()

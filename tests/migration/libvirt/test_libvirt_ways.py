@@ -20,8 +20,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set,
 import pytest
 
 from livemig import domains, workload
-from livemig.domains import FREED_MIB, LIBVIRTD_LOG, MIB, OTHER_HOST, STAMPED_MIB, TOOL, Guest
-from livemig.domains import Hosts, assert_used, processes_naming
+from livemig.domains import FREED_MIB, LIBVIRTD_LOG, MIB, OTHER_HOST, STAMPED_MIB, Guest, Hosts
+from livemig.domains import assert_used, processes_naming
 from livemig.errors import GuestError
 from livemig.migration import MigrationResult
 
@@ -47,13 +47,6 @@ class Traveller(Guest):
     # What query-migrate said when RAM was being sent.
     seen: Dict[str, Any] = {}
 
-    def start_virsh(self, host: str, *args: Any) -> "subprocess.Popen[str]":
-        """Start virsh on a host."""
-        words = [TOOL, "on", "--state", self.hosts.state, host, "virsh", "-q", *args]
-        return subprocess.Popen(
-            list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
     def virsh_migrate(self, *options: Any) -> "subprocess.CompletedProcess[str]":
         """Let virsh migrate the guest; once RAM is being sent, call what is to be done then."""
         if not self.meanwhile:
@@ -62,7 +55,8 @@ class Traveller(Guest):
         self._log_start = (log, log.stat().st_size)
         self.before = set(self.pids())
         uri = f"qemu+tcp://host-{OTHER_HOST[self.host]}/system"
-        with self.start_virsh(self.host, "migrate", "--live", *options, self.name, uri) as virsh:
+        command = ("virsh", "-q", "migrate", "--live", *options, self.name, uri)
+        with self.hosts.start(self.host, *command) as virsh:
             try:
                 self.wait_until(lambda: self.sent_bytes() > 0, virsh)
                 self.meanwhile(self)
