@@ -5,7 +5,7 @@ import contextlib
 import re
 import time
 from dataclasses import replace
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence
 
 import pytest
 
@@ -13,8 +13,9 @@ from livemig import host, workload
 from livemig.errors import NotPossibleHere
 from livemig.guest import Guest
 from livemig.host import MIB
-from livemig.lab import ABSENT
-from livemig.migration import Hints, MigrationResult, cancel, query, set_capabilities, status_is
+from livemig.lab import ABSENT, Lab
+from livemig.migration import Hints, MigrationResult, cancel, finish, query, set_capabilities, start
+from livemig.migration import status_is
 from livemig.modes import MODES, Mode, migration_for_mode
 from livemig.spec import GuestSpec, MigrationSpec
 
@@ -73,6 +74,13 @@ def keep_busy(guest: Guest) -> None:
     """Both: memory that is free and not zero, that knows its contents, and that is rewritten."""
     fill_and_free(guest)
     start_churn(guest)
+
+
+def boot_busy(lab: Lab, **changes: Any) -> Guest:
+    """A guest at work, with free memory that is not zero."""
+    source = lab.boot(SMALL.but(**changes))
+    keep_busy(source)
+    return source
 
 
 def assert_intact(guest: Guest, name: str = "default") -> workload.Verdict:
@@ -221,6 +229,32 @@ def ask(source: Guest, wait_ms: int = PATIENT_MS) -> Hints:
     hints = wait_answered(source)
     cancel(source)
     return hints
+
+
+def switch_early(
+    source: Guest,
+    destination: Guest,
+    common: Mapping[str, bool],
+    hints_on: bool = True,
+    **parameters: object,
+) -> None:
+    """Start a migration, and switch to postcopy when the hints are there and little was sent."""
+    # So slow that the first round is far from its end when the guest is switched over.
+    spec = migration(hints=hints_on, max_bandwidth=MIB, **parameters)
+    start(source, destination, replace(spec, common={"postcopy-ram": True, **common}))
+    if hints_on:
+        wait_hints_ended(source)
+    assert query(source).status == "active"
+    source.qmp("migrate-start-postcopy")
+
+
+def finish_postcopy(source: Guest, destination: Guest) -> MigrationResult:
+    """Let postcopy complete."""
+    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
+    result = finish(source, destination)
+    # The premise: the guest was switched over.
+    assert result.raw["ram"]["postcopy-bytes"] > 0
+    return result
 
 
 def assert_watched(guest: Guest) -> None:

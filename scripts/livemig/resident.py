@@ -15,8 +15,8 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 import pytest
 
 from livemig import kvm, memory, paths, workload
-from livemig.checks import assert_hints_if, assert_intact, hints_now, migration, wait_hints_ended
-from livemig.checks import wait_rounds
+from livemig.checks import assert_hints_if, assert_intact, finish_postcopy, hints_now, migration
+from livemig.checks import wait_hints_ended, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE, trouble_with_kvm
@@ -280,10 +280,7 @@ class Resident:
         while hints and not hints_now(self.here).requested_bytes:
             assert query(self.here).status in POSTCOPY
             time.sleep(0.1)
-        self.here.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
-        result = finish(self.here, self.there)
-        # The premise: it was switched over.
-        assert result.raw["ram"]["postcopy-bytes"] > 0
+        result = finish_postcopy(self.here, self.there)
         self.arrived(compare=False)
         self._has_come(hints, result, before, measured)
         return result

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Guests move between the versions of QEMU that there are patches for, in both directions."""
 
-from dataclasses import replace
 from typing import Any, Dict, Mapping
 
 import pytest
 
 from livemig import paths, workload
 from livemig.checks import FREED_MIB, MIB, SMALL, WITH_HINTS, assert_hints_used, assert_intact
-from livemig.checks import assert_whole, hints_now, keep_busy, migration, wait_hints_ended
+from livemig.checks import assert_whole, boot_busy, finish_postcopy, hints_now, switch_early
 from livemig.errors import MissingArtifact
-from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.migration import finish, migrate, query, start
+from livemig.migration import migrate
 
 pytestmark = pytest.mark.integrity
 
@@ -32,13 +30,6 @@ def built() -> None:
             pytest.skip(str(err))
 
 
-def busy_guest(lab: Lab, **changes: Any) -> Guest:
-    """A guest at work, with free memory that is not zero."""
-    source = lab.boot(SMALL.but(machine=MACHINE, **changes))
-    keep_busy(source)
-    return source
-
-
 @pytest.mark.parametrize("qemu", [OLD, NEW])
 def test_version(lab: Lab, qemu: str) -> None:
     """The premise: the builds are of the versions that they are named after."""
@@ -48,7 +39,7 @@ def test_version(lab: Lab, qemu: str) -> None:
 
 def test_there_and_back(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest with arrays moves to another version and back; both skip what it hints."""
-    here = busy_guest(lab, qemu=OLD)
+    here = boot_busy(lab, machine=MACHINE, qemu=OLD)
     for number, qemu in enumerate((NEW, NEW, OLD)):
         there = lab.incoming(here.spec.but(qemu=qemu), f"{number}-{qemu}")
         result = migrate(here, there, WITH_HINTS)
@@ -80,17 +71,10 @@ def switched(
     measured: Dict[str, Any],
 ) -> None:
     """Move a busy guest, with a switch to postcopy when hints are there and little was sent."""
-    source = busy_guest(lab, qemu=source_qemu)
+    source = boot_busy(lab, machine=MACHINE, qemu=source_qemu)
     destination = lab.incoming(source.spec.but(qemu=destination_qemu))
-    # So slow that the first round is far from its end when the guest is switched over.
-    start(source, destination, replace(migration(max_bandwidth=MIB), common=common))
-    wait_hints_ended(source)
-    assert query(source).status == "active"
-    source.qmp("migrate-start-postcopy")
-    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
-    result = finish(source, destination)
-    # The premise: the guest was switched over.
-    assert result.raw["ram"]["postcopy-bytes"] > 0
+    switch_early(source, destination, common)
+    result = finish_postcopy(source, destination)
     assert (result.raw["ram"]["multifd-bytes"] > 0) == common.get("multifd", False)
     hints = assert_hints_used(result, FREED_MIB * MIB)
     measured.update(skipped=hints.skipped_bytes, requested=hints.requested_bytes)
@@ -102,7 +86,7 @@ def switched(
 
 def test_monitor_says_what_hints_did(lab: Lab) -> None:
     """A plain "info migrate" shows what became of hints, also where it has more with -a."""
-    source = busy_guest(lab, qemu=NEW, skip_absent=True)
+    source = boot_busy(lab, machine=MACHINE, qemu=NEW, skip_absent=True)
     destination = lab.incoming(source.spec)
     migrate(source, destination, WITH_HINTS)
     said = source.hmp("info migrate")

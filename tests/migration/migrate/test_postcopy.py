@@ -2,19 +2,19 @@
 """Hints work together with postcopy."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Dict, Mapping
 
 import pytest
 
 from livemig import workload
 from livemig.checks import FREED_MIB, MIB, SMALL, assert_hints_if, assert_hints_used, assert_intact
-from livemig.checks import assert_whole, hints_now, huge_pages_set_aside, in_check, keep_busy
-from livemig.checks import migration, wait_hints_ended
+from livemig.checks import assert_whole, boot_busy, finish_postcopy, hints_now, huge_pages_set_aside
+from livemig.checks import in_check, keep_busy, switch_early
 from livemig.guest import Guest
 from livemig.host import process_mib
 from livemig.lab import Lab
-from livemig.migration import POSTCOPY, MigrationResult, finish, query, start, status_is
+from livemig.migration import POSTCOPY, query, status_is
 from livemig.oracle import Oracle
 
 pytestmark = pytest.mark.integrity
@@ -24,41 +24,8 @@ QEMU_MIB = 256
 PREEMPT = {"postcopy-preempt": True}
 
 
-def switch_early(
-    source: Guest,
-    destination: Guest,
-    common: Mapping[str, bool],
-    hints_on: bool = True,
-    **parameters: object,
-) -> None:
-    """Start a migration, and switch to postcopy when the hints are there and little was sent."""
-    # So slow that the first round is far from its end when the guest is switched over.
-    spec = migration(hints=hints_on, max_bandwidth=MIB, **parameters)
-    start(source, destination, replace(spec, common={"postcopy-ram": True, **common}))
-    if hints_on:
-        wait_hints_ended(source)
-    assert query(source).status == "active"
-    source.qmp("migrate-start-postcopy")
-
-
-def finish_fast(source: Guest, destination: Guest) -> MigrationResult:
-    """Let postcopy complete."""
-    source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
-    result = finish(source, destination)
-    # The premise: the guest was switched over.
-    assert result.raw["ram"]["postcopy-bytes"] > 0
-    return result
-
-
 # What nobody asks for comes so slowly that a guest can start a program before it is all there.
 BACKGROUND = 4 * MIB
-
-
-def busy_guest(lab: Lab, **changes: Any) -> Guest:
-    """A guest at work, whose QEMU checks when it has stopped that no write is lost."""
-    source = lab.boot(SMALL.but(qemu="checked", **changes))
-    keep_busy(source)
-    return source
 
 
 @dataclass(frozen=True)
@@ -88,7 +55,7 @@ def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: 
     keep_busy(source)
     destination = oracle.arrival(running=case.running)
     switch_early(source, destination, case.common, case.hints_on)
-    result = finish_fast(source, destination)
+    result = finish_postcopy(source, destination)
     hints = assert_hints_if(case.hints_on, result, FREED_MIB * MIB)
     measured.update(redirtied=hints.redirtied_bytes, requested=hints.requested_bytes)
     # Of what was skipped, that alone was sent which was written again or asked for.
@@ -108,10 +75,10 @@ def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: 
 
 def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
     """A source that drops what it sent has given everything to a postcopy destination."""
-    source = busy_guest(lab)
+    source = boot_busy(lab, qemu="checked")
     destination = lab.incoming(source.spec)
     switch_early(source, destination, {"release-ram": True})
-    result = finish_fast(source, destination)
+    result = finish_postcopy(source, destination)
     measured["skipped"] = assert_hints_used(result, FREED_MIB * MIB).skipped_bytes
     assert_whole(destination)
 
@@ -119,7 +86,7 @@ def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
 def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
     """Postcopy that was cut off after hints goes on over a new connection, nothing lost."""
-    source = busy_guest(lab)
+    source = boot_busy(lab, qemu="checked")
     destination = lab.incoming(source.spec)
     switch_early(source, destination, PREEMPT if preempt else {}, max_postcopy_bandwidth=MIB)
     # Before it runs there, a guest that is cut off is lost, hints or not.
@@ -132,7 +99,7 @@ def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
     destination.qmp_oob("migrate-recover", uri=uri)
     source.qmp("migrate-set-parameters", max_postcopy_bandwidth=0)
     source.qmp("migrate", uri=uri, resume=True)
-    assert_hints_used(finish_fast(source, destination), FREED_MIB * MIB)
+    assert_hints_used(finish_postcopy(source, destination), FREED_MIB * MIB)
     assert_whole(destination)
 
 
@@ -148,11 +115,11 @@ def use_hinted_memory(source: Guest, destination: Guest) -> None:
 @pytest.mark.parametrize("name", ["plain", "preempt"])
 def test_taken_back_in_postcopy(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """A guest that takes back hinted memory while the rest of it comes gets zeros, and works on."""
-    source = busy_guest(lab)
+    source = boot_busy(lab, qemu="checked")
     destination = lab.incoming(source.spec)
     switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=BACKGROUND)
     use_hinted_memory(source, destination)
-    result = finish_fast(source, destination)
+    result = finish_postcopy(source, destination)
     hints = assert_hints_used(result, FREED_MIB * MIB)
     measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
     # The premise
@@ -165,11 +132,11 @@ def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], name: str) ->
     """With huge pages behind the guest, one that is used in postcopy comes as a whole."""
     with huge_pages_set_aside(2048, SMALL.mem_mib):
         backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
-        source = busy_guest(lab, mem_backend=backend)
+        source = boot_busy(lab, qemu="checked", mem_backend=backend)
         destination = lab.incoming(source.spec)
         switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=BACKGROUND)
         use_hinted_memory(source, destination)
-        hints = assert_hints_used(finish_fast(source, destination), FREED_MIB * MIB)
+        hints = assert_hints_used(finish_postcopy(source, destination), FREED_MIB * MIB)
         measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
         # The premise
         assert hints.requested_bytes > 0 and hints.requested_bytes % (2 * MIB) == 0
