@@ -107,6 +107,11 @@ class Metal:
         there = self.source.spec.but(mem_file=self.files[1])
         return self.lab.incoming(there, name, running=False)
 
+    def goes_on_at(self, destination: Guest) -> None:
+        """It has arrived, and runs on there."""
+        destination.qmp("cont")
+        self.machine.moved_to(destination)
+
     def ask(self, name: str = "destination", **parameters: Any) -> Tuple[Guest, int]:
         """Migrate, held, until the guest is asked; returns where it goes, and the request's id."""
         destination = self.incoming(name)
@@ -151,6 +156,14 @@ def metal(lab: Lab, features: Optional[int] = None, **changes: Any) -> Iterator[
         balloon = Balloon(machine)
         balloon.start(Balloon.HINTS | Balloon.ARRAYS if features is None else features)
         yield Metal(lab, source, machine, balloon, (files[0], files[1]))
+
+
+@contextlib.contextmanager
+def written_metal(lab: Lab, features: Optional[int] = None, **changes: Any) -> Iterator[Metal]:
+    """The same, and it has written all parts of its memory."""
+    with metal(lab, features, **changes) as guest:
+        guest.write_all()
+        yield guest
 
 
 def held(**capabilities: bool) -> MigrationSpec:

@@ -129,8 +129,7 @@ def test_whenever_it_is_populated(
         assert redirtied >= CHURN_PAGES + 2 * PART_PAGES
         assert result.rounds >= 3
         assert result.zero_pages * PAGE <= USED_MIB * MIB
-        destination.qmp("cont")
-        guest.machine.moved_to(destination)
+        guest.goes_on_at(destination)
         assert not parts.wrong("read after the look", "read in a later round")
 
 
@@ -211,8 +210,7 @@ def test_kind_of_memory(lab: Lab, measured: Dict[str, Any], tmp_path: Path, name
                 assert (looked.absent_bytes == 0) == kind.populated
                 if not kind.populated:
                     assert looked.absent_bytes >= (MEM_MIB - USED_MIB) * MIB
-            destination.qmp("cont")
-            guest.machine.moved_to(destination)
+            guest.goes_on_at(destination)
             assert not parts.wrong()
             guest.source.close()
             destination.close()
@@ -276,8 +274,7 @@ def test_stock_destination(lab: Lab, accel: str) -> None:
         result = migrate(guest.source, destination, absent())
         assert absent_of(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
         assert_same(guest.source, destination)
-        destination.qmp("cont")
-        guest.machine.moved_to(destination)
+        guest.goes_on_at(destination)
         assert not parts.wrong()
 
 

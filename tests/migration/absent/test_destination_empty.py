@@ -25,7 +25,7 @@ from livemig.lab import Lab
 from livemig.leftovers import LEFTOVER, RAM_BYTES, leave_data, leftovers
 from livemig.machine import MIB, PAGE
 from livemig.metal import CHURN, CHURN_PAGES, DOWNTIME_MS, HELD, HINTED_PAGES, SLOW, STRIP_PAGES
-from livemig.metal import WAIT_MS, Metal, metal, strips
+from livemig.metal import WAIT_MS, Metal, metal, strips, written_metal
 from livemig.migration import MigrationResult, cancel, finish, migrate, restore, set_capabilities
 from livemig.migration import start, status_is
 from livemig.spec import GuestSpec, MigrationSpec
@@ -130,8 +130,7 @@ KINDS = {
 def test_leftovers_of_another_guest(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """A guest that hints pages to read what was in the destination's memory reads zeroes."""
     kind = KINDS[name]
-    with metal(lab) as guest, leftovers(kind.directory) as file:
-        guest.write_all()
+    with written_metal(lab) as guest, leftovers(kind.directory) as file:
         changes = dict(kind.changes)
         if kind.preload:
             changes["preload"] = paths.bare_metal(kind.preload)
@@ -146,8 +145,7 @@ def test_leftovers_of_another_guest(lab: Lab, measured: Dict[str, Any], name: st
         if not kind.file_changes:
             assert file.read_bytes() == LEFTOVER * (RAM_BYTES // PAGE)
         # The guest itself sees the same.
-        destination.qmp("cont")
-        guest.machine.moved_to(destination)
+        guest.goes_on_at(destination)
         assert guest.machine.read(HINTED_PAGES[0], 4) == [0] * 4
 
 
@@ -158,8 +156,7 @@ def test_ways_to_migrate(lab: Lab, common: Dict[str, bool], hints: bool) -> None
 
     multifd does not write a zero page that is sent first, so that it needs this without hints too.
     """
-    with metal(lab) as guest:
-        guest.write_all()
+    with written_metal(lab) as guest:
         leave_data(guest.files[1])
         destination = arrival(guest, mem_file=guest.files[1])
         move(guest, destination, hints, **common)
@@ -171,8 +168,7 @@ def test_ways_to_migrate(lab: Lab, common: Dict[str, bool], hints: bool) -> None
 def test_saved_to_a_file(lab: Lab, tmp_path: Path, mapped: bool, hints: bool) -> None:
     """A saved guest, whose file lacks what was hinted or is zero, comes back as it was."""
     saved = tmp_path / "saved"
-    with metal(lab) as guest:
-        guest.write_all()
+    with written_metal(lab) as guest:
         spec = hold(hints, mapped_ram=mapped)
         # As migration.save() does, but for the guest that has to answer meanwhile.
         set_capabilities(guest.source, {**spec.capabilities, **spec.common, "events": True})
@@ -190,8 +186,7 @@ def test_saved_to_a_file(lab: Lab, tmp_path: Path, mapped: bool, hints: bool) ->
 
 def test_postcopy(lab: Lab) -> None:
     """After a switch to postcopy nothing is left either."""
-    with metal(lab) as guest:
-        guest.write_all()
+    with written_metal(lab) as guest:
         leave_data(guest.files[1])
         destination = arrival(guest, mem_file=guest.files[1])
         spec = hold(True, postcopy_ram=True).with_parameters(max_bandwidth=HELD)
@@ -204,8 +199,7 @@ def test_postcopy(lab: Lab) -> None:
 
 def test_second_attempt(lab: Lab) -> None:
     """What an attempt that was cancelled has left is gone when the next one begins."""
-    with metal(lab) as guest:
-        guest.write_all()
+    with written_metal(lab) as guest:
         first = guest.incoming("abandoned")
         held = hold(False).with_parameters(downtime_limit=DOWNTIME_MS, max_bandwidth=SLOW)
         start(guest.source, first, held)
@@ -235,8 +229,7 @@ def test_what_qemu_itself_put_there(lab: Lab, tmp_path: Path, locked: bool) -> N
     files[1].write_bytes(LEFTOVER * 8)
     tables = [("-acpitable", f"sig=TEST,data={file}") for file in files]
     program = ("-device", f"loader,file={files[1]},addr={HINTED_PAGES[0]:#x},force-raw=on")
-    with metal(lab, args=tables[0]) as guest:
-        guest.write_all()
+    with written_metal(lab, args=tables[0]) as guest:
         destination = arrival(guest, args=(*tables[1], *program, *lock))
         # The premise: it is there before the guest comes.
         block = memory.ram_blocks(destination)["/rom@etc/acpi/tables"]
@@ -250,8 +243,7 @@ def test_what_qemu_itself_put_there(lab: Lab, tmp_path: Path, locked: bool) -> N
 @pytest.mark.parametrize("template", [False, True], ids=["moved", "template"])
 def test_memory_that_stays(lab: Lab, template: bool) -> None:
     """With x-ignore-shared, a file is the guest's memory, also for clones that only read it."""
-    with metal(lab) as guest:
-        guest.write_all()
+    with written_metal(lab) as guest:
         changes: Dict[str, Any] = {"mem_file": guest.files[0]}
         if template:
             properties = f"mem-path={guest.files[0]},share=off,readonly=on,rom=off"
@@ -262,8 +254,7 @@ def test_memory_that_stays(lab: Lab, template: bool) -> None:
         assert "pc.ram" not in emptied(destination)
         assert not any(guest.lost(part, destination=False) for part in guest.seeds)
         assert_empty_or_sent(guest, destination, hints=False)
-        destination.qmp("cont")
-        guest.machine.moved_to(destination)
+        guest.goes_on_at(destination)
         for part, seed in guest.seeds.items():
             assert guest.machine.wrong_pages(strips(part)[0], STRIP_PAGES, seed) == 0
 
@@ -282,8 +273,7 @@ def test_read_only_memory(lab: Lab, tmp_path: Path, contents: bool) -> None:
         + ("-device", "nvdimm,id=dimm,memdev=rom,unarmed=on")
         for file in files
     ]
-    with metal(lab, args=args[0]) as guest:
-        guest.write_all()
+    with written_metal(lab, args=args[0]) as guest:
         destination = arrival(guest, args=args[1])
         if not contents:
             move(guest, destination)
@@ -309,8 +299,7 @@ FRESH = {
 @pytest.mark.parametrize("name", FRESH)
 def test_fresh_memory_is_left_alone(lab: Lab, tmp_path: Path, name: str) -> None:
     """Memory that nobody else has used is not looked at, and remains populated if it was."""
-    with metal(lab) as guest:
-        guest.write_all()
+    with written_metal(lab) as guest:
         destination = arrival(guest, mem_backend=FRESH[name].format(tmp_path))
         move(guest, destination)
         assert emptied(destination) == {}
@@ -346,8 +335,7 @@ def test_huge_pages(huge_pages: Path, lab: Lab, name: str) -> None:
     """Nothing is left in hugetlbfs, and pages that were reserved remain so."""
     file = huge_pages / "memory"
     properties, how = HUGE[name]
-    with metal(lab) as guest:
-        guest.write_all()
+    with written_metal(lab) as guest:
         with open(file, "w+b") as pages:
             pages.truncate(RAM_BYTES)
             with mmap.mmap(pages.fileno(), RAM_BYTES) as view:

@@ -21,7 +21,7 @@ from livemig.machine import MIB, PAGE, Machine, spec
 from livemig.metal import CHURN, CHURN_PAGES, HELD, HINTED_PAGES, HINTED_STRIPS, PARTS, SLOW
 from livemig.metal import STOCK_HELD, STRIP_BYTES, Metal, addrs_of, assert_counters_match
 from livemig.metal import each_accelerator, held, let_go, lost_strips, metal, pages_of, strips
-from livemig.metal import tcg_at_least, usable, wait_hinted
+from livemig.metal import tcg_at_least, usable, wait_hinted, written_metal
 from livemig.migration import cancel, query, start
 
 # Whenever a write comes
@@ -195,8 +195,7 @@ def test_writes_survive_whenever_they_come(lab: Lab, measured: Dict[str, Any], c
         assert_counters_match(guest.source)
 
         # The guest lives on.
-        destination.qmp("cont")
-        guest.machine.moved_to(destination)
+        guest.goes_on_at(destination)
         assert guest.balloon.cmd_id() == Balloon.DONE
         assert guest.machine.wrong_pages(strips("in round 1")[0], 1, guest.seeds["in round 1"]) == 0
 
@@ -212,8 +211,7 @@ def test_what_is_written_before_it_is_sent_is_sent_once(
     it cannot be deferred, they are sent twice without hints too.
     """
     case = Case("", "kvm", shift=shift)
-    with metal(lab, qemu=qemu, **spec_changes(case)) as guest:
-        guest.write_all()
+    with written_metal(lab, qemu=qemu, **spec_changes(case)) as guest:
         destination, cmd_id = guest.ask()
         written = ("kept", "kept too", "after the ask", "after the hint was added")
         for part in written:
@@ -248,8 +246,7 @@ def test_what_is_written_before_it_is_sent_is_sent_once(
 @each_accelerator
 def test_answers_to_other_requests_are_dropped(lab: Lab, accel: str) -> None:
     """Arrays with an id that is not the current one take nothing out, and are counted as stale."""
-    with metal(lab, accel=accel) as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel) as guest:
         abandoned, old_id = guest.ask("abandoned")
         guest.balloon.send_array(old_id, PAGE, addrs_of("kept"))
         guest.balloon.queue.wait_returned()
@@ -291,8 +288,7 @@ def test_answers_to_other_requests_are_dropped(lab: Lab, accel: str) -> None:
 @each_accelerator
 def test_hints_wait_for_the_end_of_their_round(lab: Lab, accel: str) -> None:
     """An array that was made available in time, but told too late, is stale in the next request."""
-    with metal(lab, accel=accel) as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel) as guest:
         abandoned, old_id = guest.ask("abandoned")
         guest.balloon.send_array(old_id, PAGE, addrs_of("kept"), kick=False)
         cancel(guest.source)
@@ -313,8 +309,7 @@ def test_blocks_count_between_start_and_stop(lab: Lab, accel: str) -> None:
 
     In the protocol that upstream has, the second start can only be a stop.
     """
-    with metal(lab, Balloon.HINTS, accel=accel) as guest:
-        guest.write_all()
+    with written_metal(lab, Balloon.HINTS, accel=accel) as guest:
         destination, cmd_id = guest.ask()
         guest.balloon.send_block(strips("kept")[0], STRIP_BYTES)
         # A start for another request is none.
@@ -348,8 +343,7 @@ def test_hints_after_a_sync_are_stale(lab: Lab, measured: Dict[str, Any], accel:
 
     The model's counterexample for M5: the answer, with the right id, is applied after a sync.
     """
-    with metal(lab, accel=accel) as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel) as guest:
         destination, cmd_id = guest.ask(free_page_hint_wait=100)
         guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES, kick=False)
         assert wait_hints_ended(guest.source).reason == "timeout"
@@ -373,8 +367,7 @@ def test_written_last(lab: Lab, accel: str) -> None:
 
     Nobody looks on: then the engine does not keep up which pages are hinted, once the guest stands.
     """
-    with metal(lab, accel=accel, trace=None) as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel, trace=None) as guest:
         destination, cmd_id = guest.ask()
         guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
         guest.balloon.send_end(cmd_id)

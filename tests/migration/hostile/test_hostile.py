@@ -24,7 +24,7 @@ from livemig.lab import Lab
 from livemig.machine import MIB, PAGE
 from livemig.metal import CHECK_EVENT, FIRST_ID, REGION, STRIP_BYTES, TO_NOWHERE, Metal, addrs_of
 from livemig.metal import ask_meanwhile, assert_counters_match, each_accelerator, held, let_go
-from livemig.metal import lost_strips, metal, set_up, tcg_at_least, wait_hinted
+from livemig.metal import lost_strips, metal, set_up, tcg_at_least, wait_hinted, written_metal
 from livemig.migration import cancel, query, start
 
 REPEAT = int(os.environ.get("FPH_REPEAT", "1"))
@@ -202,8 +202,7 @@ SHAPES = [
 @tcg_at_least
 def test_shapes_are_counted(lab: Lab, accel: str, measured: Dict[str, Any]) -> None:
     """Messages that are too short or too long, that the device could write, or in pieces."""
-    with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         destination, cmd_id = guest.ask()
         wrong = {}
         for shape in SHAPES:
@@ -334,8 +333,7 @@ def test_broken_chains(lab: Lab, accel: str, measured: Dict[str, Any]) -> None:
     While hints are waited for, and also when nobody wants any.
     """
     broke = []
-    with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         set_up(guest.source)
         for name, break_it in BREAKS.items():
             for asked in (True, False):
@@ -380,8 +378,7 @@ def assert_hints_work(guest: Metal) -> None:
 @pytest.mark.parametrize("how", ["looped", "in-nothing-huge"])
 def test_a_device_that_breaks_ends_the_round(lab: Lab, accel: str, how: str) -> None:
     """When the device gives up on its driver while it is asked, RAM is sent at once."""
-    with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         destination, _ = guest.ask()
         BREAKS[how](guest)
         hints = wait_hints_ended(guest.source)
@@ -395,8 +392,7 @@ def test_a_device_that_breaks_ends_the_round(lab: Lab, accel: str, how: str) -> 
 @pytest.mark.parametrize("how", ["looped", "in-nothing-huge"])
 def test_a_broken_device_is_not_asked(lab: Lab, accel: str, how: str) -> None:
     """A device that has given up on its driver costs no wait; after a reset it is asked again."""
-    with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         set_up(guest.source)
         BREAKS[how](guest)
         # The device handles what it is given in the order in which QEMU is asked.
@@ -418,8 +414,7 @@ def test_a_broken_device_is_not_asked(lab: Lab, accel: str, how: str) -> None:
 @tcg_at_least
 def test_a_queue_in_nothing_costs_the_deadline(lab: Lab, accel: str) -> None:
     """A device whose queue is where no memory is does not give up: its driver is merely silent."""
-    with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         destination, _ = guest.ask(free_page_hint_wait=1000)
         BREAKS["queue-in-nothing"](guest)
         hints = wait_hints_ended(guest.source)
@@ -466,8 +461,7 @@ def prepare_flood(guest: Metal, kind: str, cmd_id: int) -> Tuple[int, ...]:
 @pytest.mark.parametrize("kind", ["small", "stale", "large"])
 def test_flood_without_migration(lab: Lab, accel: str, measured: Dict[str, Any], kind: str) -> None:
     """A guest that fills the queue all the time, unasked, keeps QEMU from nothing."""
-    with metal(lab, accel=accel, mem_mib=MEM_MIB) as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel, mem_mib=MEM_MIB) as guest:
         change = prepare_flood(guest, kind, STALE_ID)
         before = resident_mib(guest.source)
         flood = guest.balloon.queue.flood(0, *change)
@@ -495,8 +489,7 @@ def test_flood_in_migration(lab: Lab, accel: str, measured: Dict[str, Any], kind
     """
     # Each hint of a flood is too much to trace.
     changes: Dict[str, Any] = {"trace": memory.KEPT_EVENTS, "args": ("-trace", CHECK_EVENT)}
-    with metal(lab, accel=accel, mem_mib=MEM_MIB, **changes) as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel, mem_mib=MEM_MIB, **changes) as guest:
         destination = guest.incoming()
         # All of it is there before the deadline begins.
         change = prepare_flood(guest, kind, FIRST_ID)
@@ -534,8 +527,7 @@ def test_flood_in_migration(lab: Lab, accel: str, measured: Dict[str, Any], kind
         assert "in round 1" not in lost_strips(guest)
         assert not memory.compare(guest.source, destination).lost
         assert_counters_match(guest.source)
-        destination.qmp("cont")
-        guest.machine.moved_to(destination)
+        guest.goes_on_at(destination)
         # Its answer is the first thing on the new serial port.
         assert guest.machine.stop(0)[0] > 0
         guest.balloon.queue.wait_returned()
@@ -545,8 +537,7 @@ def test_flood_in_migration(lab: Lab, accel: str, measured: Dict[str, Any], kind
 @tcg_at_least
 def test_reset_with_a_full_queue(lab: Lab, accel: str) -> None:
     """A device that is reset with its queue full drops what is queued, and ends the round."""
-    with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         set_up(guest.source)
         for kind in ("small", "large", "invalid"):
             guest.source.qmp("migrate", uri=TO_NOWHERE)
@@ -569,8 +560,7 @@ def test_a_stopped_guest_is_left_alone(lab: Lab, measured: Dict[str, Any], accel
     What the device writes into the memory of a guest that was stopped for good is not sent.
     """
     measured["left"] = []
-    with metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
-        guest.write_all()
+    with written_metal(lab, accel=accel, mem_mib=MEM_MIB, qemu="debug") as guest:
         set_up(guest.source)
         for _ in range(3):
             guest.source.qmp("migrate", uri=TO_NOWHERE)

@@ -23,7 +23,8 @@ from livemig.checks import wait_rounds
 from livemig.guest import Guest
 from livemig.lab import ABSENT, Lab
 from livemig.machine import MIB, PAGE
-from livemig.metal import HINTED_PAGES, PARTS, WAIT_MS, Metal, held, let_go, metal, wait_hinted
+from livemig.metal import HINTED_PAGES, PARTS, WAIT_MS, Metal, held, let_go, wait_hinted
+from livemig.metal import written_metal
 from livemig.migration import migrate, query, set_capabilities, start, status_is
 from livemig.oracle import Oracle
 
@@ -202,8 +203,7 @@ def in_reporting(guest: Metal, doomed: Guest) -> int:
 def test_ended_while(lab: Lab, state: str, how: str) -> None:
     """A migration that ends while its guest answers takes no page out of the next one."""
     reach = {"asked": in_asked, "reporting": in_reporting}[state]
-    with metal(lab) as guest:
-        guest.write_all()
+    with written_metal(lab) as guest:
         doomed = guest.incoming("doomed")
         old_id = reach(guest, doomed)
         hints = hints_now(guest.source)

@@ -16,7 +16,7 @@ from livemig.guest import Guest
 from livemig.host import process_mib
 from livemig.lab import Lab
 from livemig.machine import PAGE
-from livemig.metal import FIRST_ID, HINTED_PAGES, Metal, held, let_go, metal, set_up
+from livemig.metal import FIRST_ID, HINTED_PAGES, Metal, held, let_go, metal, set_up, written_metal
 from livemig.migration import migrate, start
 from livemig.oracle import Oracle
 from livemig.spec import BLOCKS, GuestSpec
@@ -277,8 +277,7 @@ def test_human_monitor(lab: Lab) -> None:
 
 def test_migrations_go_on_as_before(lab: Lab) -> None:
     """After an estimate that found nothing, a migration asks anew and uses what it hears."""
-    with metal(lab, qemu="debug") as guest:
-        guest.write_all()
+    with written_metal(lab, qemu="debug") as guest:
         set_up(guest.source)
         assert estimate(guest.source, wait_ms=200)["reason"] == "timeout"
         destination, cmd_id = guest.ask()

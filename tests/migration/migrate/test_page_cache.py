@@ -22,7 +22,7 @@ from livemig.checks import wait_hints_ended
 from livemig.disk import disk_copy
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.metal import WAIT_MS, let_go, lost_strips, metal
+from livemig.metal import WAIT_MS, let_go, lost_strips, metal, written_metal
 from livemig.migration import Hints, MigrationResult, cancel, migrate, start
 from livemig.oracle import Oracle
 from livemig.spec import ARRAYS, MigrationSpec
@@ -359,8 +359,7 @@ MOST = (1 << 64) - 1
 def test_any_value_is_a_number(lab: Lab, words: Any) -> None:
     """What a guest says that it freed is in a statistic, whatever it is, and nowhere else."""
     features = Balloon.HINTS | Balloon.ARRAYS | Balloon.CACHE
-    with metal(lab, features, balloon=BALLOON) as guest:
-        guest.write_all()
+    with written_metal(lab, features, balloon=BALLOON) as guest:
         destination, cmd_id = guest.ask(free_page_hint_cache=100 * MIB)
         mib, budget_ms = guest.balloon.cache_budget()
         assert mib == 100 and 0 < budget_ms <= WAIT_MS // 2
