@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
 
 from livebench import hostinfo
-from livebench.statistics import Spread
+from livebench.statistics import Spread, spreads
 from livebench.store import write_json
 from livemig import host, kvm, machine, paths, workload
 from livemig.errors import LivemigError, NotPossibleHere
@@ -279,7 +279,5 @@ def rows(found: Sequence[Mapping[str, Any]]) -> List[Tuple[str, str, Dict[str, S
     table = []
     for what, way in dict.fromkeys((run["what"], run["way"]) for run in found):
         own = [run for run in found if (run["what"], run["way"]) == (what, way)]
-        names = [name for name in own[0] if name not in ("what", "way", "run")]
-        spreads = {name: Spread.from_values([run[name] for run in own]) for name in names}
-        table.append((what, way, spreads))
+        table.append((what, way, spreads(own, "what", "way", "run")))
     return table

@@ -6,7 +6,7 @@ Phases in which one estimate follows the other alternate with phases in which th
 
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Dict, List
 
 from livebench import hostinfo, throughput
 from livebench.console import Console
@@ -78,9 +78,3 @@ def run(mem_mib: int, pairs: int, out: Path) -> List[Dict[str, Any]]:
             print(f"bench: pair {index}: {found[-1]}")
     write_json(out / "estimates.json", [{"host": hostinfo.facts(), "mem_mib": mem_mib}, *found])
     return found
-
-
-def rows(found: Sequence[Mapping[str, Any]]) -> Dict[str, Spread]:
-    """The spread of each figure."""
-    names = [name for name in found[0] if name != "run"]
-    return {name: Spread.from_values([run[name] for run in found]) for name in names}

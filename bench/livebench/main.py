@@ -137,6 +137,11 @@ def command_micro(args: argparse.Namespace) -> int:
     return 0
 
 
+def _show(spreads: Mapping[str, statistics.Spread], indent: str = "") -> None:
+    for name, spread in spreads.items():
+        print(f"{indent}{name:16} {spread.median:10.4g} ({spread.low:.4g}-{spread.high:.4g})")
+
+
 def command_arming(args: argparse.Namespace) -> int:
     """Measure what arming costs under KVM."""
     if args.mem and args.mem & (args.mem - 1):
@@ -144,16 +149,14 @@ def command_arming(args: argparse.Namespace) -> int:
     found = arming.run(args.mem or ARMING_MIB, args.runs or QUICK_RUNS, args.qemu, args.out)
     for what, way, spreads in arming.rows(found):
         print(f"{what}, {way}:")
-        for name, spread in spreads.items():
-            print(f"  {name:16} {spread.median:10.4g} ({spread.low:.4g}-{spread.high:.4g})")
+        _show(spreads, "  ")
     return 0
 
 
 def command_estimates(args: argparse.Namespace) -> int:
     """Measure what estimates cost a guest at work."""
     found = estimates.run(args.mem or ESTIMATES_MIB, args.runs or ESTIMATES_PAIRS, args.out)
-    for name, spread in estimates.rows(found).items():
-        print(f"{name:16} {spread.median:10.4g} ({spread.low:.4g}-{spread.high:.4g})")
+    _show(statistics.spreads(found, "run"))
     return 0
 
 

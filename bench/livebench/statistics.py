@@ -2,7 +2,7 @@
 """What several runs say together. All of it is numpy's and scipy's."""
 
 from dataclasses import dataclass
-from typing import Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 import numpy as np
 from scipy import stats
@@ -27,6 +27,12 @@ class Spread:
         """Describe at least one value."""
         low, first, middle, third, high = np.percentile(values, (0, 25, 50, 75, 100))
         return cls(len(values), *(float(x) for x in (middle, low, high, first, third)))
+
+
+def spreads(runs: Sequence[Mapping[str, Any]], *without: str) -> Dict[str, Spread]:
+    """The spread of each figure of some runs, but of those that only tell them apart."""
+    names = [name for name in runs[0] if name not in without]
+    return {name: Spread.from_values([run[name] for run in runs]) for name in names}
 
 
 def ratio(values: Sequence[float], base: Sequence[float]) -> Optional[float]:
