@@ -257,6 +257,23 @@ def finish_postcopy(source: Guest, destination: Guest) -> MigrationResult:
     return result
 
 
+@contextlib.contextmanager
+def going_on(guest: Guest, command: str) -> Iterator[None]:
+    """Run a command in the guest over and over meanwhile; /tmp/rounds has a line for each time."""
+    guest.agent.run(
+        f"(while [ ! -e /tmp/enough ]; do {command}; echo >> /tmp/rounds; done;"
+        " touch /tmp/done) > /tmp/loop 2>&1 &"
+    )
+    yield
+    guest.agent.run("touch /tmp/enough; until [ -e /tmp/done ]; do sleep 0.1; done")
+    assert not guest.agent.run("cat /tmp/loop")
+
+
+def rounds(guest: Guest) -> int:
+    """How often the command of going_on() was run."""
+    return int(guest.agent.run("cat /tmp/rounds 2> /dev/null | wc -l"))
+
+
 def assert_watched(guest: Guest) -> None:
     """Lockdep of the debug kernel looks on: it stops after its first complaint."""
     stats = guest.agent.run("cat /proc/lockdep_stats")

@@ -13,15 +13,15 @@ import os
 import re
 import statistics
 import time
-from typing import Any, Dict, Iterator, List
+from typing import Any, Counter, Dict, Iterator
 
 import pytest
 
 from livemig import paths, workload
 from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, ask, assert_goes_on
 from livemig.checks import assert_hints_used, assert_intact, assert_watched, assert_whole, begin
-from livemig.checks import fill_and_free, hints_now, hints_of, keep_busy, start_churn, wait_answered
-from livemig.checks import wait_for
+from livemig.checks import fill_and_free, going_on, hints_now, hints_of, keep_busy, rounds
+from livemig.checks import start_churn, wait_answered, wait_for
 from livemig.errors import GuestError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -154,7 +154,7 @@ def test_debug_kernel(lab: Lab) -> None:
     assert_arrives(oracle, source)
 
 
-# What goes on in the guest while it is asked: until there is /tmp/enough.
+# What goes on in the guest while it is asked.
 LOOPS = {
     "rebind": f"echo $dev > {DRIVER}/unbind; echo $dev > {DRIVER}/bind",
     "reload": "rmmod virtio_balloon; rmmod virtio_balloon_hint;"
@@ -168,20 +168,10 @@ def test_driver_comes_and_goes(lab: Lab, measured: Dict[str, Any], loop: str) ->
     """A driver that is unbound or unloaded over and over while asked leaves nothing behind."""
     source = boot(lab)
     start_churn(source)
-    source.agent.run(
-        f"dev=$(basename $(readlink -f {DRIVER}/virtio*)); (while [ ! -e /tmp/enough ]; do"
-        f" {LOOPS[loop]}; echo >> /tmp/rounds; done; touch /tmp/done) > /tmp/loop 2>&1 &"
-    )
-    reasons: List[str] = []
-    while len(reasons) < 6 * REPEAT:
-        hints = ask(source, wait_ms=2000)
-        reasons.append(hints.reason or "none")
-    source.agent.run("touch /tmp/enough; until [ -e /tmp/done ]; do sleep 0.1; done")
-    assert not source.agent.run("cat /tmp/loop")
-    measured.update(
-        reasons={reason: reasons.count(reason) for reason in set(reasons)},
-        rounds=int(source.agent.run("wc -l < /tmp/rounds")),
-    )
+    dev = source.agent.run(f"basename $(readlink -f {DRIVER}/virtio*)").strip()
+    with going_on(source, f"dev={dev}; {LOOPS[loop]}"):
+        reasons = Counter(ask(source, wait_ms=2000).reason or "none" for _ in range(6 * REPEAT))
+    measured.update(reasons=dict(reasons), rounds=rounds(source))
     # The premise: the guest was caught without a driver, or lost it while it was asked.
     assert {"no-driver", "reset"} & set(reasons)
     assert held_bytes(source) == 0

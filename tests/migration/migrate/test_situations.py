@@ -5,16 +5,16 @@ The balloon in other shapes, memory in other layouts, and what goes on in a gues
 while it is asked and while its RAM is sent.
 """
 
-import contextlib
 import time
 from dataclasses import dataclass, field
-from typing import Any, Callable, Counter, Dict, Iterator, Mapping, Tuple
+from typing import Any, Callable, Counter, Dict, Mapping, Tuple
 
 import pytest
 
 from livemig import workload
 from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, ask, assert_hints_used, assert_whole
-from livemig.checks import hints_now, hints_of, in_check, migration, wait_for, wait_hints_ended
+from livemig.checks import going_on, hints_now, hints_of, in_check, migration, rounds, wait_for
+from livemig.checks import wait_hints_ended
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.host import process_mib
@@ -56,23 +56,6 @@ def release(source: Guest, destination: Guest) -> Hints:
     """Let a slow migration complete; what hints took out at its start counts."""
     assert query(source).status == "active"
     return assert_hints_used(let_end(source, destination), 1)
-
-
-@contextlib.contextmanager
-def going_on(guest: Guest, command: str) -> Iterator[None]:
-    """Run a command in the guest over and over meanwhile; /tmp/rounds has a line for each time."""
-    guest.agent.run(
-        f"(while [ ! -e /tmp/enough ]; do {command}; echo >> /tmp/rounds; done;"
-        " touch /tmp/done) > /tmp/loop 2>&1 &"
-    )
-    yield
-    guest.agent.run("touch /tmp/enough; until [ -e /tmp/done ]; do sleep 0.1; done")
-    assert not guest.agent.run("cat /tmp/loop")
-
-
-def rounds(guest: Guest) -> int:
-    """How often the command of going_on() was run."""
-    return int(guest.agent.run("cat /tmp/rounds 2> /dev/null | wc -l"))
 
 
 # The balloon in other shapes
