@@ -10,7 +10,7 @@ import string
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from xml.etree import ElementTree
 
 import pytest
@@ -34,6 +34,8 @@ UNSUPPORTED = 77
 STAMPED_MIB = 64
 FREED_MIB = 512
 COLD_MIB = 128
+# For tests that are not about how soon a guest answers: the longest wait that there is.
+ANY_TIME = ("-global", "migration.free-page-hint-wait=60000")
 SPEC = GuestSpec(mem_mib=1024, vcpus=2)
 
 
@@ -185,16 +187,19 @@ class Guest:
         uri = f"qemu+tcp://host-{OTHER_HOST[self.host]}/system"
         return self.hosts.call(self.host, "virsh", "migrate", "--live", *options, self.name, uri)
 
+    def pids(self) -> List[int]:
+        """Return the processes of its QEMUs."""
+        return sorted(processes_naming(f"guest={self.name},"))
+
     def ram(self) -> Dict[str, memory.Block]:
         """Return the guest's RAM in its QEMU, also for after that has ended.
 
         The domain XML must ask for memory that is an open file of QEMU.
         """
-        pids = list(processes_naming(f"guest={self.name},"))
-        assert len(pids) == 1
+        (pid,) = self.pids()
         (file,) = (
             self._memories.enter_context(open(fd, "rb"))
-            for fd in Path(f"/proc/{pids[0]}/fd").iterdir()
+            for fd in Path(f"/proc/{pid}/fd").iterdir()
             if os.readlink(fd).startswith("/memfd:memory-backend-memfd")
         )
         path = Path(f"/proc/self/fd/{file.fileno()}")

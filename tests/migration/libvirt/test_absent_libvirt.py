@@ -11,7 +11,7 @@ import pytest
 
 from livemig import domains, workload
 from livemig.checks import wait_for
-from livemig.domains import FREED_MIB, MIB, SPEC, STAMPED_MIB, Guest, Hosts, processes_naming
+from livemig.domains import FREED_MIB, MIB, SPEC, STAMPED_MIB, Guest, Hosts
 from livemig.host import process_mib
 from livemig.migration import MigrationResult
 
@@ -38,9 +38,8 @@ class StockGuest(Guest):
 
     def rss_mib(self) -> int:
         """The memory of its QEMU."""
-        pids = list(processes_naming(f"guest={self.name},"))
-        assert len(pids) == 1
-        return int(process_mib(pids[0]))
+        (pid,) = self.pids()
+        return int(process_mib(pid))
 
     def free_and_report(self) -> int:
         """Write and free memory, and wait until the host has it back; returns what is left."""

@@ -12,7 +12,7 @@ from typing import Any, Dict, List
 import pytest
 
 from livemig import domains, workload
-from livemig.domains import DOCUMENTATION, FREED_MIB, MIB, STAMPED_MIB, Guest, Hosts
+from livemig.domains import ANY_TIME, DOCUMENTATION, FREED_MIB, MIB, STAMPED_MIB, Guest, Hosts
 
 # A fixture
 hosts = domains.hosts_fixture
@@ -33,7 +33,7 @@ def documented(words: str, name: str) -> List[str]:
 @pytest.fixture(name="guest")
 def guest_fixture(hosts: Hosts) -> Any:
     """A running guest, that answers however late."""
-    with Guest(hosts, "planned", ["-global", "migration.free-page-hint-wait=60000"]) as guest:
+    with Guest(hosts, "planned", ANY_TIME) as guest:
         workload.stamp(guest, STAMPED_MIB)
         guest.fill()
         yield guest

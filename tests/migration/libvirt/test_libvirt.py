@@ -18,10 +18,10 @@ import pytest
 
 from livemig import domains, memory, paths, workload
 from livemig.checks import wait_for
-from livemig.domains import COLD_MIB, DOCUMENTATION, DOMAIN_XML, FREED_MIB, MEMORY_DIRECTORY, MIB
-from livemig.domains import SPEC, STAMPED_MIB, TOOL, UNSUPPORTED, Guest, Hosts, assert_unused
-from livemig.domains import assert_used, capability, cold_cache, cold_image, processes_naming
-from livemig.domains import start_hosts, two_hosts
+from livemig.domains import ANY_TIME, COLD_MIB, DOCUMENTATION, DOMAIN_XML, FREED_MIB
+from livemig.domains import MEMORY_DIRECTORY, MIB, SPEC, STAMPED_MIB, TOOL, UNSUPPORTED, Guest
+from livemig.domains import Hosts, assert_unused, assert_used, capability, cold_cache, cold_image
+from livemig.domains import processes_naming, start_hosts, two_hosts
 from livemig.leftovers import LEFTOVER, leave_data
 from livemig.migration import MigrationResult
 
@@ -34,10 +34,7 @@ def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
 
     The guest is found unharmed on the other host each time.
     """
-    # The test is not about how soon the guest answers: the longest wait that there is.
-    more_args = ["-global", "migration.free-page-hint-wait=60000"]
-    for events in (memory.KEPT_EVENTS, memory.ABSENT_EVENT):
-        more_args += ["-trace", events]
+    more_args = (*ANY_TIME, "-trace", memory.KEPT_EVENTS, "-trace", memory.ABSENT_EVENT)
     with Guest(hosts, "there-and-back", more_args, source="memfd") as guest:
         workload.stamp(guest, STAMPED_MIB)
         guest.fill()
@@ -292,8 +289,7 @@ def test_memory_in_a_used_file(hosts: Hosts) -> None:
             assert_used(guest.migrate())
             guest.check()
             # The premise: it is the guest's memory now.
-            pids = list(processes_naming(f"guest={name},"))
-            maps = Path(f"/proc/{pids[0]}/maps").read_text(encoding="utf-8")
+            maps = Path(f"/proc/{guest.pids()[0]}/maps").read_text(encoding="utf-8")
             assert f" {os.fstat(used.fileno()).st_ino} " in maps
             assert all(page != LEFTOVER for page in iter(lambda: used.read(len(LEFTOVER)), b""))
 
@@ -302,7 +298,7 @@ def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> N
     """Cold page cache is freed for the one migration that it is asked for, as in the guide."""
     image = cold_image(tmp_path)
     args = (
-        *("-global", "migration.free-page-hint-wait=60000"),
+        *ANY_TIME,
         *("-drive", f"file={image},format=raw,if=none,id=files,readonly=on"),
         *("-device", "virtio-blk-pci,drive=files,bus=pcie.0,addr=0x1d"),
     )

@@ -16,9 +16,9 @@ from xml.etree import ElementTree
 import pytest
 
 from livemig import paths, workload
-from livemig.domains import COLD_MIB, DOCUMENTATION, MIB, OTHER_HOST, QEMU_NAMESPACE, STAMPED_MIB
-from livemig.domains import Guest, Hosts, assert_unused, assert_used, cold_cache, cold_image
-from livemig.domains import running_hosts, two_hosts
+from livemig.domains import ANY_TIME, COLD_MIB, DOCUMENTATION, MIB, OTHER_HOST, QEMU_NAMESPACE
+from livemig.domains import STAMPED_MIB, Guest, Hosts, assert_unused, assert_used, cold_cache
+from livemig.domains import cold_image, running_hosts, two_hosts
 from livemig.migration import Absent, Hints, MigrationResult
 
 ATTRIBUTES = ("freePageHinting", "freePageHintArrays", "freePageHintCache")
@@ -329,8 +329,7 @@ def test_to_a_libvirt_without_hints(hosts: Hosts, tmp_path: Path) -> None:
                 assert done.returncode and message in done.stderr
             assert guest.state() == "running"
             guest.check()
-        arguments = ["-global", "migration.free-page-hint-wait=60000"]
-        with Guest(mixed, "override", arguments) as overridden:
+        with Guest(mixed, "override", ANY_TIME) as overridden:
             workload.stamp(overridden, STAMPED_MIB)
             for _ in OTHER_HOST:
                 overridden.fill()

@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator
 import pytest
 
 from livemig import domains, workload
-from livemig.domains import STAMPED_MIB, Guest, Hosts, assert_used
+from livemig.domains import ANY_TIME, STAMPED_MIB, Guest, Hosts, assert_used
 from livemig.migration import MigrationResult
 
 # A fixture
@@ -25,7 +25,7 @@ DISK = """<disk type="file" device="disk"><driver name="qemu" type="{format}"/>
 @pytest.fixture(name="guest", scope="module")
 def guest_fixture(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     """A running guest with a raw and a qcow2 disk."""
-    guest = Guest(hosts, "with-disks", ["-global", "migration.free-page-hint-wait=60000"])
+    guest = Guest(hosts, "with-disks", ANY_TIME)
     directory = tmp_path_factory.mktemp("disks")
     xml = guest.xml.read_text("utf-8")
     for name, disk_format in FORMATS.items():

@@ -20,8 +20,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set,
 import pytest
 
 from livemig import domains, workload
-from livemig.domains import FREED_MIB, LIBVIRTD_LOG, MIB, OTHER_HOST, STAMPED_MIB, Guest, Hosts
-from livemig.domains import assert_used, processes_naming
+from livemig.domains import ANY_TIME, FREED_MIB, LIBVIRTD_LOG, MIB, OTHER_HOST, STAMPED_MIB, Guest
+from livemig.domains import Hosts, assert_used
 from livemig.errors import GuestError
 from livemig.migration import MigrationResult
 
@@ -32,8 +32,6 @@ hosts = domains.hosts_fixture
 SLOW, MEDIUM, FAST = 1, 40, 10000
 # Nothing that is waited for takes as long, unless the machine is very busy.
 SECONDS = 120
-# The test is not about how soon the guest answers: the longest wait that there is.
-ANY_TIME = ["-global", "migration.free-page-hint-wait=60000"]
 
 
 class Traveller(Guest):
@@ -130,10 +128,6 @@ class Traveller(Guest):
         """It is on the other host from here on."""
         self.host = OTHER_HOST[self.host]
         self.hang_up()
-
-    def pids(self) -> List[int]:
-        """The processes of its QEMUs."""
-        return list(processes_naming(f"guest={self.name},"))
 
 
 class Travellers:
