@@ -13,7 +13,7 @@ from livemig import host, workload
 from livemig.errors import NotPossibleHere
 from livemig.guest import Guest
 from livemig.host import MIB
-from livemig.lab import ABSENT, Lab
+from livemig.lab import ABSENT
 from livemig.migration import Hints, MigrationResult, cancel, finish, query, set_capabilities, start
 from livemig.migration import status_is
 from livemig.modes import MODES, Mode, migration_for_mode
@@ -70,17 +70,11 @@ def start_churn(guest: Guest) -> None:
     workload.stamp(guest, 48, churn=True, realloc_mib=128, name="churn")
 
 
-def keep_busy(guest: Guest) -> None:
-    """Both: memory that is free and not zero, that knows its contents, and that is rewritten."""
+def keep_busy(guest: Guest) -> Guest:
+    """A guest at work, with free memory that is not zero: as most tests have it."""
     fill_and_free(guest)
     start_churn(guest)
-
-
-def boot_busy(lab: Lab, **changes: Any) -> Guest:
-    """A guest at work, with free memory that is not zero."""
-    source = lab.boot(SMALL.but(**changes))
-    keep_busy(source)
-    return source
+    return guest
 
 
 def assert_intact(guest: Guest, name: str = "default") -> workload.Verdict:
@@ -170,7 +164,8 @@ def wait_for(what: Callable[[], object], about: str, seconds: float = 120) -> No
 
 def wait_dirty_rate(source: Guest, *states: str) -> None:
     """Wait until a measurement of the dirty rate has come to one of these states."""
-    wait_for(lambda: source.qmp("query-dirty-rate")["status"] in states, f"it is not {states}", 60)
+    about = f"the dirty rate is not {' or '.join(states)}"
+    wait_for(lambda: source.qmp("query-dirty-rate")["status"] in states, about, 60)
 
 
 def wait_hints(source: Guest, state: str, seconds: float = 60) -> Hints:

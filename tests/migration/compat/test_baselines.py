@@ -7,7 +7,7 @@ import pytest
 
 from livemig import paths, workload
 from livemig.checks import FREED_MIB, MIB, SMALL, WITH_HINTS, assert_hints_used, assert_intact
-from livemig.checks import assert_whole, boot_busy, finish_postcopy, hints_now, switch_early
+from livemig.checks import assert_whole, finish_postcopy, hints_now, keep_busy, switch_early
 from livemig.errors import MissingArtifact
 from livemig.lab import Lab
 from livemig.migration import migrate
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integrity
 
 OLD, NEW = "ours", "ours-10.2"
 # The newest machine type that both know.
-MACHINE = "pc-q35-10.0"
+GUEST = SMALL.but(machine="pc-q35-10.0")
 MULTIFD = {"postcopy-ram": True, "multifd": True}
 
 
@@ -33,13 +33,13 @@ def built() -> None:
 @pytest.mark.parametrize("qemu", [OLD, NEW])
 def test_version(lab: Lab, qemu: str) -> None:
     """The premise: the builds are of the versions that they are named after."""
-    version = lab.launch(SMALL.but(qemu=qemu, machine=MACHINE), qemu).qmp("query-version")["qemu"]
+    version = lab.launch(GUEST.but(qemu=qemu), qemu).qmp("query-version")["qemu"]
     assert (version["major"], version["minor"]) == ((10, 0) if qemu == OLD else (10, 2))
 
 
 def test_there_and_back(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest with arrays moves to another version and back; both skip what it hints."""
-    here = boot_busy(lab, machine=MACHINE, qemu=OLD)
+    here = keep_busy(lab.boot(GUEST.but(qemu=OLD)))
     for number, qemu in enumerate((NEW, NEW, OLD)):
         there = lab.incoming(here.spec.but(qemu=qemu), f"{number}-{qemu}")
         result = migrate(here, there, WITH_HINTS)
@@ -71,7 +71,7 @@ def switched(
     measured: Dict[str, Any],
 ) -> None:
     """Move a busy guest, with a switch to postcopy when hints are there and little was sent."""
-    source = boot_busy(lab, machine=MACHINE, qemu=source_qemu)
+    source = keep_busy(lab.boot(GUEST.but(qemu=source_qemu)))
     destination = lab.incoming(source.spec.but(qemu=destination_qemu))
     switch_early(source, destination, common)
     result = finish_postcopy(source, destination)
@@ -86,7 +86,7 @@ def switched(
 
 def test_monitor_says_what_hints_did(lab: Lab) -> None:
     """A plain "info migrate" shows what became of hints, also where it has more with -a."""
-    source = boot_busy(lab, machine=MACHINE, qemu=NEW, skip_absent=True)
+    source = keep_busy(lab.boot(GUEST.but(qemu=NEW, skip_absent=True)))
     destination = lab.incoming(source.spec)
     migrate(source, destination, WITH_HINTS)
     said = source.hmp("info migrate")

@@ -152,8 +152,7 @@ def test_matrix(
 def test_on_from_stock(lab: Lab, measured: Dict[str, Any], kernel: str) -> None:
     """A guest that came from stock QEMU moves on from ours with hints, and back to stock."""
     oracle = Oracle(lab, SMALL.but(kernel=kernel))
-    source = oracle.boot(qemu="stock", balloon=STOCK_BALLOON)
-    keep_busy(source)
+    source = keep_busy(oracle.boot(qemu="stock", balloon=STOCK_BALLOON))
     destination = oracle.arrival(running=True)
     migrate(source, destination, FOR_STOCK)
     for build, balloon in (("ours", ARRAYS), ("stock", STOCK_BALLOON)):
@@ -213,8 +212,7 @@ def test_stock_destination_refuses_arrays(lab: Lab, return_path: bool) -> None:
     without, it may take the migration for complete and has to be told to go on then.
     """
     oracle = Oracle(lab, SMALL)
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     refuses = oracle.arrival(qemu="stock", balloon=STOCK_BALLOON)
     with pytest.raises(MigrationError, match="(?s)[Ff]eatures 0x.* unsupported"):
         migrate(source, refuses, replace(WITH_HINTS, common={"return-path": return_path}))
@@ -400,8 +398,7 @@ def test_machine_type_moves_both_ways(lab: Lab, measured: Dict[str, Any], machin
     Nothing is set on our QEMU but that there are hints: what stock does not know is off.
     """
     spec = SMALL.but(machine=machine, balloon=BLOCKS)
-    source = lab.boot(spec)
-    keep_busy(source)
+    source = keep_busy(lab.boot(spec))
     stock = lab.incoming(spec.but(qemu="stock", balloon=STOCK_BALLOON), "stock")
     hints = assert_hints_used(migrate(source, stock, WITH_HINTS), FREED_MIB * MIB)
     # The driver that knows arrays did not use them: a message for each block.

@@ -134,8 +134,7 @@ def test_ended_early(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """After migrations that ended in this state the guest is whole, and hints are used anew."""
     state = STATES[name]
     oracle = Oracle(lab, SMALL)
-    source = oracle.boot(trace="free_page_hint_*")
-    keep_busy(source)
+    source = keep_busy(oracle.boot(trace="free_page_hint_*"))
     for how in ENDED:
         doomed = lab.incoming(SMALL, how)
         for guest in (source, doomed):
@@ -166,8 +165,7 @@ def test_ended_in_setup(lab: Lab, tmp_path: Path, how: str) -> None:
     """A migration that ends before it is connected asks for nothing, and the next one does."""
     oracle = Oracle(lab, SMALL)
     with busy_peer(tmp_path) as (uri, listener):
-        source = oracle.boot()
-        keep_busy(source)
+        source = keep_busy(oracle.boot())
         set_capabilities(source, {"events": True, "free-page-hint": True})
         source.qmp("migrate", uri=uri)
         # The premise: it is not further, and will not be.

@@ -112,8 +112,7 @@ def test_agrees_with_the_migration(lab: Lab, measured: Dict[str, Any], kind: str
 
 def test_changes_nothing(lab: Lab) -> None:
     """Nothing is logged or populated, and what the latest migration did is reported as before."""
-    source = lab.boot(SMALL.but(trace="global_dirty_changed free_page_*"))
-    keep_busy(source)
+    source = keep_busy(lab.boot(SMALL.but(trace="global_dirty_changed free_page_*")))
     destination = lab.incoming(SMALL)
     # One that fails.
     start(source, destination, WITH_HINTS.with_parameters(max_bandwidth=MIB))
@@ -139,8 +138,7 @@ def test_changes_nothing(lab: Lab) -> None:
 
 def test_many_in_a_row(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest at work is asked time and again, and goes on with all its memory as it was."""
-    source = lab.boot(SMALL)
-    keep_busy(source)
+    source = keep_busy(lab.boot(SMALL))
     before = assert_intact(source, "churn")
     for _ in range(TIMES):
         found = estimate(source)

@@ -31,8 +31,7 @@ ANSWER_SECONDS = 10
 @pytest.mark.check
 def test_source_dies(lab: Lab) -> None:
     """A destination whose source is killed says so and ends; it does not run half a guest."""
-    source = lab.boot(SMALL)
-    keep_busy(source)
+    source = keep_busy(lab.boot(SMALL))
     destination = lab.incoming(SMALL)
     start(source, destination, migration(max_bandwidth=MIB))
     wait_hints_ended(source)

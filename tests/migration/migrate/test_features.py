@@ -59,8 +59,7 @@ def test_hints_with(lab: Lab, measured: Dict[str, Any], case: str) -> None:
     name, hints_on = WITH_AND_WITHOUT[case]
     feature = FEATURES[name]
     oracle = Oracle(lab, SMALL)
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     destination = oracle.arrival()
     destination.qmp_dict("migrate-set-parameters", dict(feature.parameters))
     spec = replace(migration(hints=hints_on), common=feature.common).with_parameters(
@@ -81,8 +80,7 @@ def test_hints_with(lab: Lab, measured: Dict[str, Any], case: str) -> None:
 def test_auto_converge(lab: Lab, measured: Dict[str, Any], hints_on: bool) -> None:
     """Syncs from another thread, auto-converge's timer, lose no write either."""
     oracle = Oracle(lab, SMALL)
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     destination = oracle.arrival()
     spec = replace(migration(hints=hints_on), common={"auto-converge": True}).with_parameters(
         cpu_throttle_initial=50, throttle_trigger_threshold=1, downtime_limit=1
@@ -119,8 +117,7 @@ def test_through_a_file(
     """A guest saved to a file while it ran, with hints, is whole when it is restored."""
     spec = replace(migration(hints=hints_on), common=common)
     oracle = Oracle(lab, SMALL)
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     destination = oracle.arrival()
     result = save(source, tmp_path / "guest", spec)
     assert_hints_if(hints_on, result, FREED_MIB * MIB)
@@ -249,8 +246,7 @@ def test_huge_pages(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     with huge_pages_set_aside(case.kib, 2 * case.mem_mib * 1024 // case.kib):
         backend = f"memory-backend-memfd,hugetlb=on,hugetlbsize={case.size},share=on"
         oracle = Oracle(lab, SMALL.but(mem_mib=case.mem_mib, mem_backend=backend))
-        source = oracle.boot()
-        keep_busy(source)
+        source = keep_busy(oracle.boot())
         free = workload.free_reported_bytes(source)
         destination = oracle.arrival()
         spec = replace(WITH_HINTS, common={"postcopy-ram": case.postcopy_ram})
@@ -279,8 +275,7 @@ def test_transparent_huge_pages(lab: Lab, measured: Dict[str, Any], huge: bool) 
     """With its memory in transparent huge pages or not, a guest arrives whole."""
     backend = "memory-backend-ram" if huge else "memory-backend-memfd,share=on"
     oracle = Oracle(lab, SMALL.but(mem_backend=backend))
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     # The premise
     measured["huge_bytes"] = memory.usage(source)["AnonHugePages"]
     assert measured["huge_bytes"] > 64 * MIB if huge else not measured["huge_bytes"]
@@ -294,8 +289,7 @@ def test_shared_memory_that_stays(lab: Lab) -> None:
     """With x-ignore-shared, hints in memory that is not sent are dropped, and all is well."""
     with memory.memory_files("guest") as (file,):
         spec = SMALL.but(qemu="checked", mem_file=file)
-        source = lab.boot(spec)
-        keep_busy(source)
+        source = keep_busy(lab.boot(spec))
         destination = lab.incoming(spec)
         result = migrate(source, destination, replace(WITH_HINTS, common={"x-ignore-shared": True}))
         hints = hints_of(result)
@@ -311,8 +305,7 @@ def test_shared_memory_that_stays(lab: Lab) -> None:
 def test_screendump(lab: Lab, measured: Dict[str, Any], tmp_path: Path) -> None:
     """Pictures of a VGA screen, which read and clear the dirty log too, take nothing away."""
     oracle = Oracle(lab, SMALL.but(args=("-device", "VGA")))
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     destination = oracle.arrival()
     start(source, destination, migration(downtime_limit=1, max_bandwidth=100 * MIB))
     pictures = {"arming": 0, "scanning": 0, "asked": 0, "reporting": 0, "ended": 0}
@@ -332,8 +325,7 @@ def test_screendump(lab: Lab, measured: Dict[str, Any], tmp_path: Path) -> None:
 def test_calc_dirty_rate(lab: Lab, measured: Dict[str, Any], mode: str) -> None:
     """A measurement of the dirty rate, over before the migration or not, takes nothing away."""
     oracle = Oracle(lab, SMALL)
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     destination = oracle.arrival()
     # One that has ended, and one that goes on while the guest is asked.
     for seconds in (1, 3):
@@ -356,8 +348,7 @@ def test_modern_virtio(lab: Lab, measured: Dict[str, Any]) -> None:
     """A balloon without legacy registers gives hints like the others."""
     balloon = f"{ARRAYS},disable-legacy=on,disable-modern=off"
     oracle = Oracle(lab, SMALL.but(balloon=balloon))
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     # The premise: a device of the new kind, 1af4:1045.
     assert source.agent.run("cat /sys/bus/pci/devices/*/device").split().count("0x1045") == 1
     destination = oracle.arrival()
@@ -371,8 +362,7 @@ def test_tls(lab: Lab, tmp_path: Path) -> None:
     """Hints are used over an encrypted connection."""
     (tmp_path / "keys.psk").write_text(f"qemu:{secrets.token_hex(32)}\n")
     oracle = Oracle(lab, SMALL)
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     destination = oracle.arrival()
     for guest, endpoint in ((source, "client"), (destination, "server")):
         credentials = {"qom-type": "tls-creds-psk", "id": "tls", "dir": str(tmp_path)}
@@ -416,8 +406,7 @@ def test_savevm(lab: Lab, tmp_path: Path) -> None:
     image = tmp_path / "snapshots.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1G"], check=True)
     drive = ("-drive", f"file={image},if=none,id=snapshots")
-    source = lab.boot(SMALL.but(qemu="checked", args=drive))
-    keep_busy(source)
+    source = keep_busy(lab.boot(SMALL.but(qemu="checked", args=drive)))
     assert source.hmp("savevm one") == ""
     assert hints_now(source).state == "idle"
     workload.dirty_and_free(source, FREED_MIB)

@@ -19,8 +19,7 @@ def test_equal_but_for_kept_pages(lab: Lab, measured: Dict[str, Any], mode_name:
     """Source and destination hold the same bytes in every page that was not kept back."""
     mode = MODES[mode_name]
     oracle = Oracle(lab, mode.spec(SMALL))
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     destination = oracle.arrival()
     migrate(source, destination, patient(mode))
     result = oracle.check()

@@ -9,8 +9,8 @@ import pytest
 
 from livemig import workload
 from livemig.checks import FREED_MIB, MIB, SMALL, assert_hints_if, assert_hints_used, assert_intact
-from livemig.checks import assert_whole, boot_busy, finish_postcopy, hints_now, huge_pages_set_aside
-from livemig.checks import in_check, keep_busy, switch_early
+from livemig.checks import assert_whole, finish_postcopy, hints_now, huge_pages_set_aside, in_check
+from livemig.checks import keep_busy, switch_early
 from livemig.guest import Guest
 from livemig.host import process_mib
 from livemig.lab import Lab
@@ -51,8 +51,7 @@ def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: 
     """A switch to postcopy before hinted pages could be sent: each can be used, none is lost."""
     case = CASES[name]
     oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*"))
-    source = oracle.boot()
-    keep_busy(source)
+    source = keep_busy(oracle.boot())
     destination = oracle.arrival(running=case.running)
     switch_early(source, destination, case.common, case.hints_on)
     result = finish_postcopy(source, destination)
@@ -75,7 +74,7 @@ def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: 
 
 def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
     """A source that drops what it sent has given everything to a postcopy destination."""
-    source = boot_busy(lab, qemu="checked")
+    source = keep_busy(lab.boot(SMALL.but(qemu="checked")))
     destination = lab.incoming(source.spec)
     switch_early(source, destination, {"release-ram": True})
     result = finish_postcopy(source, destination)
@@ -86,7 +85,7 @@ def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
 def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
     """Postcopy that was cut off after hints goes on over a new connection, nothing lost."""
-    source = boot_busy(lab, qemu="checked")
+    source = keep_busy(lab.boot(SMALL.but(qemu="checked")))
     destination = lab.incoming(source.spec)
     switch_early(source, destination, PREEMPT if preempt else {}, max_postcopy_bandwidth=MIB)
     # Before it runs there, a guest that is cut off is lost, hints or not.
@@ -115,7 +114,7 @@ def use_hinted_memory(source: Guest, destination: Guest) -> None:
 @pytest.mark.parametrize("name", ["plain", "preempt"])
 def test_taken_back_in_postcopy(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """A guest that takes back hinted memory while the rest of it comes gets zeros, and works on."""
-    source = boot_busy(lab, qemu="checked")
+    source = keep_busy(lab.boot(SMALL.but(qemu="checked")))
     destination = lab.incoming(source.spec)
     switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=BACKGROUND)
     use_hinted_memory(source, destination)
@@ -132,7 +131,7 @@ def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], name: str) ->
     """With huge pages behind the guest, one that is used in postcopy comes as a whole."""
     with huge_pages_set_aside(2048, SMALL.mem_mib):
         backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
-        source = boot_busy(lab, qemu="checked", mem_backend=backend)
+        source = keep_busy(lab.boot(SMALL.but(qemu="checked", mem_backend=backend)))
         destination = lab.incoming(source.spec)
         switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=BACKGROUND)
         use_hinted_memory(source, destination)
