@@ -343,3 +343,46 @@ def test_no_such_libvirt(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == f"two-hosts: error: --run {tmp_path / 'run'}: no such program\n"
     assert not (tmp_path / "hosts").exists()
+
+
+def test_switched_by_fph(hosts: Hosts) -> None:
+    """scripts/fph switches hints on and off by attributes, of which nothing is tainted.
+
+    Without --write nothing is defined. What has an override keeps it.
+    """
+    guest, overridden = NativeGuest(hosts, "switched", ()), Guest(hosts, "kept")
+
+    def fph(host: str, command: str, name: str) -> Any:
+        tool = paths.REPO / "scripts" / "fph"
+        done = hosts.call(host, tool, *command.split(), name, "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        return json.loads(done.stdout)["domains"][name]
+
+    def definition(name: str) -> str:
+        return hosts.virsh("a", "dumpxml", "--inactive", name)
+
+    for defined in guest, overridden:
+        hosts.virsh("a", "define", "--validate", defined.xml)
+    before = definition(guest.name)
+    shown = fph("a", "enable --arrays", guest.name)
+    assert shown["diff"] and definition(guest.name) == before
+    written = fph("a", "enable --arrays --write", guest.name)
+    assert written == {**shown, "written": True}
+    after = definition(guest.name)
+    assert after.replace(" freePageHinting='on' freePageHintArrays='on'", "") == before != after
+    assert fph("a", "status", guest.name)["defined"] == "arrays"
+    assert fph("a", "enable --arrays", overridden.name)["diff"] == ""
+    hosts.virsh("a", "undefine", overridden.name)
+
+    guest.xml.write_text(after, "utf-8")
+    with guest:
+        workload.stamp(guest, STAMPED_MIB)
+        guest.fill()
+        assert_used(guest.migrate(*WAIT))
+        guest.check()
+        # Whoever asks QEMU taints the domain.
+        assert_untainted(guest)
+        found = fph("b", "status", guest.name)
+        assert (found["offered"], found["driver"], found["hints"]) == ("arrays", "arrays", True)
+        assert fph("a", "disable --write", guest.name)["written"]
+        assert definition(guest.name) == before
