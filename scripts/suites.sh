@@ -16,10 +16,11 @@ suite_entry() {
 # use_suites [--fresh] SUITE|SUITE=src...: from here on, apt-get and apt-cache of this script know these suites
 # only. Their lists, in $FPH_CACHE/apt, are read again when they are a day old, or if they are to be fresh.
 use_suites() {
-    local dir suite fresh=no
+    local dir names suite fresh=no
     [ "$1" != --fresh ] || { fresh=yes && shift; }
+    names=$(printf '%s\n' "${@%=src}" | sort -u | xargs)
     dir=$FPH_CACHE/apt/$(IFS=+ && echo "$*")
-    need_disk "$dir" 200 "the lists of $*"
+    need_disk "$dir" 200 "the lists of $names"
     mkdir -p "$dir"/{lists,archives,etc,state}
     for suite; do suite_entry "$suite"; done >"$dir/sources"
     cat >"$dir/conf" <<EOF
@@ -38,9 +39,9 @@ APT::Sandbox::User "root";
 EOF
     export APT_CONFIG=$dir/conf
     if [ $fresh = yes ] || [ -z "$(find "$dir/read" -mtime -1 2>/dev/null)" ]; then
-        say "reading the lists of $*"
+        say "reading the lists of $names"
         apt-get -q -o APT::Update::Error-Mode=any update >"$dir/log" 2>&1 ||
-            die "cannot read the package lists of $*, is the network there?" \
+            die "cannot read the package lists of $names, is the network there?" \
                 "$(grep -m 1 '^[EW]: ' "$dir/log"). Log: $dir/log"
         touch "$dir/read"
     fi
