@@ -81,7 +81,7 @@ class NativeGuest(Guest):
     def job_info(self, host: str, *options: str) -> Dict[str, str]:
         """What domjobinfo says of the last migration, on a host."""
         words = ("domjobinfo", self.name, "--completed", "--keep-completed", *options)
-        lines = re.findall(r"^ *([^:\n]+): +(.*)$", self.hosts.virsh(host, *words), re.MULTILINE)
+        lines = re.findall(r"^ *([^:\n]+): +(.*?) *$", self.hosts.virsh(host, *words), re.MULTILINE)
         return dict(lines)
 
     def parameters(self) -> Any:
