@@ -48,6 +48,8 @@ WAYS = {
 }
 # Has multifd with postcopy.
 MULTIFD_QEMU = "ours-10.2"
+# On a busy machine, the guest is done before postcopy can be ended once in seven times.
+ATTEMPTS = 6
 
 
 @dataclass
@@ -198,10 +200,8 @@ def test_asked_for_with_multifd(lab: Lab, measured: Dict[str, Any], accel: str, 
         assert machine.read(FREE + USED_PAGES * PAGE, 2) == [0, 0]
 
 
-@tcg_at_least
-@each_way
-def test_asked_for_at_the_end(lab: Lab, measured: Dict[str, Any], accel: str, way: str) -> None:
-    """A guest that uses hinted pages while postcopy ends is not left waiting, nor is postcopy."""
+def pages_asked_for_at_the_end(lab: Lab, accel: str, way: str) -> int:
+    """End postcopy while the guest uses hinted pages; returns how many it had to ask for."""
     with switched(lab, accel, way) as there:
         machine = there.guest.machine
         using = machine.start("stamp", FREE, FREE_PAGES // 2, 6)
@@ -209,13 +209,24 @@ def test_asked_for_at_the_end(lab: Lab, measured: Dict[str, Any], accel: str, wa
             pass
         there.let_go()
         machine.answer(using)
-        requested = hints_now(there.guest.source).requested_bytes // PAGE
-        measured.update(requested=requested)
-        # The premise: some were there before the end, some were not.
-        assert 0 < requested < FREE_PAGES // 2
         assert machine.wrong_pages(FREE, FREE_PAGES // 2, 6) == 0
         assert machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
         assert machine.wrong_pages(WRITTEN, WRITTEN_PAGES, 3) == 0
+        return hints_now(there.guest.source).requested_bytes // PAGE
+
+
+@tcg_at_least
+@each_way
+def test_asked_for_at_the_end(lab: Lab, measured: Dict[str, Any], accel: str, way: str) -> None:
+    """A guest that uses hinted pages while postcopy ends is not left waiting, nor is postcopy."""
+    for attempt in range(ATTEMPTS):
+        requested = pages_asked_for_at_the_end(lab, accel, way)
+        measured.update(requested=requested, attempt=attempt)
+        # The premise: it asked before the end, and was not done by then.
+        assert requested > 0
+        if requested < FREE_PAGES // 2:
+            return
+    pytest.fail("each time, the guest was done before the end")
 
 
 @tcg_at_least
