@@ -92,18 +92,29 @@ def test_release_is_complete(repo: Path) -> None:
         if (base.parent.parent.name, base.name) in left_out:
             continue
         series = release / f"series-{paths.version()}" / f"{base.parent.parent.name}-{base.name}"
-        patches = sorted(series.glob("*.patch"))
-        assert len(patches) == len(list(base.glob("*.patch")))
-        cover = (series / "cover-letter").read_text("utf-8")
-        assert f"[PATCH 00/{len(patches):02d}] " in cover
-        assert re.match(r"From: .* <.*@.*>\nDate: .*\nSubject: ", cover)
-        totals = re.findall(r"^ (\d+) files changed, \d+ insertions", cover, re.MULTILINE)
-        files = re.findall(r"^ (\S+) +\| \+\d+ -\d+$", cover, re.MULTILINE)
-        assert totals == [str(len(set(files)))] and len(set(files)) == len(files)
-        for patch in patches:
-            mail = patch.read_text("utf-8")
-            subject = re.search(r"^Subject: \[PATCH\] (.*\n(?: .*\n)*)", mail, re.MULTILINE)
-            assert subject and f"\n  {' '.join(subject[1].split())}\n" in cover
+        parts = sorted(series.iterdir())
+        assert sum(len(list(part.glob("*.patch"))) for part in parts) == len(
+            list(base.glob("*.patch"))
+        )
+        for part in parts:
+            assert_series(part)
+
+
+def assert_series(part: Path) -> None:
+    """A series is numbered, with a cover letter that names each patch and each file."""
+    patches = sorted(part.glob("*.patch"))
+    cover = (part / "cover-letter").read_text("utf-8")
+    assert f"[PATCH 0/{len(patches)}] " in cover
+    assert re.match(r"From: .* <.*@.*>\nDate: .*\nSubject: ", cover)
+    assert ("after the series before" in cover) == (not part.name.startswith("1-"))
+    totals = re.findall(r"^ (\d+) files changed, \d+ insertions", cover, re.MULTILINE)
+    files = re.findall(r"^ (\S+) +\| \+\d+ -\d+$", cover, re.MULTILINE)
+    assert totals == [str(len(set(files)))] and len(set(files)) == len(files)
+    for number, patch in enumerate(patches, 1):
+        mail = patch.read_text("utf-8")
+        place = rf"\[PATCH {number}/{len(patches)}\]"
+        subject = re.search(rf"^Subject: {place} (.*\n(?: .*\n)*)", mail, re.MULTILINE)
+        assert subject and f"\n  {' '.join(subject[1].split())}\n" in cover
 
 
 @pytest.mark.parametrize(
@@ -111,12 +122,20 @@ def test_release_is_complete(repo: Path) -> None:
     [
         ("no-package", "run make guest-deb"),
         ("other-version", 'CHANGELOG.md begins with "## '),
+        ("no-text", "no text in packaging/cover-letters/kernel is about 0007-"),
+        ("two-texts", "kernel/2-page-cache is about 6-8: there is no 0006-"),
     ],
 )
 def test_release_refuses_what_is_not_whole(repo: Path, wrong: str, message: str) -> None:
-    """With a package missing, or no entry in CHANGELOG.md, one line says so; nothing is written."""
+    """What is missing, or in no series or two, is named in one line; nothing is completed."""
+    letters = repo / "packaging" / "cover-letters" / "kernel"
     if wrong == "no-package":
         next((repo / "out" / "release").glob("free-page-hint-dkms_*")).unlink()
+    elif wrong == "no-text":
+        (letters / "2-page-cache").unlink()
+    elif wrong == "two-texts":
+        text = letters / "2-page-cache"
+        text.write_text(text.read_text().replace("Patches: 7-8", "Patches: 6-8"))
     else:
         changes = repo / "CHANGELOG.md"
         changes.write_text(changes.read_text().replace(f"## {paths.version()} ", "## 99.9 "))
