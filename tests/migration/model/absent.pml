@@ -66,7 +66,7 @@ inline absent_pages_apply(page)
 		!bitmap_mutex ->
 		if
 		:: SCAN_STALE -> MARK(absent_after_merge)
-		:: !SCAN_STALE && bmap[page] ->
+		:: !SCAN_STALE && MAY_SKIP(page) && bmap[page] ->
 			MARK(absent_applied);
 			if
 			:: backing[page] != HOLE -> MARK(populated_meanwhile)

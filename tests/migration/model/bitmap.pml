@@ -38,13 +38,30 @@ inline free_page_hint_check()
 	CHECK(S4_counter_is_popcount, dirty_pages == c)
 }
 
+/* Persistent memory is page 0's, if any: the destination leaves that as it is. */
+#ifdef PERSISTENT
+#define IS_EMPTIED(p) ((p) != 0)
+#else
+#define IS_EMPTIED(p) 1
+#endif
+/* ram_stays_as_it_is(): of such memory, all is sent */
+#ifdef M56
+#define MAY_SKIP(p) 1
+#else
+#define MAY_SKIP(p) IS_EMPTIED(p)
+#endif
+
 /* In a d_step. The destination makes its RAM empty. */
 inline ram_load_empty()
 {
 	for_each_page(i) {
-		foreign[i] = 0;
-		dst_zero[i] = 1;
-		differs[i] = !zero[i]
+		if
+		:: IS_EMPTIED(i) ->
+			foreign[i] = 0;
+			dst_zero[i] = 1;
+			differs[i] = !zero[i]
+		:: else
+		fi
 	}
 }
 
@@ -277,7 +294,7 @@ inline free_page_hint_apply(page)
 		:: else ->
 			if
 			/* free_page_hint_clear_runs() */
-			:: page < PAGES && bmap[page] ->
+			:: page < PAGES && MAY_SKIP(page) && bmap[page] ->
 				MARK(hint_applied);
 #ifdef ABSENT
 				told[page] = 1;

@@ -49,6 +49,7 @@
  *   HUGE         SWITCHED PAGES=2: both are in one page of the host
  *   INIT_ON_FREE the guest clears pages when it frees them, and counts on it
  *   LEFTOVERS    the destination's memory is not fresh: it holds somebody's data
+ *   PERSISTENT   the destination leaves the memory of a page as it is
  *   ABSENT       the host looks for absent pages first; all contents are compared
  *   NO_ASK       ABSENT alone: no guest is asked
  *   BLOCKS       stock guest: blocks without an id, between start and stop
@@ -58,7 +59,7 @@
  *   HOSTILE      a guest that never stops sending
  *   CHECK_ARMED  S3 too; mutants leave it out, so that they have to break S1
  *
- * Mutants: M1 to M55, each a rule left out; test_model.py has the list.
+ * Mutants: M1 to M56, each a rule left out; test_model.py has the list.
  *
  * Properties
  *

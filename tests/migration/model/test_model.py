@@ -37,6 +37,7 @@ HOLDS = {
     "kvm-init-on-free-postcopy-preempt": f"{KVM} INIT_ON_FREE POSTCOPY PREEMPT CUTS=1",
     "kvm-leftovers": f"{KVM} LEFTOVERS INIT_ON_FREE CANCEL MIGRATIONS=2",
     "kvm-leftovers-postcopy": f"{KVM} LEFTOVERS POSTCOPY",
+    "kvm-leftovers-persistent": f"{KVM} LEFTOVERS PERSISTENT",
     "kvm-stock-guest": "KVM_MANUAL BLOCKS",
     "kvm-auto-protect": "KVM_AUTO NO_DEVICE OTHERS DMA TIMER",
     "kvm-ring": "KVM_RING NO_DEVICE OTHERS TIMER",
@@ -221,6 +222,8 @@ MUTANTS = {
     "M53-absent-pages-deferred-too": (EQUAL, f"{ABSENT} M53"),
     "M54-deferred-before-the-hints": (LOST, f"{KVM} M54"),
     "M55-estimate-has-the-id-of-a-migration": (LOST, f"{KVM} ESTIMATE M55"),
+    "M56-hinted-though-not-emptied": ("S8_nobodys_data", f"{KVM} LEFTOVERS PERSISTENT M56"),
+    "M56-absent-though-not-emptied": (EQUAL, f"{ABSENT} LEFTOVERS PERSISTENT M56"),
 }
 
 # For "make check": a rule of each hazard in docs/correctness.md, and those that are found at once.
