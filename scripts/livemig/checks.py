@@ -14,8 +14,8 @@ from livemig.errors import NotPossibleHere
 from livemig.guest import Guest
 from livemig.host import MIB
 from livemig.lab import ABSENT
-from livemig.migration import Hints, MigrationResult, cancel, finish, query, set_capabilities, start
-from livemig.migration import status_is
+from livemig.migration import POSTCOPY, Hints, MigrationResult, cancel, finish, query
+from livemig.migration import set_capabilities, start, status_is
 from livemig.modes import MODES, Mode, migration_for_mode
 from livemig.spec import GuestSpec, MigrationSpec
 
@@ -241,6 +241,16 @@ def switch_early(
         wait_hints_ended(source)
     assert query(source).status == "active"
     source.qmp("migrate-start-postcopy")
+
+
+def wait_requested(source: Guest) -> None:
+    """Wait until the guest has asked for a hinted page, or until postcopy ends if that is first.
+
+    QEMU answers some ten to twenty requests a second while it holds back the rest, hints or not: it
+    can take long until a guest has started a program.
+    """
+    while not hints_now(source).requested_bytes and query(source).status in POSTCOPY:
+        time.sleep(0.1)
 
 
 def finish_postcopy(source: Guest, destination: Guest) -> MigrationResult:

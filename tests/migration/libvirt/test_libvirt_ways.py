@@ -405,7 +405,8 @@ def test_link_stays_away(guest: Traveller, measured: Dict[str, Any]) -> None:
     guest.check()
 
     guest.fill()
-    guest.wait_until(lambda: not guest.hosts.call(here, "ping", "-c1", "host-a").returncode)
+    there = f"qemu+tcp://host-{OTHER_HOST[here]}/system"
+    guest.wait_until(lambda: not guest.hosts.call(here, "virsh", "-c", there, "list").returncode)
     assert_used(guest.migrate("--bandwidth", FAST))
     guest.check()
 

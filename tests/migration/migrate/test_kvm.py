@@ -19,6 +19,8 @@ from livemig.spec import BLOCKS
 
 pytestmark = pytest.mark.integrity
 
+# Postcopy is over before a hinted page was used at most once in many times.
+ATTEMPTS = 4
 TRIPS = int(os.environ.get("FPH_TRIPS", "20"))
 
 
@@ -130,9 +132,11 @@ def test_blocks_control(block_guest: Resident, measured: Dict[str, Any]) -> None
 def test_postcopy(guest: Resident, measured: Dict[str, Any], way: str) -> None:
     """A guest that uses hinted pages while the rest comes in postcopy loses nothing."""
     with guest.living_in() as resident:
-        resident.move_in_postcopy(measured, preempt=way == "preempt")
-    # The premise.
-    assert measured["requested"] > 0
+        for _ in range(ATTEMPTS):
+            resident.move_in_postcopy(measured, preempt=way == "preempt")
+            if measured["requested"]:
+                return
+    pytest.fail("the premise: each time, postcopy was over before a hinted page was used")
 
 
 def test_postcopy_control(guest: Resident, measured: Dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Hints work together with postcopy."""
 
-import time
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping
 
@@ -9,12 +8,11 @@ import pytest
 
 from livemig import workload
 from livemig.checks import FREED_MIB, MIB, SMALL, assert_hints_if, assert_hints_used, assert_intact
-from livemig.checks import assert_whole, finish_postcopy, hints_now, huge_pages_set_aside, in_check
-from livemig.checks import keep_busy, switch_early
-from livemig.guest import Guest
+from livemig.checks import assert_whole, finish_postcopy, huge_pages_set_aside, in_check, keep_busy
+from livemig.checks import switch_early, wait_requested
 from livemig.host import process_mib
 from livemig.lab import Lab
-from livemig.migration import POSTCOPY, query, status_is
+from livemig.migration import Hints, status_is
 from livemig.oracle import Oracle
 
 pytestmark = pytest.mark.integrity
@@ -24,9 +22,10 @@ QEMU_MIB = 256
 PREEMPT = {"postcopy-preempt": True}
 
 
-# What nobody asks for comes so slowly that a guest can start a program before it is all there, also on
-# a busy machine: at 4 MiB a second it was there first after 51 s.
-BACKGROUND = MIB // 2
+# What nobody asks for comes so slowly that a guest can start a program before it is all there, at
+# least in most attempts: on a busy machine, it was there first after 51 s.
+BACKGROUND = 4 * MIB
+ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -103,28 +102,30 @@ def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
     assert_whole(destination)
 
 
-def use_hinted_memory(source: Guest, destination: Guest) -> None:
-    """Let the guest use memory that was hinted while most of it is still to come."""
-    destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
-    destination.agent.run(f"dirtyfree {FREED_MIB // 2} 2 > /dev/null 2>&1 &", timeout=300)
-    while not hints_now(source).requested_bytes:
-        assert query(source).status in POSTCOPY
-        time.sleep(0.1)
+def take_back(lab: Lab, common: Mapping[str, bool], **changes: Any) -> Hints:
+    """Let a guest use memory that was hinted while most of what was not is still to come."""
+    for _ in range(ATTEMPTS):
+        source = keep_busy(lab.boot(SMALL.but(qemu="checked", **changes)))
+        destination = lab.incoming(source.spec)
+        switch_early(source, destination, common, max_postcopy_bandwidth=BACKGROUND)
+        destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
+        command = f"dirtyfree {FREED_MIB // 2} 2 > /dev/null 2>&1 &"
+        destination.agent.run(command, timeout=300)
+        wait_requested(source)
+        hints = assert_hints_used(finish_postcopy(source, destination), FREED_MIB * MIB)
+        assert_whole(destination)
+        source.close()
+        destination.close()
+        if hints.requested_bytes:
+            return hints
+    raise AssertionError("each time, postcopy was over before a hinted page was used")
 
 
 @pytest.mark.parametrize("name", ["plain", "preempt"])
 def test_taken_back_in_postcopy(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """A guest that takes back hinted memory while the rest of it comes gets zeros, and works on."""
-    source = keep_busy(lab.boot(SMALL.but(qemu="checked")))
-    destination = lab.incoming(source.spec)
-    switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=BACKGROUND)
-    use_hinted_memory(source, destination)
-    result = finish_postcopy(source, destination)
-    hints = assert_hints_used(result, FREED_MIB * MIB)
+    hints = take_back(lab, CASES[name].common)
     measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
-    # The premise
-    assert hints.requested_bytes > 0
-    assert_whole(destination)
 
 
 @pytest.mark.parametrize("name", ["plain", "preempt"])
@@ -132,14 +133,6 @@ def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], name: str) ->
     """With huge pages behind the guest, one that is used in postcopy comes as a whole."""
     with huge_pages_set_aside(2048, SMALL.mem_mib):
         backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
-        source = keep_busy(lab.boot(SMALL.but(qemu="checked", mem_backend=backend)))
-        destination = lab.incoming(source.spec)
-        switch_early(source, destination, CASES[name].common, max_postcopy_bandwidth=BACKGROUND)
-        use_hinted_memory(source, destination)
-        hints = assert_hints_used(finish_postcopy(source, destination), FREED_MIB * MIB)
+        hints = take_back(lab, CASES[name].common, mem_backend=backend)
         measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
-        # The premise
-        assert hints.requested_bytes > 0 and hints.requested_bytes % (2 * MIB) == 0
-        assert_whole(destination)
-        source.close()
-        destination.close()
+        assert hints.requested_bytes % (2 * MIB) == 0
