@@ -143,7 +143,9 @@ def test_postcopy_control(guest: Resident, measured: Dict[str, Any]) -> None:
     """Without hints, a guest that comes in postcopy is intact under the same load."""
     with guest.living_in() as resident:
         resident.move_in_postcopy(measured, hints=False)
-    assert (measured["skipped"], measured["requested"]) == (0, 0)
+    assert measured["skipped"] == 0
+    # Absent pages that are asked for count there, too.
+    assert measured["requested"] == 0 or measured["absent"] > 0
 
 
 def test_cancelled_and_again(guest: Resident, measured: Dict[str, Any]) -> None:
