@@ -73,7 +73,7 @@ def test_memory_survives_churn(lab: Lab, measured: Dict[str, Any], name: str) ->
             "different": seen.different,
         }
     # What was not sent can be used, and is clear.
-    workload.stamp(here, 512, name="new")
+    workload.stamp(here, 256, name="new")
     assert_intact(here, "new")
     # The premise: hinted pages were taken back and written.
     assert (redirtied > 0) == (mode_name != "none")
