@@ -203,7 +203,8 @@ def test_budget(lab: Lab, disk: Path, measured: Dict[str, Any], budget: int) -> 
 @pytest.mark.parametrize("percent", [0, 10])
 def test_owner_limits_it(lab: Lab, disk: Path, measured: Dict[str, Any], percent: int) -> None:
     """The guest's owner decides how much of the cache a host may have freed."""
-    oracle = boot_full(lab, disk, cmdline=(f"virtio_balloon_hint.cache_percent={percent}",))
+    parameter = "/sys/module/virtio_balloon_hint/parameters/cache_percent"
+    oracle = boot_full(lab, disk, f"echo {percent} > {parameter}")
     hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
     measured.update(freed=hints.cache_freed_bytes)
     cache = (sum(FILES.values()) + 16) * MIB
