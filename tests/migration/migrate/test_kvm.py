@@ -19,7 +19,7 @@ from livemig.spec import BLOCKS
 
 pytestmark = pytest.mark.integrity
 
-# Postcopy is over before a hinted page was used at most once in many times.
+# Postcopy was over before a hinted page was used once in 60 migrations.
 ATTEMPTS = 4
 TRIPS = int(os.environ.get("FPH_TRIPS", "20"))
 
