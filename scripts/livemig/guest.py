@@ -188,7 +188,8 @@ class Guest:
         platform = ["console=ttyS0", "no_timer_check"]
         if paths.is_arm64(spec.kernel):
             platform = ["console=ttyAMA0"]
-        cmdline = [*platform, "panic=-1", root, *spec.cmdline]
+        # And a vCPU can stand still for longer than the 21 seconds after which RCU complains.
+        cmdline = [*platform, "panic=-1", "rcupdate.rcu_cpu_stall_timeout=120", root, *spec.cmdline]
         args = ["-kernel", str(paths.kernel_image(spec.kernel))]
         args += ["-append", " ".join(word for word in cmdline if word)]
         if not spec.user_space:

@@ -334,10 +334,17 @@ def test_one_run(tmp_path: Path) -> None:
     assert "1 of 1 runs are there already" in bench(*arguments).stdout
 
 
+# A guest that gets no time of a busy host dirties nothing, and precopy may end before the switch.
+ATTEMPTS = 4
+
+
 def one_run(tmp_path: Path, scenario: str, *arguments: str) -> Dict[str, Any]:
     """Make one run of a scenario with arrays and a small guest; returns it."""
     options = ["--mode", "array", "--mem", "512M", "--runs", "1", "--out", str(tmp_path)]
-    done = bench("run", "--scenario", scenario, *options, *arguments)
+    for _ in range(ATTEMPTS):
+        done = bench("run", "--scenario", scenario, *options, *arguments)
+        if "precopy was over before the switch" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     (run,) = Store(tmp_path).runs()
     assert run["verified"]
