@@ -13,7 +13,7 @@ BENCH_OPTIONS = $(if $(SCENARIO),--scenario $(foreach name,$(SCENARIO),'$(name)'
 	$(if $(FRESH),--fresh)
 CODE_DIRS = $(wildcard .ci scripts tests bench)
 PYTHON_FILES = $(shell find $(CODE_DIRS) -name '*.py'; grep -rlI '^\#!/usr/bin/python3' $(CODE_DIRS))
-SHELL_FILES = scripts/common.sh scripts/suites.sh scripts/packages.sh packaging/guest/load-balloon packaging/guest/dkms/check-space \
+SHELL_FILES = scripts/common.sh scripts/sources.sh scripts/suites.sh scripts/packages.sh packaging/guest/load-balloon packaging/guest/dkms/check-space \
 	packaging/guest/dkms/dkms.conf packaging/trial/debian/qemu-system-x86-fph.postinst \
 	packaging/completion/fph \
 	$(shell grep -rlI '^\#!/bin/bash' $(CODE_DIRS))

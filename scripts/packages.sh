@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# Shared by the bash scripts beside it that make Debian packages, after common.sh.
+# Shared by the bash scripts beside it that make Debian packages, after common.sh, and after sources.sh for
+# the version of the host's.
 # shellcheck shell=bash
 
 # shellcheck disable=SC2034 # for the scripts that read these
