@@ -138,12 +138,11 @@ check: qemu qemu-checked qemu-debug qemu-stock kernel images ## ten minutes of t
 test: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm libvirt images other-guests debian-image ## run all tests
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
-# All three parts, also if one of them finds something. The sweep's guest goes there and back five times:
-# the campaigns have trips enough.
+# All three parts, also if one of them finds something.
 test-long: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## a hundred migrations more, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
 	@status=0; \
 	FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/migrate/campaigns.py || status=1; \
-	FPH_RESULTS=sweep.json FPH_TRIPS=5 FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug \
+	FPH_RESULTS=sweep.json FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug \
 		/usr/bin/python3 -m pytest -m 'integrity and not long' tests || status=1; \
 	FPH_RESULTS=long.json /usr/bin/python3 -m pytest -m long \
 		--ignore tests/migration/model --ignore tests/migration/packages tests || status=1; \
