@@ -93,7 +93,9 @@ guest-deb: deps ## build the guest package for Debian's kernels: out/release
 	@scripts/fetch-drivers
 	@scripts/build-guest-deb
 
-trial-deb: qemu ## pack our QEMU, to try it beside Debian's: out/release
+trial-deb: fetch ## build and pack our QEMU, to try it beside Debian's: out/release
+	@scripts/install-deps trial
+	@scripts/build-qemu trial
 	@scripts/build-trial-deb
 
 host-source: fetch ## make Debian's QEMU source package with our series in it: out/release

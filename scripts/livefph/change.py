@@ -78,7 +78,7 @@ def _wanted(text: str, wish: Wish, attributes: bool = False) -> str:
     if wish.hints:
         new = domainxml.enable(text, wish.arrays, wish.emulator, attributes)
     else:
-        new = domainxml.disable(text, arrays_only=wish.arrays)
+        new = domainxml.disable(text, arrays_only=wish.arrays, emulator=wish.emulator)
     # Whatever else is in a definition, nothing is written that is not what was asked for.
     now, before = domainxml.read(new), domainxml.read(text)
     if wish.hints:

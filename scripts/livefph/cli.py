@@ -118,7 +118,7 @@ def run_estimate(args: argparse.Namespace) -> int:
 def run_change(args: argparse.Namespace) -> int:
     """Switch hints on or off in definitions, or show what would be changed."""
     host = Host(args.connect, args.readonly)
-    wish = change.Wish(args.command == "enable", args.arrays, getattr(args, "emulator", None))
+    wish = change.Wish(args.command == "enable", args.arrays, args.emulator)
     found, worst = each(chosen(args, host), lambda d: change.change(host, d, wish, args.write))
     print_json(args, "domains", {name: asdict(made) for name, made in found.items()})
     for made in found.values():
@@ -269,8 +269,7 @@ def parser() -> argparse.ArgumentParser:
         what = "with arrays" if name == "enable" else "only the arrays"
         added.add_argument("--arrays", action="store_true", help=what)
         added.add_argument("--write", action="store_true", help="do it: else it is only shown")
-        if name == "enable":
-            added.add_argument("--emulator", metavar="PATH", help="name this QEMU, too")
+        added.add_argument("--emulator", metavar="PATH", help="name this QEMU, too")
     added = command("watch", run_watch, help="follow a migration")
     added.add_argument("domain", nargs="*", metavar="DOMAIN")
     added.add_argument("--qmp", metavar="SOCKET", help="in place of a domain, a QEMU's own socket")

@@ -242,15 +242,19 @@ def enable(
             editor.set_attribute(balloon, ATTRIBUTES[name], "on")
     elif missing:
         _override(editor, balloon, missing)
-    if emulator:
-        devices = editor.domain.find("devices")
-        assert devices
-        if old := devices.find("emulator"):
-            if read(text).emulator != emulator:
-                editor.set_text(old, emulator)
-        else:
-            editor.add(devices, [f"<emulator>{escape(emulator)}</emulator>"])
+    _set_emulator(editor, text, emulator)
     return editor.result()
+
+
+def _set_emulator(editor: _Editor, text: str, emulator: Optional[str]) -> None:
+    devices = editor.domain.find("devices")
+    assert devices
+    if not emulator or read(text).emulator == emulator:
+        return
+    if old := devices.find("emulator"):
+        editor.set_text(old, emulator)
+    else:
+        editor.add(devices, [f"<emulator>{escape(emulator)}</emulator>"])
 
 
 def _override(editor: _Editor, balloon: Element, names: Sequence[str]) -> None:
@@ -292,9 +296,10 @@ def _add_properties(editor: _Editor, alias: str, names: Sequence[str]) -> None:
     editor.add(parent, lines)
 
 
-def disable(text: str, arrays_only: bool = False) -> str:
-    """The XML without hints, or without arrays; the balloon's alias stays."""
+def disable(text: str, arrays_only: bool = False, emulator: Optional[str] = None) -> str:
+    """The XML without hints, or without arrays, and maybe another emulator; an alias stays."""
     editor = _Editor(text)
+    _set_emulator(editor, text, emulator)
     balloon = editor.balloon()
     alias, _ = editor.alias(balloon)
     names = (ARRAYS,) if arrays_only else (HINT, ARRAYS)

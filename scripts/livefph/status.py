@@ -50,7 +50,7 @@ class Status:
 
 def explain(reason: str) -> str:
     """A reason of QEMU's for people."""
-    return REASONS.get(reason, f"reason '{reason}', see fph(1)")
+    return REASONS.get(reason, f"reason '{reason}'")
 
 
 def skipped_bytes(info: Dict[str, Any]) -> Optional[int]:

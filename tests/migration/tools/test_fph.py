@@ -190,6 +190,20 @@ def test_attributes_of_a_libvirt_that_knows_hints(host: FakeHost, fph: Any, tmp_
     assert host.defined[2] == off
 
 
+def test_back_to_another_emulator(host: FakeHost, fph: Any) -> None:
+    """Hints are switched off and another QEMU is named in one step; a second changes nothing."""
+    domain = host.add("a", emulator="relative/qemu")
+    assert fph("enable", "a", "--arrays", "--write")[0] == 0
+    domain.xml = host.defined[0]
+    status, out, err = fph("disable", "a", "--emulator", "/usr/bin/qemu-system-x86_64", "--write")
+    assert (status, err) == (0, [])
+    assert changed(out, "+")[0] == "<emulator>/usr/bin/qemu-system-x86_64</emulator>"
+    domain.xml = host.defined[1]
+    assert not re.search("free-?page", domain.xml, re.IGNORECASE)
+    again = fph("disable", "a", "--emulator", "/usr/bin/qemu-system-x86_64")[1]
+    assert again == ["a: its definition is like that already"]
+
+
 def test_override_stays_with_a_libvirt_that_knows_hints(host: FakeHost, fph: Any) -> None:
     """A domain with an override keeps it: arrays are added there, and off is off in both ways."""
     domain = host.add("a", emulator="relative/qemu")
@@ -462,7 +476,7 @@ COMPLETIONS = {
     "fph status w": "web1 web2",
     "fph enable -c qemu:///other ": "-q -r -c qemu:///other list --all --name",
     "fph -c qemu:///other status -": "--connect --readonly --json --help",
-    "fph disable web1 --": "--connect --readonly --json --help --all --arrays --write",
+    "fph disable web1 --a": "--all --arrays",
     "fph estimate --all --bandwidth ": "",
     "fph watch --qmp /etc/hostn": "/etc/hostname",
 }
