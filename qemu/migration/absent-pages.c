@@ -21,6 +21,7 @@
 #include "exec/target_page.h"
 #include "hw/boards.h"
 #include "migration/free-page-hint-compat.h"
+#include "migration/misc.h"
 #include "monitor/monitor.h"
 #include "system/hostmem.h"
 #include "absent-pages.h"
@@ -147,9 +148,12 @@ AbsentPagesLook *absent_pages_look(FreePageHintReason *reason)
     bool denied = false;
     RAMBlock *rb;
 
-    /* x-ignore-shared: the destination's RAM may be a template, not empty */
+    /*
+     * x-ignore-shared: the destination's RAM may be a template, not empty.
+     * While postcopy comes in, what is absent may be yet to come.
+     */
     if (!free_page_hint_supported() || migrate_ignore_shared() ||
-        current_machine->cgs) {
+        current_machine->cgs || migration_in_incoming_postcopy()) {
         *reason = FREE_PAGE_HINT_REASON_UNSUPPORTED;
         return NULL;
     }

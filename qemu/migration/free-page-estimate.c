@@ -37,6 +37,7 @@
 #include "free-page-hint-queue.h"
 #include "migration.h"
 #include "options.h"
+#include "ram-empty.h"
 #include "ram.h"
 #include "trace.h"
 
@@ -200,7 +201,14 @@ static bool estimate_alloc(uint64_t *total)
 
     RAMBLOCK_FOREACH_NOT_IGNORED(rb) {
         uint64_t npages = rb->used_length >> qemu_target_page_bits();
-        EstimateBlock block = {
+        EstimateBlock block;
+
+        *total += npages << qemu_target_page_bits();
+        /* A migration hints nothing of these either */
+        if (!npages || ram_stays_as_it_is(rb)) {
+            continue;
+        }
+        block = (EstimateBlock) {
             .rb = rb,
             .map = {
                 .bmap = bitmap_try_new(npages),
@@ -217,7 +225,6 @@ static bool estimate_alloc(uint64_t *total)
             return false;
         }
         bitmap_set(block.map.bmap, 0, npages);
-        *total += npages << qemu_target_page_bits();
     }
     return queue;
 }
@@ -387,12 +394,14 @@ static void estimate_sum(FreePageEstimate *e)
 
 static void coroutine_fn estimate_co(void *opaque)
 {
-    int64_t deadline = qemu_clock_get_ns(QEMU_CLOCK_REALTIME) +
-                       (int64_t)migrate_free_page_hint_wait() * SCALE_MS;
+    int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    int64_t wait = (int64_t)migrate_free_page_hint_wait() * SCALE_MS;
+    bool asks = free_page_hint_unavailable() == REASON_NONE;
     FreePageEstimate *e = opaque;
 
-    estimate_absent(e, deadline);
-    estimate_ask(e, deadline);
+    /* As in a migration: see free_page_hint_scan() */
+    estimate_absent(e, start + (asks ? wait / 2 : wait));
+    estimate_ask(e, start + wait);
     estimate_sum(e);
     estimate_free();
     estimate.result = e;

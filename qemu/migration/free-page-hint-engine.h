@@ -58,9 +58,6 @@ void free_page_hint_stop(FreePageHintReason reason);
 /* Is the guest being asked?  Called with the lock. */
 bool free_page_hint_asking(void);
 
-/* Why can the guest not be asked?  Called with the BQL. */
-FreePageHintReason free_page_hint_unavailable(void);
-
 static inline uint64_t us_since(int64_t ns)
 {
     return (qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - ns) / SCALE_US;

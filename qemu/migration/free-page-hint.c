@@ -52,8 +52,8 @@ static struct {
     bool scans;
     /* What is left of the time to wait */
     int64_t left_ns;
-    /* When the scan has begun */
-    int64_t scan_ns;
+    /* When the scan has to be over */
+    int64_t scan_deadline_ns;
     /* The guest's driver allocates what it hints */
     bool allocates;
     /* Hinted runs looked at, and populated since */
@@ -164,21 +164,26 @@ FreePageHintReason free_page_hint_scan_over(void)
     if (free_page_hint_cancelled()) {
         return FREE_PAGE_HINT_REASON_CANCELLED;
     }
-    return qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - this_round.scan_ns >=
-           this_round.left_ns ? FREE_PAGE_HINT_REASON_TIMEOUT : REASON_NONE;
+    return qemu_clock_get_ns(QEMU_CLOCK_REALTIME) >=
+           this_round.scan_deadline_ns ?
+           FREE_PAGE_HINT_REASON_TIMEOUT : REASON_NONE;
 }
 
 static void free_page_hint_scan(void)
 {
+    int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     FreePageHintReason reason;
+    bool asks;
 
     WITH_QEMU_LOCK_GUARD(&hint->lock) {
         free_page_hint_set_state(FREE_PAGE_HINT_STATE_SCANNING);
+        asks = !free_page_hint_over();
     }
-    this_round.scan_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    /* A scan that finds little must not cost what the guest has to say */
+    this_round.scan_deadline_ns = start + (asks ? this_round.left_ns / 2 :
+                                                  this_round.left_ns);
     reason = scan_ops->scan();
-    this_round.left_ns -= qemu_clock_get_ns(QEMU_CLOCK_REALTIME) -
-                          this_round.scan_ns;
+    this_round.left_ns -= qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - start;
     WITH_QEMU_LOCK_GUARD(&hint->lock) {
         hint->scan_reason = reason;
     }

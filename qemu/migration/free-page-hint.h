@@ -113,6 +113,9 @@ typedef struct FreePageHintAskerOps {
 /* Called once, before main(). */
 void free_page_hint_register_asker(const FreePageHintAskerOps *ops);
 
+/* Why can the guest not be asked?  Called with the BQL. */
+FreePageHintReason free_page_hint_unavailable(void);
+
 /*
  * Ask the guest.  Called with the BQL, while no migration runs.  Returns why
  * that cannot be, or FREE_PAGE_HINT_REASON__MAX and the request's id.  A driver

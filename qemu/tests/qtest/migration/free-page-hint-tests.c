@@ -21,6 +21,9 @@
 #define GUEST_WRITES (99 * MiB)
 #define GUEST_ABSENT (16 * MiB)
 
+/* However slow the machine is; what is over before is not waited for */
+#define PATIENT_MS 60000
+
 #define BALLOON "-device virtio-balloon,id=balloon0,free-page-hint=on"
 
 static char *tmpfs;
@@ -155,9 +158,8 @@ static void test_refusal(const void *opaque)
     if (refusal->disabled) {
         migrate_set_capability(from, "free-page-hint", false);
     }
-    if (refusal->no_wait) {
-        migrate_set_parameter_int(from, "free-page-hint-wait", 0);
-    }
+    migrate_set_parameter_int(from, "free-page-hint-wait",
+                              refusal->no_wait ? 0 : PATIENT_MS);
     wait_for_serial("src_serial");
     if (refusal->stopped) {
         qtest_qmp_assert_success(from, "{ 'execute': 'stop' }");
@@ -207,6 +209,7 @@ static void test_estimate(void)
     if (migrate_start(&from, &to, "defer", &args)) {
         return;
     }
+    migrate_set_parameter_int(from, "free-page-hint-wait", PATIENT_MS);
     wait_for_serial("src_serial");
     qtest_qmp_assert_success(
         from, "{ 'execute': 'calc-free-page-estimate',"
@@ -245,6 +248,7 @@ static void test_estimate(void)
 /* Have the guest write to all that it writes to, before it is stopped. */
 static void *hook_start_absent(QTestState *from, QTestState *to)
 {
+    migrate_set_parameter_int(from, "free-page-hint-wait", PATIENT_MS);
     wait_for_serial("src_serial");
     return NULL;
 }
