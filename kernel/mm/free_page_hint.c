@@ -159,7 +159,8 @@ static int walk_zone(struct free_page_hint_walk *walk, struct zone *zone)
  * Free pages in per-CPU lists keep the blocks around them split: 84 MiB in a
  * guest of 8 GiB that had just freed 6 GiB. Frees them as the allocator does
  * itself, with a zone's lock held for a CPU's batch of pages, 2016 with the
- * defaults. Call once, before a report's walks.
+ * defaults. Call once, before a report's walks. Does nothing while somebody else
+ * drains.
  *
  * Context: process context, may sleep.
  */

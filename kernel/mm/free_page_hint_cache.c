@@ -44,7 +44,8 @@ static bool is_protected(struct mem_cgroup *memcg)
 /* A rest that no folio may fit into is not worth a look at all of them. */
 static bool is_enough(struct free_page_hint_cache *cache)
 {
-	return cache->freed + SWAP_CLUSTER_MAX > cache->nr_pages;
+	return cache->full ||
+	       cache->freed + SWAP_CLUSTER_MAX > cache->nr_pages;
 }
 
 /* Returns 0, or what the caller's check returned. */
@@ -70,7 +71,7 @@ static int free_from_lruvec(struct free_page_hint_cache *cache,
 
 		cache->freed += reclaim_clean_inactive_file(lruvec, list, step,
 						cache->nr_pages - cache->freed,
-						&scanned);
+						&scanned, &cache->full);
 		cache->scanned += scanned;
 		/* Others can have emptied it. */
 		left = scanned ? left - min(left, scanned) : 0;
@@ -113,11 +114,12 @@ static int free_part(struct free_page_hint_cache *cache, unsigned int list,
  *
  * Frees file pages that are clean, in no page table and on an inactive list, of
  * all nodes and of all control groups that do not protect them, the coldest
- * first: the coldest eighth of each list, then the next. Dirty and mapped pages,
- * those that are locked in memory, that are on an active list, or that belong to
- * shmem stay. Nothing is written, swapped or moved, and no I/O is waited for.
- * Shadow entries are left behind, so that a page that is read again soon is known
- * as such.
+ * first: the coldest eighth of each list, then the next. Control groups are gone
+ * through in their order, so that a small budget is that of the first ones. Dirty
+ * and mapped pages, those that are locked in memory, that are on an active list,
+ * or that belong to shmem stay. Nothing is written, swapped or moved, and no I/O
+ * is waited for. Shadow entries are left behind, so that a page that is read again
+ * soon is known as such.
  *
  * Goes by steps of 1 MiB, or of 32 pages or one folio if that is more. The lock
  * of the lists is held while a step's pages are looked at; before each step, a
@@ -128,7 +130,8 @@ static int free_part(struct free_page_hint_cache *cache, unsigned int list,
  * generations but the two youngest, the oldest first, and pages that were read
  * twice or more stay, as they are not on an inactive list else.
  *
- * Ends when @cache->nr_pages were freed, or nearly so, when @cache->check says so,
+ * Ends when @cache->nr_pages were freed, or the next folio is larger than what is
+ * left of that, when @cache->check says so,
  * or when everything on the inactive lists was looked at. To pass over a page that
  * stays, such as a mapped one, takes much less than to free one.
  *
@@ -141,6 +144,7 @@ int free_page_hint_free_cache(struct free_page_hint_cache *cache)
 
 	cache->freed = 0;
 	cache->scanned = 0;
+	cache->full = false;
 
 	for (list = 0; list < NR_INACTIVE_FILE_LISTS; list++) {
 		for (part = PARTS; part; part--) {

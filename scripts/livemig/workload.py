@@ -90,13 +90,18 @@ def meminfo(guest: Guest) -> Dict[str, int]:
     return {line[0].rstrip(":"): int(line[1]) // 1024 for line in words if len(line) == 3}
 
 
-def refaults(guest: Guest) -> int:
-    """Pages of files that were read again after they had been freed, since the guest has booted."""
+def vmstat(guest: Guest, name: str) -> int:
+    """A counter of the guest's /proc/vmstat, since it has booted."""
     text = guest.agent.run("cat /proc/vmstat")
-    match = re.search(r"^workingset_refault_file (\d+)$", text, re.MULTILINE)
+    match = re.search(rf"^{name} (\d+)$", text, re.MULTILINE)
     if not match:
-        raise GuestError(f"{guest.name} does not count refaults")
+        raise GuestError(f"{guest.name} has no {name} in /proc/vmstat")
     return int(match[1])
+
+
+def refaults(guest: Guest) -> int:
+    """Pages of files that were read again after they had been freed."""
+    return vmstat(guest, "workingset_refault_file")
 
 
 def buddyinfo(guest: Guest) -> List[int]:

@@ -197,9 +197,10 @@ static void hint_free_bufs(struct virtio_balloon_hint *hint)
 
 /*
  * Gets the buffers of a report, a smaller one and no more where there are no
- * larger ones. Memory that is hard to get is not worth it, and the host does
- * not wait for long: no hint is a correct hint. Some buffers can still be
- * there, with the device, from a report that was ended.
+ * larger ones. Memory that is hard to get is not worth it, not even to wake
+ * kswapd or kcompactd, and the host does not wait for long: no hint is a correct
+ * hint. Some buffers can still be there, with the device, from a report that was
+ * ended.
  */
 static bool hint_alloc_bufs(struct virtio_balloon_hint *hint)
 {
@@ -213,8 +214,7 @@ static bool hint_alloc_bufs(struct virtio_balloon_hint *hint)
 		int order = get_order(HINT_BUF_BYTES);
 
 		while (!buf->data && order >= 0) {
-			gfp_t gfp = order ? GFP_NOWAIT :
-					    GFP_KERNEL | __GFP_NORETRY;
+			gfp_t gfp = order ? 0 : GFP_KERNEL | __GFP_NORETRY;
 
 			buf->data = (void *)__get_free_pages(gfp | __GFP_NOWARN,
 							     order);
@@ -374,6 +374,10 @@ static int hint_send_blocks(struct virtio_balloon_hint *hint)
 	int order, smallest = READ_ONCE(hint_order);
 	int ret = 0;
 
+	if (!hint_alloc_bufs(hint)) {
+		hint->stats.no_memory++;
+		return 0;
+	}
 	hint->fill = NULL;
 	free_page_hint_drain();
 	for (order = MAX_PAGE_ORDER; !ret && order >= smallest; order--) {
@@ -411,8 +415,6 @@ static int hint_answer(struct virtio_balloon_hint *hint)
 	 */
 	if (page_poisoning_enabled_static())
 		stats->refused++;
-	else if (!hint_alloc_bufs(hint))
-		stats->no_memory++;
 	else
 		err = hint_send_blocks(hint);
 
@@ -523,6 +525,8 @@ void virtio_balloon_hint_reset(struct virtio_balloon_hint *hint,
 
 	/* A device that was reset can ask again with the same id. */
 	hint->id = VIRTIO_BALLOON_CMD_ID_STOP;
+	/* After a sleep, work can begin before the notifier is called. */
+	clear_bit(HINT_SUSPENDING, &hint->flags);
 }
 EXPORT_SYMBOL_GPL(virtio_balloon_hint_reset);
 

@@ -2,6 +2,8 @@
 #ifndef _LINUX_FREE_PAGE_HINT_CACHE_H
 #define _LINUX_FREE_PAGE_HINT_CACHE_H
 
+#include <linux/types.h>
+
 /**
  * struct free_page_hint_cache - page cache that is to be freed
  * @nr_pages: how much at most
@@ -10,6 +12,7 @@
  * @private: for @check
  * @freed: result: pages that were freed
  * @scanned: result: pages that were looked at
+ * @full: private: a folio did not fit into the rest of @nr_pages
  */
 struct free_page_hint_cache {
 	unsigned long nr_pages;
@@ -18,6 +21,7 @@ struct free_page_hint_cache {
 
 	unsigned long freed;
 	unsigned long scanned;
+	bool full;
 };
 
 int free_page_hint_free_cache(struct free_page_hint_cache *cache);

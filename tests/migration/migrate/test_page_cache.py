@@ -26,7 +26,7 @@ from livemig.metal import WAIT_MS, let_go, lost_strips, metal, written_metal
 from livemig.migration import Hints, MigrationResult, cancel, migrate, start
 from livemig.oracle import Oracle
 from livemig.spec import ARRAYS, MigrationSpec
-from livemig.workload import refaults
+from livemig.workload import refaults, vmstat
 
 pytestmark = pytest.mark.integrity
 
@@ -162,8 +162,12 @@ def test_cold_cache_is_not_sent(lab: Lab, disk: Path, measured: Dict[str, Any], 
     source.agent.run(f"dd if=/dev/urandom of=/tmp/shmem bs=1M count={DIRTY_MIB}")
     sums = source.agent.run("sha256sum /mnt/dirty /tmp/shmem")
     kept = {name: resident(source, name) for name in ("hot", "held", "locked", "dirty")}
+    stolen = vmstat(source, "pgsteal_file")
     hints = assert_complete(result := move(oracle, with_cache(EVERYTHING)))
     there = oracle.destination
+    # Whoever looks for where the cache went finds it there.
+    stolen = vmstat(there, "pgsteal_file") - stolen
+    assert stolen / PAGES_PER_MIB >= hints.cache_freed_bytes / MIB
     measured.update(
         freed=hints.cache_freed_bytes, us=hints.cache_time, sent=result.sent_bytes, **kept
     )

@@ -21,7 +21,8 @@
  * A hint says: at some time after the guest read the id, nobody needed the
  * contents of this block. The guest may have taken the block back since; the
  * host must see to it that what was written after it published the id is not
- * lost. Blocks may be missing, and may be reported twice.
+ * lost. What was not written since must be as it was, or zero: a guest can rely
+ * on free memory being zero. Blocks may be missing, and may be reported twice.
  *
  * The guest must not change or free a buffer before the device used it, and
  * the host must not trust one: it drops messages with another id than the
