@@ -54,10 +54,12 @@ def files(root: DebianRoot) -> Set[str]:
 FEATURES = (
     "-vnc unix:/run/vnc -device VGA",
     "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-    "-object memory-backend-ram,id=ram,size=64M,host-nodes=0,policy=bind -machine memory-backend=ram -m 64M",
+    "-object memory-backend-ram,id=ram,size=64M,host-nodes=0,policy=bind"
+    " -machine memory-backend=ram -m 64M",
     "-drive file=/srv/disk,format=raw,if=virtio,cache=none,aio=native",
     "-drive file=/srv/disk,format=raw,if=virtio,aio=io_uring",
-    "-device virtio-9p-pci,fsdev=shared,mount_tag=shared -fsdev local,id=shared,path=/srv,security_model=none",
+    "-device virtio-9p-pci,fsdev=srv,mount_tag=srv"
+    " -fsdev local,id=srv,path=/srv,security_model=none",
 )
 DEVICES = ("vhost-user-fs-pci", "vhost-vsock-pci", "tpm-crb", "virtio-net-pci")
 
