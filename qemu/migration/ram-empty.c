@@ -222,12 +222,15 @@ static int empty_file(RAMBlock *rb, uint64_t length, Error **errp)
 {
     RAMEmptyHow how = choose(rb);
     uint64_t bytes = 0, start = 0;
+    bool any = false;
 
     if (is_empty_hugetlbfs(rb)) {
         return 0;
     }
     while (find_data(rb, &start, length)) {
         uint64_t step = MIN(length - start, MAX(STEP_BYTES, rb->page_size));
+
+        any = true;
 
         if (how == RAM_EMPTY_PUNCH) {
             if (!punch(rb, start, step)) {
@@ -248,7 +251,9 @@ static int empty_file(RAMBlock *rb, uint64_t length, Error **errp)
         start += step;
         serve_others();
     }
-    trace_ram_make_empty(rb->idstr, how_names[how], bytes);
+    if (any) {
+        trace_ram_make_empty(rb->idstr, how_names[how], bytes);
+    }
     return 0;
 }
 
