@@ -299,8 +299,8 @@ def _add_properties(editor: _Editor, alias: str, names: Sequence[str]) -> None:
 def disable(text: str, arrays_only: bool = False, emulator: Optional[str] = None) -> str:
     """The XML without hints, or without arrays, and maybe another emulator; an alias stays."""
     editor = _Editor(text)
-    _set_emulator(editor, text, emulator)
     balloon = editor.balloon()
+    _set_emulator(editor, text, emulator)
     alias, _ = editor.alias(balloon)
     names = (ARRAYS,) if arrays_only else (HINT, ARRAYS)
     for attribute in (*(ATTRIBUTES[name] for name in names), CACHE_ATTRIBUTE):
