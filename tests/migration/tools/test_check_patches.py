@@ -118,3 +118,11 @@ def test_what_was_not_built_is_named(project: Project) -> None:
     assert "every patch applies" in done.stdout
     assert "0 built, 0 built before, 3 not built" in done.stdout
     assert done.stdout.count("not built: libvirt: 000") == 3
+
+
+def test_only_what_has_tests_is_tested(project: Project) -> None:
+    """libvirt's and the kernel's patches are refused, before anything is built."""
+    done = project.check("--test")
+    assert done.returncode != 0
+    assert "--test is for the patches of qemu" in done.stderr and done.stderr.count("\n") == 1
+    assert project.builds() == []
