@@ -84,6 +84,7 @@ debian-image: deps ## make a Debian guest image with gcc, make and sysbench
 stock-guests: deps ## make Debian guests with their own kernels, to install the guest package in
 	@scripts/make-stock-guest bookworm
 	@scripts/make-stock-guest trixie
+	@scripts/make-stock-guest trixie-backports
 
 stock-hosts: deps ## make Debian hosts with libvirt, to install our QEMU in
 	@scripts/make-stock-host bookworm

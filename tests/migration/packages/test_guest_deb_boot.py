@@ -152,13 +152,11 @@ def install(guest: Guest) -> str:
     )
 
 
-@pytest.fixture(scope="module", params=["bookworm", "trixie"], name="installed")
-def installed_fixture(
-    request: pytest.FixtureRequest, module_lab: Lab, archive: Path
-) -> Iterator[Tuple[str, Path]]:
+@contextlib.contextmanager
+def installed_disk(lab: Lab, suite: str, archive: Path) -> Iterator[Path]:
     """The disk of a Debian guest in which apt installed the package, in the running guest."""
-    with stock_disk(request.param) as disk:
-        debian = Debian(module_lab, request.param, disk, archive)
+    with stock_disk(suite) as disk:
+        debian = Debian(lab, suite, disk, archive)
         guest = debian.boot()
         # The premises: it is as Debian ships it.
         assert guest.agent.run("grep -c CONFIG_INIT_ON_ALLOC_DEFAULT_ON=y /boot/config-$(uname -r)")
@@ -167,6 +165,15 @@ def installed_fixture(
         # The driver that was loaded stays until it is loaded anew.
         assert not speaks_arrays(guest)
         debian.power_off(guest)
+        yield disk
+
+
+@pytest.fixture(scope="module", params=["bookworm", "trixie"], name="installed")
+def installed_fixture(
+    request: pytest.FixtureRequest, module_lab: Lab, archive: Path
+) -> Iterator[Tuple[str, Path]]:
+    """A suite, and the disk of its guest with the package."""
+    with installed_disk(module_lab, request.param, archive) as disk:
         yield request.param, disk
 
 
@@ -208,6 +215,20 @@ def test_migrates_with_arrays_then_purged_with_blocks(
     guest, hints, free = debian.migrate(guest)
     measured["blocks"] = told(hints, free)
     assert hints.messages >= hints.blocks
+
+
+def test_newest_kernel_migrates_with_arrays(
+    lab: Lab, archive: Path, measured: Dict[str, Any]
+) -> None:
+    """So does Debian's newest kernel, that of its backports, after a reboot."""
+    suite = "trixie-backports"
+    with installed_disk(lab, suite, archive) as disk:
+        guest = Debian(lab, suite, disk, archive).boot()
+        assert guest.agent.run("uname -r").startswith("7.3.")
+        assert speaks_arrays(guest)
+        _, hints, free = Debian(lab, suite, disk, archive).migrate(guest)
+        measured["arrays"] = told(hints, free)
+        assert hints.messages < hints.blocks / 10
 
 
 def test_driver_can_be_unloaded_while_inflated(debian: Debian) -> None:
