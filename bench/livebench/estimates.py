@@ -10,7 +10,7 @@ from typing import Any, Dict, List
 
 from livebench import hostinfo, throughput
 from livebench.console import Console
-from livebench.orders import estimate
+from livebench.orders import allow_time, estimate
 from livebench.statistics import Spread
 from livebench.store import write_json
 from livebench.workloads import AllocLoop
@@ -49,6 +49,7 @@ def run(mem_mib: int, pairs: int, out: Path) -> List[Dict[str, Any]]:
     found: List[Dict[str, Any]] = []
     with Guest(spec, "guest", logs=logs, listener=console.listener()) as guest:
         guest.wait_ready()
+        allow_time(guest)
         loop.prepare(guest)
         loop.start(guest, console)
         time.sleep(PHASE_SECONDS)

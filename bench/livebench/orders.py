@@ -18,9 +18,13 @@ def offered(guest: Guest) -> bool:
     return arrays and guest.agent.exec(f"test -w {PARAMETER}")[0] == 0
 
 
+def allow_time(guest: Guest) -> None:
+    """Let its estimates take as long as the machine makes them."""
+    guest.qmp("migrate-set-parameters", free_page_hint_wait=SECONDS * 1000)
+
+
 def estimate(guest: Guest) -> Dict[str, Any]:
     """Ask the guest once, as a migration would."""
-    guest.qmp("migrate-set-parameters", free_page_hint_wait=SECONDS * 1000)
     guest.qmp("calc-free-page-estimate")
     deadline = time.monotonic() + SECONDS
     while (info := guest.qmp("query-free-page-estimate"))["status"] != "measured":
@@ -34,6 +38,7 @@ def estimate(guest: Guest) -> Dict[str, Any]:
 def by_order(guest: Guest) -> List[Dict[str, Any]]:
     """For each order: the bytes that are reported from it up, of how many that are free."""
     before = guest.agent.run(f"cat {PARAMETER}").strip()
+    allow_time(guest)
     result = []
     for order in range(LARGEST, -1, -1):
         guest.agent.run(f"echo {order} > {PARAMETER}")
