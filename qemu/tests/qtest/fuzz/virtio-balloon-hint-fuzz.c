@@ -828,6 +828,13 @@ static void op_system_reset(Input *in)
     if (system_resets++ >= MAX_SYSTEM_RESETS) {
         return;
     }
+    /*
+     * The end of such a migration can resume the vCPUs while we wait for them
+     * to pause, and then we would wait for ever.
+     */
+    if (migrate_get_current()->state == MIGRATION_STATUS_CANCELLING) {
+        return;
+    }
     pause_all_vcpus();
     qemu_system_reset(SHUTDOWN_CAUSE_GUEST_RESET);
     if (runstate_is_running()) {
