@@ -223,10 +223,11 @@ def test_newest_kernel_migrates_with_arrays(
     """So does Debian's newest kernel, that of its backports, after a reboot."""
     suite = "trixie-backports"
     with installed_disk(lab, suite, archive) as disk:
-        guest = Debian(lab, suite, disk, archive).boot()
+        debian = Debian(lab, suite, disk, archive)
+        guest = debian.boot()
         assert guest.agent.run("uname -r").startswith("7.3.")
         assert speaks_arrays(guest)
-        _, hints, free = Debian(lab, suite, disk, archive).migrate(guest)
+        _, hints, free = debian.migrate(guest)
         measured["arrays"] = told(hints, free)
         assert hints.messages < hints.blocks / 10
 
