@@ -20,7 +20,7 @@ pytestmark = pytest.mark.integrity
 
 # Postcopy was over before a hinted page was used once in 60 migrations.
 ATTEMPTS = 4
-TRIPS = (3, pytest.param(20, marks=pytest.mark.long))
+TRIPS = (2, pytest.param(20, marks=pytest.mark.long))
 
 
 @pytest.fixture(scope="module")
