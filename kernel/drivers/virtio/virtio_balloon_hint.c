@@ -19,6 +19,7 @@
 #include <linux/free_page_hint.h>
 #include <linux/gfp.h>
 #include <linux/init.h>
+#include <linux/jiffies.h>
 #include <linux/log2.h>
 #include <linux/minmax.h>
 #include <linux/mm.h>
@@ -43,6 +44,8 @@
 #define HINT_BUF_BYTES		SZ_128K
 /* Entries per hold of a zone's lock: 73 us, at the 286 ns of each under TCG. */
 #define HINT_BATCH		256
+/* At 90 requests a second, draining each time took a fifth of a busy CPU. */
+#define HINT_DRAIN_JIFFIES	(HZ / 4)
 
 /* A message with addresses. */
 struct hint_array {
@@ -104,6 +107,8 @@ struct virtio_balloon_hint {
 	/* What was sent in this answer. */
 	u64 arrays;
 	u64 blocks;
+	/* Not before that, in jiffies, are the per-CPU lists drained again. */
+	unsigned long next_drain;
 
 	struct hint_stats stats;
 };
@@ -359,6 +364,19 @@ static int hint_add_blocks(const phys_addr_t *addrs, unsigned int nr,
 }
 
 /*
+ * A host may ask over and over without migrating. To drain each time would take
+ * every CPU's lists away from it again and again, for little: what was freed
+ * since the last time.
+ */
+static void hint_drain(struct virtio_balloon_hint *hint)
+{
+	if (time_before(jiffies, hint->next_drain))
+		return;
+	free_page_hint_drain();
+	hint->next_drain = jiffies + HINT_DRAIN_JIFFIES;
+}
+
+/*
  * Free blocks of all orders from hint_order up. A block is in the lists of its
  * own order only, so each order is walked, and gets arrays with its own size:
  * one address for a free block, however large.
@@ -379,7 +397,7 @@ static int hint_send_blocks(struct virtio_balloon_hint *hint)
 		return 0;
 	}
 	hint->fill = NULL;
-	free_page_hint_drain();
+	hint_drain(hint);
 	for (order = MAX_PAGE_ORDER; !ret && order >= smallest; order--) {
 		hint->order = order;
 		walk.order = order;
@@ -607,6 +625,7 @@ int virtio_balloon_hint_create(struct virtio_device *vdev,
 	new->vdev = vdev;
 	new->returned = returned;
 	new->id = VIRTIO_BALLOON_CMD_ID_STOP;
+	new->next_drain = jiffies;
 	new->end_buf.data = &new->end;
 
 	new->pm_nb.notifier_call = hint_pm_notify;
