@@ -18,6 +18,7 @@
 #include <linux/sched.h>
 #include <linux/sizes.h>
 #include <linux/swap.h>
+#include <linux/vmstat.h>
 
 #include "internal.h"
 
@@ -169,3 +170,42 @@ int free_page_hint_free_cache(struct free_page_hint_cache *cache)
 	return 0;
 }
 EXPORT_SYMBOL_GPL(free_page_hint_free_cache);
+
+/**
+ * free_page_hint_cache_size - how much page cache could be freed
+ *
+ * Adds up the lists that free_page_hint_free_cache() goes through, but for control
+ * groups that are protected as a whole, and takes off what is dirty or under
+ * writeback anywhere. Not one page is looked at: those that are mapped, locked in
+ * memory, or with the multi-generational LRU read more than once, are in it, so
+ * that less may be freed in the end.
+ *
+ * Context: process context, may sleep.
+ * Return: pages.
+ */
+unsigned long free_page_hint_cache_size(void)
+{
+	unsigned long stay = global_node_page_state(NR_FILE_DIRTY) +
+			     global_node_page_state(NR_WRITEBACK);
+	unsigned long size = 0;
+	struct pglist_data *pgdat;
+
+	for_each_online_pgdat(pgdat) {
+		struct mem_cgroup *memcg = mem_cgroup_iter(NULL, NULL, NULL);
+
+		do {
+			struct lruvec *lruvec = mem_cgroup_lruvec(memcg, pgdat);
+			unsigned int list;
+
+			cond_resched();
+			mem_cgroup_calculate_protection(NULL, memcg);
+			if (is_protected(memcg))
+				continue;
+			for (list = 0; list < NR_INACTIVE_FILE_LISTS; list++)
+				size += inactive_file_size(lruvec, list);
+		} while ((memcg = mem_cgroup_iter(NULL, memcg, NULL)));
+	}
+
+	return size - min(size, stay);
+}
+EXPORT_SYMBOL_GPL(free_page_hint_cache_size);

@@ -72,6 +72,11 @@ static struct {
     uint64_t orders[ORDERS];
     /* Bytes per second, or 0 if nobody asked for the time */
     uint64_t bandwidth;
+    /* Page cache that a migration would let the guest free, in bytes */
+    uint64_t cache_budget;
+    /* What the guest says it could free, however much that is */
+    bool has_cache;
+    uint64_t cache_bytes;
     /* Of the latest estimate, NULL while there is none */
     FreePageEstimate *result;
 
@@ -123,6 +128,12 @@ static void estimate_submit(const FreePageHintRun *runs, unsigned n_runs,
     estimate_wake();
 }
 
+static void estimate_cache(uint64_t bytes)
+{
+    estimate.has_cache = true;
+    estimate.cache_bytes = bytes;
+}
+
 static void estimate_end(void)
 {
     estimate.complete = true;
@@ -160,6 +171,7 @@ static const FreePageHintAskerOps estimate_ops = {
     .wanted = estimate_wanted,
     .has_room = estimate_has_room,
     .submit = estimate_submit,
+    .cache = estimate_cache,
     .end = estimate_end,
     .stop = estimate_stop,
     .cancel = estimate_cancel,
@@ -341,7 +353,8 @@ static void coroutine_fn estimate_ask(FreePageEstimate *e, int64_t deadline)
 
     estimate.reason = estimate.cancelled ? FREE_PAGE_HINT_REASON_CANCELLED :
                       now >= deadline ? FREE_PAGE_HINT_REASON_TIMEOUT :
-                      free_page_hint_provider_ask(&estimate.id);
+                      free_page_hint_provider_ask(estimate.cache_budget,
+                                                  &estimate.id);
     estimate.asked = estimate.reason == REASON_NONE;
     trace_free_page_estimate_ask(estimate.asked ? estimate.id : 0);
 
@@ -383,6 +396,13 @@ static void estimate_sum(FreePageEstimate *e)
         }
     }
     e->remaining_bytes = e->total_bytes - e->absent_bytes - e->free_bytes;
+    if (estimate.has_cache && estimate.cache_budget) {
+        e->has_cache_bytes = true;
+        /* It can be neither absent nor free, whatever the guest says */
+        e->cache_bytes = MIN(estimate.cache_bytes,
+                             MIN(estimate.cache_budget, e->remaining_bytes));
+        e->remaining_bytes -= e->cache_bytes;
+    }
     if (estimate.bandwidth) {
         e->has_round_time = true;
         e->round_time = e->remaining_bytes * 1000.0 / estimate.bandwidth;
@@ -409,7 +429,7 @@ static void coroutine_fn estimate_co(void *opaque)
 }
 
 void qmp_calc_free_page_estimate(bool has_bandwidth, uint64_t bandwidth,
-                                 Error **errp)
+                                 bool has_cache, uint64_t cache, Error **errp)
 {
     FreePageEstimate *e;
 
@@ -437,6 +457,8 @@ void qmp_calc_free_page_estimate(bool has_bandwidth, uint64_t bandwidth,
     estimate.running = true;
     estimate.complete = false;
     estimate.bandwidth = bandwidth;
+    estimate.cache_budget = has_cache ? cache : migrate_free_page_hint_cache();
+    estimate.has_cache = false;
     qatomic_set(&estimate.cancelled, false);
     memset(estimate.orders, 0, sizeof(estimate.orders));
     aio_co_enter(qemu_get_aio_context(),
@@ -460,7 +482,7 @@ void hmp_calc_free_page_estimate(Monitor *mon, const QDict *qdict)
 {
     Error *err = NULL;
 
-    qmp_calc_free_page_estimate(false, 0, &err);
+    qmp_calc_free_page_estimate(false, 0, false, 0, &err);
     hmp_handle_error(mon, err);
 }
 
@@ -491,6 +513,10 @@ void hmp_info_free_page_estimate(Monitor *mon, const QDict *qdict)
         monitor_printf(mon, "free in blocks of %" PRIu64 " kbytes: %" PRIu64
                        " kbytes\n", item->value->block_size >> 10,
                        item->value->bytes >> 10);
+    }
+    if (e->has_cache_bytes) {
+        monitor_printf(mon, "page cache that can be freed: %" PRIu64
+                       " kbytes\n", e->cache_bytes >> 10);
     }
     monitor_printf(mon, "to be sent: %" PRIu64 " kbytes\n",
                    e->remaining_bytes >> 10);

@@ -120,7 +120,7 @@ void free_page_hint_register_asker(const FreePageHintAskerOps *ops)
     hint->asker_ops = ops;
 }
 
-FreePageHintReason free_page_hint_provider_ask(uint32_t *id)
+FreePageHintReason free_page_hint_provider_ask(uint64_t cache, uint32_t *id)
 {
     FreePageHintReason reason = free_page_hint_unavailable();
 
@@ -129,8 +129,8 @@ FreePageHintReason free_page_hint_provider_ask(uint32_t *id)
     }
     if (reason == REASON_NONE) {
         *id = hint->ops->new_id(hint->opaque);
-        /* To ask what is free is no reason to free anything */
-        hint->ops->ask(hint->opaque, 0, 0);
+        /* To ask what is free is no reason to free anything: no time */
+        hint->ops->ask(hint->opaque, cache, 0);
     }
     return reason;
 }
@@ -161,18 +161,23 @@ void free_page_hint_abort(FreePageHintReason reason)
     free_page_hint_stop(reason);
 }
 
-void free_page_hint_cache_freed(uint32_t id, uint64_t bytes, uint64_t us)
+static bool asker_wants(uint32_t id)
 {
+    return hint->asker_ops && hint->asker_ops->wanted(id);
+}
+
+void free_page_hint_cache(uint32_t id, uint64_t bytes, uint64_t us)
+{
+    if (asker_wants(id)) {
+        hint->asker_ops->cache(bytes);
+        return;
+    }
+
     QEMU_LOCK_GUARD(&hint->lock);
     if (free_page_hint_current(id)) {
         hint->stats.cache_freed_bytes = bytes;
         hint->stats.cache_time = us;
     }
-}
-
-static bool asker_wants(uint32_t id)
-{
-    return hint->asker_ops && hint->asker_ops->wanted(id);
 }
 
 bool free_page_hint_wanted(uint32_t id)

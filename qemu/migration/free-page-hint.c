@@ -193,8 +193,8 @@ static void free_page_hint_scan(void)
 static bool free_page_hint_ask(void)
 {
     FreePageHintReason reason = free_page_hint_refusal();
+    uint32_t id, cache_ms;
     bool stopped;
-    uint32_t id;
 
     if (reason == REASON_NONE && this_round.left_ns <= 0) {
         reason = FREE_PAGE_HINT_REASON_TIMEOUT;
@@ -222,9 +222,10 @@ static bool free_page_hint_ask(void)
         free_page_hint_set_state(FREE_PAGE_HINT_STATE_ASKED);
         trace_free_page_hint_ask(hint->id);
     }
-    /* The other half is for the report */
-    hint->ops->ask(hint->opaque, migrate_free_page_hint_cache(),
-                  this_round.left_ns / 2 / SCALE_MS);
+    /* The other half is for the report; no time at all would be a question */
+    cache_ms = this_round.left_ns / 2 / SCALE_MS;
+    hint->ops->ask(hint->opaque, cache_ms ? migrate_free_page_hint_cache() : 0,
+                   cache_ms);
     return true;
 }
 

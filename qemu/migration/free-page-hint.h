@@ -102,6 +102,8 @@ typedef struct FreePageHintAskerOps {
     /* One message of the guest: see free_page_hint_submit(). */
     void (*submit)(const FreePageHintRun *runs, unsigned n_runs,
                    unsigned blocks, uint64_t invalid_bytes);
+    /* Page cache that the guest says it could free. */
+    void (*cache)(uint64_t bytes);
     /* The guest's report is complete. */
     void (*end)(void);
     /* The guest cannot answer any more, or never could. */
@@ -117,11 +119,12 @@ void free_page_hint_register_asker(const FreePageHintAskerOps *ops);
 FreePageHintReason free_page_hint_unavailable(void);
 
 /*
- * Ask the guest.  Called with the BQL, while no migration runs.  Returns why
- * that cannot be, or FREE_PAGE_HINT_REASON__MAX and the request's id.  A driver
- * that would have to allocate the memory that it hints is not asked.
+ * Ask the guest, also how much of @cache bytes of page cache it could free.
+ * Called with the BQL, while no migration runs.  Returns why that cannot be, or
+ * FREE_PAGE_HINT_REASON__MAX and the request's id.  A driver that would have to
+ * allocate the memory that it hints is not asked.
  */
-FreePageHintReason free_page_hint_provider_ask(uint32_t *id);
+FreePageHintReason free_page_hint_provider_ask(uint64_t cache, uint32_t *id);
 
 /* There is room again, after has_room() has said no.  Called with the BQL. */
 void free_page_hint_provider_resume(void);

@@ -91,28 +91,37 @@ def run_estimate(args: argparse.Namespace) -> int:
     domains = [d for d in chosen(args, host) if args.domain or d.active()]
     if not domains:
         raise FphError(f"no domain is running on {host.uri}")
-    found, worst = each(domains, lambda d: estimate.estimate(d, args.bandwidth))
+    asked = {"bandwidth": args.bandwidth, "cache": args.cache}
+    found, worst = each(domains, lambda d: estimate.estimate(d, **asked))
     print_json(args, "domains", found)
-    keys = ("total-bytes", "absent-bytes", "free-bytes", "remaining-bytes", "round-time")
-    lines = [(name, [e.get(key) for key in keys]) for name, e in found.items()]
-    if len(lines) > 1:
-        sums = [sum(values) for values in list(zip(*(v for _, v in lines)))[:4]]
-        times = [values[4] for _, values in lines]
-        lines.append(("all", [*sums, None if None in times else sum(times)]))
-    rows = [
-        (
-            name,
-            *(show.size(value) for value in values[:4]),
-            f"{100 * values[3] / values[0]:.0f} %",
-            show.duration(values[4] / 1000 if values[4] is not None else None),
-        )
-        for name, values in lines
-    ]
-    head = ("DOMAIN", "MEMORY", "ABSENT", "FREE", "TO SEND", "SHARE", "TIME")
-    if rows:
-        say(args, show.table(head, rows, right=(1, 2, 3, 4, 5, 6)))
-    say(args, "\n".join(f"{n}: {note}" for n, e in found.items() for note in estimate.notes(e)))
+    if found:
+        say(args, estimate_table(found))
+    notes = {name: estimate.notes(e, args.cache) for name, e in found.items()}
+    say(args, "\n".join(f"{n}: {note}" for n, lines in notes.items() for note in lines))
     return worst
+
+
+def estimate_table(found: Dict[str, Dict[str, Any]]) -> str:
+    """Estimates as rows, with their sum; page cache only where a guest was asked about it."""
+    columns = {"MEMORY": "total-bytes", "ABSENT": "absent-bytes", "FREE": "free-bytes"}
+    if any("cache-bytes" in one for one in found.values()):
+        columns["CACHE"] = "cache-bytes"
+    columns["TO SEND"] = "remaining-bytes"
+    lines = dict(found)
+    if len(lines) > 1:
+        lines["all"] = {
+            key: sum(one.get(key, 0) for one in found.values()) for key in columns.values()
+        }
+        times = [one.get("round-time") for one in found.values()]
+        lines["all"]["round-time"] = None if None in times else sum(times)
+    rows = []
+    for name, one in lines.items():
+        share = f"{100 * one['remaining-bytes'] / one['total-bytes']:.0f} %"
+        time = one.get("round-time")
+        sizes = (show.size(one.get(key, 0)) for key in columns.values())
+        rows.append((name, *sizes, share, show.duration(None if time is None else time / 1000)))
+    head = ("DOMAIN", *columns, "SHARE", "TIME")
+    return show.table(head, rows, right=tuple(range(1, len(head))))
 
 
 def run_change(args: argparse.Namespace) -> int:
@@ -216,6 +225,14 @@ def save(args: argparse.Namespace, record: watch.Record) -> None:
         say(args, f"{record.name}: see {args.output}.json")
 
 
+def budget(text: str) -> int:
+    """Read --cache."""
+    try:
+        return estimate.size(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 2GiB or 500MiB") from err
+
+
 def rate(text: str) -> int:
     """Read --bandwidth."""
     try:
@@ -262,6 +279,7 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("domain", nargs="*", metavar="DOMAIN")
     added.add_argument("--all", action="store_true", help="all domains that run")
     added.add_argument("--bandwidth", type=rate, metavar="RATE", help="for the time: 1Gbit, 100MiB")
+    added.add_argument("--cache", type=budget, metavar="SIZE", help="page cache to free: 2GiB")
     for name, text in ("enable", "switch hints on"), ("disable", "switch hints off"):
         added = command(name, run_change, help=f"{text}, from a domain's next start on")
         added.add_argument("domain", nargs="*", metavar="DOMAIN")

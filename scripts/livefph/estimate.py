@@ -22,22 +22,32 @@ UNITS = {
 }
 
 
-def bandwidth(text: str) -> int:
-    """Bytes per second of '1Gbit', '110MiB', '125000000'; ValueError if it is none of these."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?|)(bit|B|)(?:/s)?", text.strip())
+def amount(text: str, units: str) -> int:
+    """How much a number with a unit is, in bytes; ValueError if that is nothing."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*([KMG]i?|)({units})", text.strip())
     if not match:
         raise ValueError(text)
-    value = int(float(match[1]) * UNITS[match[2]] / (8 if match[3] == "bit" else 1))
+    value = int(float(match[1]) * UNITS[match[2]] / (8 if match[3].startswith("bit") else 1))
     if not value:
         raise ValueError(text)
     return value
 
 
-def estimate(domain: Domain, bytes_per_second: Optional[int] = None) -> Dict[str, Any]:
-    """The object of query-free-page-estimate."""
+def bandwidth(text: str) -> int:
+    """Bytes per second of '1Gbit', '110MiB', '125000000'; ValueError if it is none of these."""
+    return amount(text, "(?:bit|B|)(?:/s)?")
+
+
+def size(text: str) -> int:
+    """Bytes of '2GiB', '500MB', '1048576'; ValueError if it is none of these."""
+    return amount(text, "B?")
+
+
+def estimate(domain: Domain, **arguments: Optional[int]) -> Dict[str, Any]:
+    """The object of query-free-page-estimate; arguments that are None are left out."""
     if not domain.active():
         raise FphError("it is not running")
-    arguments = {"bandwidth": bytes_per_second} if bytes_per_second else {}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     try:
         domain.qmp("calc-free-page-estimate", **arguments)
     except QmpError as err:
@@ -55,7 +65,10 @@ def estimate(domain: Domain, bytes_per_second: Optional[int] = None) -> Dict[str
         time.sleep(POLL_SECONDS)
 
 
-def notes(found: Dict[str, Any]) -> List[str]:
-    """Why an estimate does not say all."""
+def notes(found: Dict[str, Any], cache: Optional[int]) -> List[str]:
+    """Why an estimate does not say all, of one that was to have page cache or not."""
     reasons = [found[key] for key in ("absent-reason", "reason") if found.get(key)]
-    return [explain(reason) for reason in dict.fromkeys(reasons)]
+    lines = [explain(reason) for reason in dict.fromkeys(reasons)]
+    if cache and found["complete"] and "cache-bytes" not in found:
+        lines.append("its page cache stays: its balloon or its driver frees none")
+    return lines

@@ -15,7 +15,7 @@ What is where:
 - what to run: `spec` (guests, migrations), `modes` (what is compared), `paths` (what was built),
   `host` (this machine), `disk`, `stockguest` (Debian's own kernels), `kvm` (Linux under KVM)
 - a guest: `guest` (a QEMU and its monitor), `serial` (console and agent), `workload` (what it does)
-- a migration: `migration` (start, wait, result), `memory` (compare RAM)
+- a migration: `migration` (start, wait, result), `estimate` (before one), `memory` (compare RAM)
 - without Linux: `machine` (the bare-metal guest), `balloon` (a balloon for it to drive)
 - commands: `commands` (each in a module of its name), with `cli`, `options`, `control`, `errors`
 

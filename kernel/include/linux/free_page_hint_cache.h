@@ -25,5 +25,6 @@ struct free_page_hint_cache {
 };
 
 int free_page_hint_free_cache(struct free_page_hint_cache *cache);
+unsigned long free_page_hint_cache_size(void);
 
 #endif /* _LINUX_FREE_PAGE_HINT_CACHE_H */

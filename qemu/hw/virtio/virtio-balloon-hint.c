@@ -127,8 +127,8 @@ static void hint_handle_end(VirtIOBalloon *s, VirtQueueElement *elem,
         iov_to_buf(elem->out_sg, elem->out_num, 0, &end, sizeof(end));
         trace_virtio_balloon_hint_cache(id, le64_to_cpu(end.cache_bytes),
                                         le64_to_cpu(end.cache_us));
-        free_page_hint_cache_freed(id, le64_to_cpu(end.cache_bytes),
-                                   le64_to_cpu(end.cache_us));
+        free_page_hint_cache(id, le64_to_cpu(end.cache_bytes),
+                             le64_to_cpu(end.cache_us));
     }
     trace_virtio_balloon_hint_end(id);
     free_page_hint_end(id);

@@ -40,7 +40,8 @@ typedef struct FreePageHintProviderOps {
     uint32_t (*new_id)(void *opaque);
     /*
      * Called with the BQL.  Publishes the id that new_id() returned, with what
-     * the guest may free of its page cache and how long that may take.
+     * the guest may free of its page cache and how long that may take.  With
+     * @cache_ms 0 it frees nothing, and says how much that would be.
      */
     void (*ask)(void *opaque, uint64_t cache_bytes, uint32_t cache_ms);
     /*
@@ -92,8 +93,11 @@ void free_page_hint_submit(uint32_t id, const FreePageHintRun *runs,
                            unsigned n_runs, unsigned blocks,
                            uint64_t invalid_bytes);
 
-/* Count the page cache that the guest says it freed for @id, and how long. */
-void free_page_hint_cache_freed(uint32_t id, uint64_t bytes, uint64_t us);
+/*
+ * Count the page cache that the guest says it freed for @id, and how long, or
+ * that it could free, if it had no time for that.
+ */
+void free_page_hint_cache(uint32_t id, uint64_t bytes, uint64_t us);
 
 /* The guest's report @id is complete. */
 void free_page_hint_end(uint32_t id);

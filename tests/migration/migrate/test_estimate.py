@@ -2,7 +2,6 @@
 """An estimate says what a migration would skip, and changes nothing."""
 
 import os
-import time
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, Optional, Sequence
 
@@ -12,6 +11,7 @@ from livemig.balloon import Balloon
 from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, assert_hints_used
 from livemig.checks import assert_intact, fill_and_free, hints_now, hints_of, in_check, keep_busy
 from livemig.errors import GuestError
+from livemig.estimate import begin, ended, estimate
 from livemig.guest import Guest
 from livemig.host import process_mib
 from livemig.lab import Lab
@@ -19,36 +19,12 @@ from livemig.machine import PAGE
 from livemig.metal import FIRST_ID, HINTED_PAGES, Metal, held, let_go, metal, set_up, written_metal
 from livemig.migration import migrate, start
 from livemig.oracle import Oracle
-from livemig.spec import BLOCKS, GuestSpec
+from livemig.spec import ARRAYS, BLOCKS, GuestSpec
 
 # How often a guest that works is asked, one time after the other.
 TIMES = int(os.environ.get("FPH_ESTIMATES", "50"))
 # Of what an estimate says, a migration may skip so much more or less.
 PERCENT = 3
-
-
-def begin(guest: Guest, wait_ms: int = PATIENT_MS, **arguments: Any) -> None:
-    """Begin to make an estimate."""
-    guest.qmp("migrate-set-parameters", free_page_hint_wait=wait_ms)
-    guest.qmp("calc-free-page-estimate", **arguments)
-
-
-def ended(guest: Guest) -> Dict[str, Any]:
-    """Wait until it is made, and check that it adds up: no event says so."""
-    deadline = time.monotonic() + PATIENT_MS / 1000 + 10
-    while (info := guest.qmp("query-free-page-estimate"))["status"] != "measured":
-        assert info == {"status": "measuring"} and time.monotonic() < deadline
-        time.sleep(0.01)
-    found: Dict[str, Any] = info["estimate"]
-    parts = ("absent-bytes", "free-bytes", "remaining-bytes")
-    assert sum(found[part] for part in parts) == found["total-bytes"]
-    return found
-
-
-def estimate(guest: Guest, wait_ms: int = PATIENT_MS, **arguments: Any) -> Dict[str, Any]:
-    """Make an estimate."""
-    begin(guest, wait_ms, **arguments)
-    return ended(guest)
 
 
 @dataclass(frozen=True)
@@ -71,6 +47,8 @@ def asked_guest(lab: Lab) -> Iterator[Asked]:
         begin(guest.source)
         yield Asked(guest, guest.source, guest.balloon, guest.balloon.wait_asked())
 
+
+CACHE = f"{ARRAYS},free-page-hint-cache=on"
 
 GUESTS: Dict[str, GuestSpec] = {
     "fresh": SMALL,
@@ -250,6 +228,43 @@ def test_anything_is_counted_once(asked: Asked) -> None:
     assert found["complete"]
 
 
+CLAIMS = {"nothing": 0, "some": MIB, "more-than-asked-for": 40 * MIB, "most": (1 << 64) - 1}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_cache_is_what_the_guest_says(lab: Lab, claim: str) -> None:
+    """Page cache that a guest could free is estimated by its word: within what it was asked for."""
+    features = Balloon.HINTS | Balloon.ARRAYS | Balloon.CACHE
+    budget = 2 * MIB
+    with written_metal(lab, features, balloon=CACHE, qemu="debug") as guest:
+        begin(guest.source, cache=budget)
+        cmd_id = guest.balloon.wait_asked()
+        assert guest.balloon.cache_budget() == (2, 0)
+        guest.balloon.send_array(cmd_id, 0, (CLAIMS[claim], 7))
+        assert ended(guest.source)["cache-bytes"] == min(CLAIMS[claim], budget)
+        # No budget is the parameter's, which is none.
+        for more in {}, {"cache": 0}:
+            begin(guest.source, **more)
+            cmd_id = guest.balloon.wait_asked()
+            assert guest.balloon.cache_budget() == (0, 0)
+            guest.balloon.send_array(cmd_id, 0, (CLAIMS[claim], 7))
+            assert "cache-bytes" not in ended(guest.source)
+
+
+def test_more_cache_than_memory(lab: Lab) -> None:
+    """A guest cannot have more page cache than what is neither absent nor free."""
+    features = Balloon.HINTS | Balloon.ARRAYS | Balloon.CACHE
+    with written_metal(lab, features, balloon=CACHE, qemu="debug") as guest:
+        begin(guest.source, cache=1 << 40)
+        cmd_id = guest.balloon.wait_asked()
+        guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
+        guest.balloon.queue.wait_returned()
+        guest.balloon.send_array(cmd_id, 0, (1 << 63, 7))
+        found = ended(guest.source)
+        assert found["free-bytes"] > 0
+        assert (found["remaining-bytes"], found["cache-bytes"] > 0) == (0, True)
+
+
 def test_nobody_waits_for_ever(asked: Asked) -> None:
     """A guest that does not answer is given up at the deadline, and asked again the next time."""
     asked.balloon.send_end(asked.cmd_id)
@@ -263,14 +278,16 @@ def test_nobody_waits_for_ever(asked: Asked) -> None:
 
 def test_human_monitor(lab: Lab) -> None:
     """The human monitor has it too."""
-    guest = lab.boot(SMALL)
-    guest.qmp("migrate-set-parameters", free_page_hint_wait=PATIENT_MS)
+    guest = lab.boot(SMALL.but(balloon=CACHE))
+    settings = {"free_page_hint_wait": PATIENT_MS, "free_page_hint_cache": MIB}
+    guest.qmp("migrate-set-parameters", **settings)
     assert "unstarted" in guest.hmp("info free_page_estimate")
     assert not guest.hmp("calc_free_page_estimate")
     ended(guest)
     text = guest.hmp("info free_page_estimate")
     for words in "absent: ", "free besides: ", "complete", "blocks of 4096 kbytes", "to be sent: ":
         assert words in text
+    assert "page cache that can be freed: " in text
 
 
 def test_migrations_go_on_as_before(lab: Lab) -> None:

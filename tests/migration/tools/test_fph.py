@@ -106,6 +106,24 @@ def test_estimate_of_several(host: FakeHost, fph: Any) -> None:
     ]
 
 
+def test_estimate_with_page_cache(host: FakeHost, fph: Any) -> None:
+    """A budget of page cache is handed on and has its column; a guest that frees none, its line."""
+    for name, more in ("a", {"cache-bytes": 60 << 20, "remaining-bytes": 40 << 20}), ("b", {}):
+        found = {"status": "measured", "estimate": {**ESTIMATE, **more}}
+        host.add(name).qemu(calc_free_page_estimate={}, query_free_page_estimate=found)
+    status, out, err = fph("estimate", "--all", "--cache", "2GiB")
+    assert (status, err) == (0, [])
+    assert host.domains["a"].asked[0]["arguments"] == {"cache": 2 << 30}
+    rows = [re.split("  +", line) for line in out]
+    assert rows[0][3:6] == ["FREE", "CACHE", "TO SEND"]
+    assert [row[4:6] for row in rows[1:4]] == [
+        ["60 MiB", "40 MiB"],
+        ["0 B", "100 MiB"],
+        ["60 MiB", "140 MiB"],
+    ]
+    assert out[4:] == ["b: its page cache stays: its balloon or its driver frees none"]
+
+
 def test_estimate_without_a_time(host: FakeHost, fph: Any) -> None:
     """Where a domain has no time, as if somebody else asked, there is no sum of times."""
     for name, more in ("a", {"round-time": 800}), ("b", {}):
@@ -406,6 +424,7 @@ BAD: Dict[str, Tuple[Any, Tuple[str, ...], int, str]] = {
     "both": (nothing, ("disable", "--all", "a"), 2, "error: disable: name domains, or --all"),
     "two watched": (nothing, ("watch", "a", "b"), 2, "error: watch: name one domain"),
     "bandwidth": (nothing, (*ESTIMATED, "--bandwidth", "0"), 2, "'0' is no bandwidth such as"),
+    "cache": (nothing, (*ESTIMATED, "--cache", "2Gbit"), 2, "'2Gbit' is no size such as"),
     "seconds": (nothing, ("watch", "a", "--wait", "-1"), 2, "'-1' is no number of seconds"),
     "no command": (nothing, (), 2, "the following arguments are required: COMMAND"),
 }
@@ -478,6 +497,7 @@ COMPLETIONS = {
     "fph -c qemu:///other status -": "--connect --readonly --json --help",
     "fph disable web1 --a": "--all --arrays",
     "fph estimate --all --bandwidth ": "",
+    "fph estimate --all --cache ": "",
     "fph watch --qmp /etc/hostn": "/etc/hostname",
 }
 COMPLETE = """

@@ -66,8 +66,9 @@ struct virtio_balloon_hint_config {
 	struct virtio_balloon_config base;
 	/*
 	 * MiB of page cache that may be freed for the request in
-	 * base.free_page_hint_cmd_id, and milliseconds that it may take. Valid
-	 * only with a request.
+	 * base.free_page_hint_cmd_id, and milliseconds that it may take. With
+	 * 0 ms, nothing is to be freed, and the answer says how much could be.
+	 * Valid only with a request.
 	 */
 	__le32 cache_mib;
 	__le32 cache_ms;
@@ -76,7 +77,10 @@ struct virtio_balloon_hint_config {
 /* The last message of a report, with VIRTIO_BALLOON_F_HINT_CACHE. */
 struct virtio_balloon_hint_end {
 	struct virtio_balloon_hint_header header;
-	/* Bytes of page cache that were freed, and microseconds that it took. */
+	/*
+	 * Bytes of page cache that were freed, and microseconds that it took.
+	 * If cache_ms was 0, bytes that could be freed at most, and 0.
+	 */
 	__le64 cache_bytes;
 	__le64 cache_us;
 };

@@ -213,7 +213,7 @@ static void test_estimate(void)
     wait_for_serial("src_serial");
     qtest_qmp_assert_success(
         from, "{ 'execute': 'calc-free-page-estimate',"
-        "  'arguments': { 'bandwidth': 1000000 } }");
+        "  'arguments': { 'bandwidth': 1000000, 'cache': 1048576 } }");
     while (true) {
         info = qtest_qmp_assert_success_ref(
             from, "{ 'execute': 'query-free-page-estimate' }");
@@ -227,6 +227,7 @@ static void test_estimate(void)
     estimate = qdict_get_qdict(info, "estimate");
     g_assert_cmpstr(qdict_get_str(estimate, "reason"), ==, "no-driver");
     g_assert_cmpint(qdict_get_int(estimate, "free-bytes"), ==, 0);
+    g_assert_false(qdict_haskey(estimate, "cache-bytes"));
     if (g_strcmp0(qdict_get_try_str(estimate, "absent-reason"), "denied")) {
         g_assert_cmpint(qdict_get_int(estimate, "absent-bytes"), >=,
                         GUEST_ABSENT);
