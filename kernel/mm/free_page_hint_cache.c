@@ -18,7 +18,6 @@
 #include <linux/sched.h>
 #include <linux/sizes.h>
 #include <linux/swap.h>
-#include <linux/vmstat.h>
 
 #include "internal.h"
 
@@ -172,21 +171,18 @@ int free_page_hint_free_cache(struct free_page_hint_cache *cache)
 EXPORT_SYMBOL_GPL(free_page_hint_free_cache);
 
 /**
- * free_page_hint_cache_size - how much page cache could be freed
+ * free_page_hint_cache_size - how much page cache could be freed at most
  *
  * Adds up the lists that free_page_hint_free_cache() goes through, but for control
- * groups that are protected as a whole, and takes off what is dirty or under
- * writeback anywhere. Not one page is looked at: those that are mapped, locked in
- * memory, or with the multi-generational LRU read more than once, are in it, so
- * that less may be freed in the end.
+ * groups that are protected. Not one page is looked at: those that are dirty,
+ * mapped, or with the multi-generational LRU read more than once, are in it. So
+ * this is the most that could be freed now.
  *
  * Context: process context, may sleep.
  * Return: pages.
  */
 unsigned long free_page_hint_cache_size(void)
 {
-	unsigned long stay = global_node_page_state(NR_FILE_DIRTY) +
-			     global_node_page_state(NR_WRITEBACK);
 	unsigned long size = 0;
 	struct pglist_data *pgdat;
 
@@ -206,6 +202,6 @@ unsigned long free_page_hint_cache_size(void)
 		} while ((memcg = mem_cgroup_iter(NULL, memcg, NULL)));
 	}
 
-	return size - min(size, stay);
+	return size;
 }
 EXPORT_SYMBOL_GPL(free_page_hint_cache_size);

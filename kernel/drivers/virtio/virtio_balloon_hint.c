@@ -27,6 +27,7 @@
 #include <linux/moduleparam.h>
 #include <linux/notifier.h>
 #include <linux/overflow.h>
+#include <linux/ratelimit.h>
 #include <linux/scatterlist.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
@@ -44,8 +45,8 @@
 #define HINT_BUF_BYTES		SZ_128K
 /* Entries per hold of a zone's lock: 73 us, at the 286 ns of each under TCG. */
 #define HINT_BATCH		256
-/* At 90 requests a second, draining each time took a fifth of a busy CPU. */
-#define HINT_DRAIN_JIFFIES	(HZ / 4)
+/* A second. With one for each of 90 requests, a busy guest lost a fifth. */
+#define HINT_DRAINS		4
 
 /* A message with addresses. */
 struct hint_array {
@@ -107,8 +108,8 @@ struct virtio_balloon_hint {
 	/* What was sent in this answer. */
 	u64 arrays;
 	u64 blocks;
-	/* Not before that, in jiffies, are the per-CPU lists drained again. */
-	unsigned long next_drain;
+	/* How often the per-CPU lists are drained */
+	struct ratelimit_state drains;
 
 	struct hint_stats stats;
 };
@@ -370,10 +371,8 @@ static int hint_add_blocks(const phys_addr_t *addrs, unsigned int nr,
  */
 static void hint_drain(struct virtio_balloon_hint *hint)
 {
-	if (time_before(jiffies, hint->next_drain))
-		return;
-	free_page_hint_drain();
-	hint->next_drain = jiffies + HINT_DRAIN_JIFFIES;
+	if (__ratelimit(&hint->drains))
+		free_page_hint_drain();
 }
 
 /*
@@ -625,7 +624,9 @@ int virtio_balloon_hint_create(struct virtio_device *vdev,
 	new->vdev = vdev;
 	new->returned = returned;
 	new->id = VIRTIO_BALLOON_CMD_ID_STOP;
-	new->next_drain = jiffies;
+	ratelimit_state_init(&new->drains, HZ, HINT_DRAINS);
+	/* Nobody has to read about the others. */
+	ratelimit_set_flags(&new->drains, RATELIMIT_MSG_ON_RELEASE);
 	new->end_buf.data = &new->end;
 
 	new->pm_nb.notifier_call = hint_pm_notify;
