@@ -47,6 +47,13 @@
 /* Runs taken from the queue in one go */
 #define BATCH 1024
 
+/*
+ * A guest is not asked again for so many times as long as it took to answer, so
+ * that it has to spend 1 % of a vCPU at most, or for a second.
+ */
+#define PAUSE_FACTOR 100
+#define PAUSE_MAX_NS NANOSECONDS_PER_SECOND
+
 #define REASON_NONE FREE_PAGE_HINT_REASON__MAX
 
 /* Sizes of free blocks that are told apart: powers of two */
@@ -65,6 +72,8 @@ static struct {
     bool asked;
     uint32_t id;
     bool complete;
+    /* When it was */
+    int64_t end_ns;
     FreePageHintReason reason;
     FreePageHintQueue queue;
     QemuCoSleep sleep;
@@ -77,6 +86,8 @@ static struct {
     /* What the guest says it could free, however much that is */
     bool has_cache;
     uint64_t cache_bytes;
+    /* When the guest may be asked again */
+    int64_t next_ns;
     /* Of the latest estimate, NULL while there is none */
     FreePageEstimate *result;
 
@@ -137,6 +148,7 @@ static void estimate_cache(uint64_t bytes)
 static void estimate_end(void)
 {
     estimate.complete = true;
+    estimate.end_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     estimate_wake();
 }
 
@@ -164,6 +176,7 @@ static void estimate_cancel(void)
         qatomic_set(&estimate.cancelled, true);
         estimate_stop(FREE_PAGE_HINT_REASON_CANCELLED);
         estimate_done();
+        estimate_wake();
     }
 }
 
@@ -372,9 +385,23 @@ static void coroutine_fn estimate_ask(FreePageEstimate *e, int64_t deadline)
         }
     }
     if (estimate.complete) {
-        e->ask_to_end = (now - start) / SCALE_US;
+        e->ask_to_end = (estimate.end_ns - start) / SCALE_US;
     }
     estimate_done();
+}
+
+/* Whoever asks in a loop is not to slow the guest down. */
+static void coroutine_fn estimate_pause(void)
+{
+    int64_t left = estimate.next_ns - qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+
+    if (left > 0) {
+        trace_free_page_estimate_pause(left / SCALE_US);
+    }
+    while (left > 0 && !estimate.cancelled) {
+        qemu_co_sleep_ns_wakeable(&estimate.sleep, QEMU_CLOCK_REALTIME, left);
+        left = estimate.next_ns - qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    }
 }
 
 /* ---- the commands ---- */
@@ -401,7 +428,6 @@ static void estimate_sum(FreePageEstimate *e)
         /* It can be neither absent nor free, whatever the guest says */
         e->cache_bytes = MIN(estimate.cache_bytes,
                              MIN(estimate.cache_budget, e->remaining_bytes));
-        e->remaining_bytes -= e->cache_bytes;
     }
     if (estimate.bandwidth) {
         e->has_round_time = true;
@@ -414,14 +440,19 @@ static void estimate_sum(FreePageEstimate *e)
 
 static void coroutine_fn estimate_co(void *opaque)
 {
-    int64_t start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     int64_t wait = (int64_t)migrate_free_page_hint_wait() * SCALE_MS;
-    bool asks = free_page_hint_unavailable() == REASON_NONE;
     FreePageEstimate *e = opaque;
+    int64_t start;
+    bool asks;
 
+    estimate_pause();
+    start = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    asks = free_page_hint_unavailable() == REASON_NONE;
     /* As in a migration: see free_page_hint_scan() */
     estimate_absent(e, start + (asks ? wait / 2 : wait));
     estimate_ask(e, start + wait);
+    estimate.next_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME) +
+        MIN(e->ask_to_end * SCALE_US * PAUSE_FACTOR, PAUSE_MAX_NS);
     estimate_sum(e);
     estimate_free();
     estimate.result = e;
@@ -514,10 +545,10 @@ void hmp_info_free_page_estimate(Monitor *mon, const QDict *qdict)
                        " kbytes\n", item->value->block_size >> 10,
                        item->value->bytes >> 10);
     }
-    if (e->has_cache_bytes) {
-        monitor_printf(mon, "page cache that can be freed: %" PRIu64
-                       " kbytes\n", e->cache_bytes >> 10);
-    }
     monitor_printf(mon, "to be sent: %" PRIu64 " kbytes\n",
                    e->remaining_bytes >> 10);
+    if (e->has_cache_bytes) {
+        monitor_printf(mon, "page cache in that: %" PRIu64 " kbytes\n",
+                       e->cache_bytes >> 10);
+    }
 }

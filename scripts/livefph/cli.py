@@ -104,18 +104,18 @@ def run_estimate(args: argparse.Namespace) -> int:
 def estimate_table(found: Dict[str, Dict[str, Any]]) -> str:
     """Estimates as rows, with their sum; page cache only where a guest was asked about it."""
     columns = {"MEMORY": "total-bytes", "ABSENT": "absent-bytes", "FREE": "free-bytes"}
-    if any("cache-bytes" in one for one in found.values()):
-        columns["CACHE"] = "cache-bytes"
     columns["TO SEND"] = "remaining-bytes"
-    lines = dict(found)
+    if any("cache-bytes" in one for one in found.values()):
+        columns["(CACHE)"] = "cache-bytes"
+    lines = list(found.items())
     if len(lines) > 1:
-        lines["all"] = {
-            key: sum(one.get(key, 0) for one in found.values()) for key in columns.values()
-        }
+        sums = {key: sum(one.get(key, 0) for one in found.values()) for key in columns.values()}
         times = [one.get("round-time") for one in found.values()]
-        lines["all"]["round-time"] = None if None in times else sum(times)
+        sums["round-time"] = None if None in times else sum(times)
+        # A domain can have that name, too.
+        lines.append(("all", sums))
     rows = []
-    for name, one in lines.items():
+    for name, one in lines:
         share = f"{100 * one['remaining-bytes'] / one['total-bytes']:.0f} %"
         time = one.get("round-time")
         sizes = (show.size(one.get(key, 0)) for key in columns.values())

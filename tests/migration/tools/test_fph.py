@@ -108,20 +108,20 @@ def test_estimate_of_several(host: FakeHost, fph: Any) -> None:
 
 def test_estimate_with_page_cache(host: FakeHost, fph: Any) -> None:
     """A budget of page cache is handed on and has its column; a guest that frees none, its line."""
-    for name, more in ("a", {"cache-bytes": 60 << 20, "remaining-bytes": 40 << 20}), ("b", {}):
+    for name, more in ("a", {"cache-bytes": 60 << 20}), ("all", {}):
         found = {"status": "measured", "estimate": {**ESTIMATE, **more}}
         host.add(name).qemu(calc_free_page_estimate={}, query_free_page_estimate=found)
     status, out, err = fph("estimate", "--all", "--cache", "2GiB")
     assert (status, err) == (0, [])
     assert host.domains["a"].asked[0]["arguments"] == {"cache": 2 << 30}
     rows = [re.split("  +", line) for line in out]
-    assert rows[0][3:6] == ["FREE", "CACHE", "TO SEND"]
+    assert rows[0][3:6] == ["FREE", "TO SEND", "(CACHE)"]
     assert [row[4:6] for row in rows[1:4]] == [
-        ["60 MiB", "40 MiB"],
-        ["0 B", "100 MiB"],
-        ["60 MiB", "140 MiB"],
+        ["100 MiB", "60 MiB"],
+        ["100 MiB", "0 B"],
+        ["200 MiB", "60 MiB"],
     ]
-    assert out[4:] == ["b: its page cache stays: its balloon or its driver frees none"]
+    assert out[4:] == ["all: its page cache stays: its balloon or its driver frees none"]
 
 
 def test_estimate_without_a_time(host: FakeHost, fph: Any) -> None:
