@@ -41,6 +41,8 @@ PAGES_PER_MIB = 256
 # The guest looks at so much before it looks at its limits, and can be slowed down. What it can free
 # begins behind the mapped file.
 STEP_BYTES = MIB
+# A step's last folio is freed as a whole: in a newer Linux, that may be so large.
+FOLIO_BYTES = MIB
 STEP_MS = 50
 STEPS = 80
 TRACE = "/sys/kernel/tracing/trace"
@@ -228,10 +230,11 @@ def test_estimate_frees_nothing(lab: Lab, disk: Path, measured: Dict[str, Any], 
     hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
     measured.update(estimated=found[EVERYTHING], freed=hints.cache_freed_bytes)
     assert (found[64 * MIB], found[0]) == (64 * MIB, None)
-    # What is in the lists that are added up, and stays: a dirty file, and a mapped one, or, with
-    # generations, what was read again.
-    listed = FILES["hot" if lru == "generations" else "held"] + DIRTY_MIB
-    assert abs(found[EVERYTHING] - hints.cache_freed_bytes - listed * MIB) < MIB
+    # What is in the lists that are added up, and stays: a dirty file, and a mapped one; with
+    # generations what was read again, too, and the mapped one's may be younger.
+    listed = {"lists": [FILES["held"]], "generations": [FILES["hot"], FILES["hot"] + FILES["held"]]}
+    stays = (found[EVERYTHING] - hints.cache_freed_bytes) / MIB - DIRTY_MIB
+    assert round(stays) in listed[lru]
     # Estimates before do not keep what is freed on a CPU's list, where no hint finds it.
     measured.update(skipped=hints.skipped_bytes, free=parts[0]["free-bytes"])
     assert hints.skipped_bytes > parts[0]["free-bytes"] + 0.9 * hints.cache_freed_bytes
@@ -262,7 +265,7 @@ def test_time_is_limited(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None
     assert match
     freed = int(match.group(1)) // PAGES_PER_MIB * MIB
     measured.update(freed=freed, us=hints_of(result).cache_time)
-    assert 0 < freed <= (STEPS + 1) * STEP_BYTES < 0.9 * COLD_MIB * MIB
+    assert 0 < freed <= (STEPS + 1) * (STEP_BYTES + FOLIO_BYTES) < 0.9 * COLD_MIB * MIB
 
 
 @pytest.mark.parametrize("balloon", [ARRAYS, None], ids=["off", "no-device"])
@@ -374,7 +377,8 @@ OTHERS = (
     "mkdir /over /tmp/upper /tmp/work",
     "mount -t overlay none -o lowerdir=/mnt,upperdir=/tmp/upper,workdir=/tmp/work /over",
     "dd if=/dev/urandom of=/over/new bs=1M count=16",
-    "sh -c 'echo $$ > limited/cgroup.procs; cat /over/cold > /dev/null;"
+    # Not by cat, see read_cold().
+    "sh -c 'echo $$ > limited/cgroup.procs; dd if=/over/cold of=/dev/null bs=64k;"
     " dd if=/dev/urandom of=/tmp/limited bs=1M count=16'",
     "truncate -s 8M /huge/file && filepages fill /huge/file",
 )
