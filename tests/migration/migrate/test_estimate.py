@@ -104,7 +104,8 @@ def test_changes_nothing(lab: Lab) -> None:
     # The premise.
     assert events > 0
     resident = process_mib(source.pid)
-    for _ in range(5):
+    # No more often: there is a pause in between, in which the guest itself takes some.
+    for _ in range(2):
         assert estimate(source)["complete"]
     assert source.qmp("query-migrate") == told
     assert source.trace_log.read_text().count("global_dirty_changed") == events
