@@ -45,7 +45,7 @@
 #define HINT_BUF_BYTES		SZ_128K
 /* Entries per hold of a zone's lock: 73 us, at the 286 ns of each under TCG. */
 #define HINT_BATCH		256
-/* A second. With one for each of 90 requests, a busy guest lost a fifth. */
+/* In a second: an estimate and a migration right after it get theirs. */
 #define HINT_DRAINS		4
 
 /* A message with addresses. */
