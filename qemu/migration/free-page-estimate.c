@@ -49,8 +49,8 @@
 
 /*
  * A guest is not asked again for so many times as long as it took to answer: it
- * spends 1 % of a vCPU on that.  Nobody waits for more than a second, so that it
- * is more for a guest that takes longer than 10 ms.
+ * spends 1 % of a vCPU on that.  Nobody waits for more than a second, so that
+ * it is more for a guest that takes longer than 10 ms.
  */
 #define PAUSE_FACTOR 100
 #define PAUSE_MAX_NS NANOSECONDS_PER_SECOND
