@@ -59,7 +59,7 @@
  *   HOSTILE      a guest that never stops sending
  *   CHECK_ARMED  S3 too; mutants leave it out, so that they have to break S1
  *
- * Mutants: M1 to M56, each a rule left out; test_model.py has the list.
+ * Mutants: M1 to M57, each a rule left out; test_model.py has the list.
  *
  * Properties
  *

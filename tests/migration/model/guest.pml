@@ -109,16 +109,22 @@ proctype tcg_vcpu(byte p; byte v)
 	do
 	/* A translation block finds that the TLB lets it store. */
 	:: d_step { OWNED(p) && tlb[v] && !storing[v] -> storing[v] = STORE_NEXT }
-	/* notdirty_write() sets the dirty bits, finds them set, */
+	/* notdirty_write() sets the dirty bits, */
 	:: d_step { OWNED(p) && !tlb[v] && !storing[v] ->
 		dirty_memory[p] = 1;
-#ifdef NOTDIRTY_RACE
 		storing[v] = SET_DIRTY_NEXT
 	   }
+	/*
+	 * and calls tlb_set_dirty() if they are set still. That they are, and what
+	 * follows from it, is one step under the lock of the TLB; so it is in
+	 * tlb_set_page_full().
+	 */
 	:: d_step { storing[v] == SET_DIRTY_NEXT ->
-#endif
-		/* and calls tlb_set_dirty(). */
+#ifdef M57
 		tlb[v] = 1;
+#else
+		tlb[v] = dirty_memory[p];
+#endif
 		storing[v] = STORE_NEXT
 	   }
 	:: d_step { storing[v] == STORE_NEXT -> storing[v] = 0; store(p) }

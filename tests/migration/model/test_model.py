@@ -224,6 +224,7 @@ MUTANTS = {
     "M55-estimate-has-the-id-of-a-migration": (LOST, f"{KVM} ESTIMATE M55"),
     "M56-hinted-though-not-emptied": ("S8_nobodys_data", f"{KVM} LEFTOVERS PERSISTENT M56"),
     "M56-absent-though-not-emptied": (EQUAL, f"{ABSENT} LEFTOVERS PERSISTENT M56"),
+    "M57-tlb-entry-made-after-the-look": (LOST, "TCG NO_DEVICE NO_HINTS M57"),
 }
 
 # For "make check": a rule of each hazard in docs/correctness.md, and those that are found at once.
@@ -247,6 +248,7 @@ QUICK_MUTANTS = (
     "M43-scanned-before-arming",
     "M46-swapped-taken-for-absent",
     "M53-hinted-pages-deferred-too",
+    "M57-tlb-entry-made-after-the-look",
 )
 
 # Where the model has to get to. L4 has no part in it, but LIFE is for such.
@@ -286,7 +288,6 @@ NEED_NOT_ARM = {
 # What QEMU has without hints too, and the model therefore leaves out.
 UPSTREAM = {
     "tcg-sync-in-main-loop": "TCG NO_DEVICE NO_HINTS TIMER",
-    "tcg-set-dirty-after-sync": "TCG NO_DEVICE NO_HINTS NOTDIRTY_RACE",
 }
 
 # Too little for the model without any option, which needs a depth of some hundreds.
