@@ -12,7 +12,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import numpy as np
 
@@ -148,6 +148,12 @@ def kept_pages(trace_log: Path, blocks: Mapping[str, Block], start: int = 0) -> 
     return {name: mask & ~absent[name] for name, mask in hinted.items()}
 
 
+def _page(block: Block, number: int) -> np.ndarray[Tuple[int], np.dtype[np.uint8]]:
+    with open(block.path, "rb") as file:
+        file.seek(block.offset + number * PAGE_BYTES)
+        return np.frombuffer(file.read(PAGE_BYTES), dtype=np.uint8)
+
+
 def _different(one: Block, other: Block) -> Mask:
     different = np.zeros(one.pages, dtype=bool)
     with open(one.path, "rb") as here, open(other.path, "rb") as there:
@@ -183,6 +189,20 @@ def judge(different: Masks, kept: Masks) -> Comparison:
         different=sum(int(mask.sum()) for mask in different.values()),
         lost=tuple((name, int(page)) for name, pages in lost.items() for page in pages),
     )
+
+
+def describe(
+    lost: Iterable[Tuple[str, int]], source: Mapping[str, Block], destination: Mapping[str, Block]
+) -> str:
+    """How pages that were lost differ: one that never arrived is zero at the destination."""
+    texts = []
+    for name, number in lost:
+        here, there = (_page(blocks[name], number) for blocks in (source, destination))
+        bytes_off = np.flatnonzero(here != there)
+        where = f"{len(bytes_off)} bytes off, the first at {bytes_off[:1]}"
+        what = "something else" if there.any() else "zeroes"
+        texts.append(f"page {number:#x} of {name}: {where}, {what} at the destination")
+    return "; ".join(texts)
 
 
 def compare(

@@ -92,7 +92,10 @@ class Oracle:
         If the source is stock, which does not say what it kept back, that has to be given.
         """
         result = memory.compare(self.source, self.destination, start=self._log_start, kept=kept)
-        assert not result.lost, f"pages differ that were not kept back on purpose: {result.lost}"
+        if result.lost:
+            blocks = [memory.ram_blocks(guest) for guest in (self.source, self.destination)]
+            what = memory.describe(result.lost, *blocks)
+            raise AssertionError(f"pages differ that were not kept back on purpose: {what}")
         self.destination.qmp("cont")
         return result
 

@@ -157,12 +157,16 @@ def test_memstamp_sees_memory_that_is_not_clear(lab: Lab) -> None:
 
 
 def test_comparison_sees_a_lost_page(tmp_path: Path) -> None:
-    """The comparison of memories tells a page that was lost from one that was kept back."""
+    """The comparison of memories tells a page that was lost from one that was kept back.
+
+    And one that never arrived from one that was written afterwards.
+    """
     one, other, log = (tmp_path / name for name in ("one", "other", "trace"))
     pages = np.full((64, PAGE), 7, dtype=np.uint8)
     pages.tofile(one)
     # The other lies elsewhere.
-    pages[[10, 11, 20]] = 0
+    pages[[10, 11]] = 0
+    pages[20, 5:7] = 0
     np.concatenate([np.zeros((1, PAGE), dtype=np.uint8), pages]).tofile(other)
     blocks = {"pc.ram": memory.Block(one, 0, 32), "dimm": memory.Block(one, 32 * PAGE, 32)}
     arrived = {name: replace(b, path=other, offset=b.offset + PAGE) for name, b in blocks.items()}
@@ -180,6 +184,11 @@ def test_comparison_sees_a_lost_page(tmp_path: Path) -> None:
     assert (result.pages, result.kept, result.different) == (64, 1, 3)
     # Page 11 was left out since it was absent, and it is not zero at the source.
     assert result.lost == (("pc.ram", 11), ("pc.ram", 20))
+    never, afterwards = memory.describe(result.lost, blocks, arrived).split("; ")
+    assert (
+        never == "page 0xb of pc.ram: 4096 bytes off, the first at [0], zeroes at the destination"
+    )
+    assert "page 0x14 of pc.ram: 2 bytes off, the first at [5], something else" in afterwards
     with pytest.raises(MigrationError, match="other RAM"):
         memory.different_pages(blocks, {"pc.ram": arrived["pc.ram"]})
 
