@@ -25,7 +25,7 @@ BASES = $(foreach base,$(BASE),$(or $(patsubst %/patches/$(base),%=$(base),$(wil
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help deps fetch qemu qemu-stock qemu-checked qemu-debug qemu-floor kernel kernel-stock kernel-debug kernel-kvm libvirt images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source host-deb release run migrate demo \
+.PHONY: help deps fetch qemu qemu-stock qemu-checked qemu-debug qemu-floor kernel kernel-stock kernel-debug kernel-kvm kernel-xfs libvirt images other-guests debian-image stock-guests stock-hosts guest-deb trial-deb host-source host-deb release run migrate demo \
 	bench bench-quick bench-build bench-report check test arm64 unit model test-long test-packages hostile fuzz lint patches check-patches baselines \
 	clean distclean
 
@@ -119,7 +119,10 @@ migrate: qemu kernel images ## migrate a guest once, with hints
 demo: qemu kernel images $(if $(STOCK),qemu-stock kernel-stock) ## migrate an 8 GiB guest with and without hints: STOCK=1 MEM=GiB VCPUS=n RUNS=n
 	@scripts/demo $(strip $(DEMO_OPTIONS))
 
-bench-build: qemu qemu-stock qemu-floor kernel kernel-stock images debian-image
+kernel-xfs: fetch
+	@scripts/build-kernel xfs
+
+bench-build: qemu qemu-stock qemu-floor kernel kernel-stock kernel-xfs images debian-image
 	@bench/make-images
 
 bench: bench-build ## all benchmarks, for hours, or a part: SCENARIO="name ..." MODE="name ..." RUNS=n FRESH=1
@@ -138,7 +141,7 @@ unit: qemu ## run the C unit tests
 check: qemu qemu-checked qemu-debug qemu-stock kernel images ## ten minutes of tests: the quick ones that catch most
 	@FPH_RESULTS=check.json /usr/bin/python3 -m pytest -m check tests
 
-test: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm libvirt images other-guests debian-image ## run all tests
+test: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm kernel-xfs libvirt images other-guests debian-image ## run all tests
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
 # All three parts, also if one of them finds something.

@@ -34,6 +34,8 @@ def attached(spec: GuestSpec, workload: Workload) -> Iterator[GuestSpec]:
             disk = stack.enter_context(_system(workload.suite, spec.kernel == "ours"))
             words = " ".join(spec.cmdline)
             spec = spec.but(software=stock_software(workload.suite, disk, cmdline=words))
+        if workload.kernel:
+            spec = spec.but(kernel=workload.kernel)
         if workload.data_disk:
             image = paths.require(
                 paths.cache_dir() / "bench" / workload.data_disk, "bench/make-images"

@@ -14,7 +14,7 @@ from livemig.workload import refaults
 
 # Of the files on the disk: 0, 1, ...
 FILE_MIB = 64
-MOUNT = "mkdir -p /mnt && mount -o ro -t ext4 /dev/vda /mnt"
+MOUNT = "mkdir -p /mnt && mount -o ro /dev/vda /mnt"
 
 
 def file_names(begin: int, end: int) -> str:
@@ -48,6 +48,16 @@ class PageCache(Workload):
         files = guest.spec.mem_mib // FILE_MIB
         read_once(guest, f"$(ls /mnt/[0-9]* | head -n {files})")
         super().prepare(guest)
+
+
+@dataclass(frozen=True)
+class XfsPageCache(PageCache):
+    """The same on a file system whose page cache has large folios in Linux 6.12 already."""
+
+    name: ClassVar[str] = "pagecache-xfs"
+    about: ClassVar[str] = "the page cache is full of files of XFS"
+    data_disk: ClassVar[str] = "pagecache.xfs"
+    kernel: ClassVar[str] = "xfs"
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ def check_built(todo: Sequence[plan.Work], modes: Mapping[str, Mode] = MODES) ->
     for scenario in (item.scenario for item in todo):
         if scenario.workload.debian:
             paths.debian_image()
+        if scenario.workload.kernel:
+            paths.kernel_image(scenario.workload.kernel)
         if scenario.workload.data_disk:
             paths.require(
                 paths.cache_dir() / "bench" / scenario.workload.data_disk, "bench/make-images"

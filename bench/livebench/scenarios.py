@@ -8,7 +8,7 @@ import fnmatch
 from dataclasses import dataclass, replace
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from livebench.filecache import HotAndCold, MappedHot, PageCache, WantedAgain
+from livebench.filecache import HotAndCold, MappedHot, PageCache, WantedAgain, XfsPageCache
 from livebench.workloads import (
     QEMU_MIB,
     SYSBENCH,
@@ -314,6 +314,16 @@ def _page_cache() -> Iterator[Scenario]:
     yield Scenario(
         PageCache(),
         modes=(*MAIN, "array-cache-768m", "array-cache"),
+        mem_mib=3 * GIB,
+        targets=(
+            Target(0.35, "legacy", "array-cache"),
+            Target(0.35, "legacy", "array-cache", "sent_mib"),
+        ),
+    )
+    yield Scenario(
+        XfsPageCache(),
+        modes=("legacy", "array-cache"),
+        runs=3,
         mem_mib=3 * GIB,
         targets=(
             Target(0.35, "legacy", "array-cache"),

@@ -38,6 +38,8 @@ class Workload:
     # A Debian with its own kernel, as people have it (scripts/make-stock-guest). Where the mode's
     # kernel is ours, the guest package is in it (bench/make-packaged-guest).
     suite: ClassVar[str] = ""
+    # A guest kernel in place of the mode's: with what the workload needs, in all modes.
+    kernel: ClassVar[str] = ""
     boot_seconds: ClassVar[int] = BOOT_SECONDS
     # One of the disks that bench/make-images makes; the guest writes to it or not.
     data_disk: ClassVar[str] = ""
