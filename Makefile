@@ -141,7 +141,7 @@ unit: qemu ## run the C unit tests
 check: qemu qemu-checked qemu-debug qemu-stock kernel images ## ten minutes of tests: the quick ones that catch most
 	@FPH_RESULTS=check.json /usr/bin/python3 -m pytest -m check tests
 
-test: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm kernel-xfs libvirt images other-guests debian-image ## run all tests
+test: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm libvirt images other-guests debian-image ## run all tests
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
 # All three parts, also if one of them finds something.

@@ -282,7 +282,7 @@ def header(scenario: Scenario, mode: Mode, index: int) -> Dict[str, Any]:
         "mode": asdict(mode),
         "index": index,
         "host": hostinfo.facts(),
-        "versions": hostinfo.versions(mode.qemu, mode.kernel),
+        "versions": hostinfo.versions(mode.qemu, scenario.workload.kernel or mode.kernel),
     }
 
 
