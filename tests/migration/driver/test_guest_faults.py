@@ -2,27 +2,26 @@
 """The guest's driver survives whatever happens to it while its hints are in flight.
 
 The guests run the debug kernel: lockdep, PROVE_RCU, KASAN and more complain on the console, and a
-complaint fails the test. The module hint_faults (tests/migration/guest/modules) lets messages fail,
-or keeps the device from hearing of them: then they are in flight for as long as a test needs.
+complaint fails the test. Its module hint_faults lets messages fail, or keeps them in flight.
 
 FPH_REPEAT=n makes the loops n times as long.
 """
 
-import contextlib
 import os
 import re
 import statistics
 import time
-from typing import Any, Counter, Dict, Iterator
+from typing import Any, Counter, Dict
 
 import pytest
 
 from livemig import paths, workload
 from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, ask, assert_goes_on
 from livemig.checks import assert_hints_used, assert_intact, assert_watched, assert_whole, begin
-from livemig.checks import fill_and_free, going_on, hints_now, hints_of, keep_busy, rounds
+from livemig.checks import fill_and_free, going_on, hints_of, keep_busy, rounds
 from livemig.checks import start_churn, wait_answered, wait_for
 from livemig.errors import GuestError
+from livemig.faults import BUFFERS, FAULTS, in_flight, load, read_number, tell_all_orders, write
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import cancel, migrate
@@ -35,13 +34,10 @@ DEBUG = SMALL.but(kernel="debug")
 SANITIZED = DEBUG.but(qemu="debug")
 
 DRIVER = "/sys/bus/virtio/drivers/virtio_balloon"
-PARAMETERS = "/sys/module/virtio_balloon_hint/parameters"
-FAULTS = "/sys/module/hint_faults/parameters"
 STATS = "/sys/kernel/debug/virtio_balloon_hint/*"
 DEBUGFS = "/sys/kernel/debug"
 TRACING = "/sys/kernel/tracing"
-# What the driver has: four buffers of 128 KiB.
-BUFFERS = 4
+# What each of the driver's buffers takes.
 BUFFER_BYTES = 128 << 10
 # More faults than there is anything to fail.
 MANY_TIMES = 1000
@@ -59,24 +55,9 @@ def boot(lab: Lab, spec: GuestSpec = DEBUG) -> Guest:
 
 def prepare(guest: Guest) -> None:
     """Load the module for faults; many small arrays, as all orders are reported."""
-    guest.agent.run("insmod /lib/modules/hint_faults.ko")
+    load(guest)
     tell_all_orders(guest)
     fill_and_free(guest)
-
-
-def tell_all_orders(guest: Guest) -> None:
-    """A report becomes an array for each order that has free blocks."""
-    guest.agent.run(f"echo 0 > {PARAMETERS}/hint_order")
-
-
-def read_number(guest: Guest, path: str) -> int:
-    """The number in a file of the guest."""
-    return int(guest.agent.run(f"cat {path}"))
-
-
-def write(guest: Guest, **files: object) -> None:
-    """Set parameters of the module for faults."""
-    guest.agent.run("; ".join(f"echo {value} > {FAULTS}/{name}" for name, value in files.items()))
 
 
 def held_bytes(guest: Guest) -> int:
@@ -88,26 +69,6 @@ def held_bytes(guest: Guest) -> int:
 def wait_held(guest: Guest, expected: int) -> None:
     """Wait until the driver has this much memory for reports."""
     wait_for(lambda: held_bytes(guest) == expected, f"the driver has not {expected} bytes", 60)
-
-
-# Migrations that go nowhere
-
-
-@contextlib.contextmanager
-def in_flight(source: Guest, messages: int = BUFFERS) -> Iterator[None]:
-    """A migration asks, and the driver waits for the device to return so many messages."""
-    write(source, muted=0, mute=1)
-    begin(source)
-    muted = f"{FAULTS}/muted"
-    wait_for(
-        lambda: read_number(source, muted) >= messages, "the driver sends no messages", seconds=60
-    )
-    # The premise: the device has not heard of them.
-    hints = hints_now(source)
-    assert (hints.state, hints.messages) == ("asked", 0)
-    # Nor is a buffer used twice.
-    assert read_number(source, muted) == messages
-    yield
 
 
 def assert_works(source: Guest) -> None:
