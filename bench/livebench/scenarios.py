@@ -214,6 +214,7 @@ def _declared() -> Iterator[Scenario]:
 
     yield from _page_cache()
     yield Scenario(Fragmented(), modes=MAIN, runs=3, mem_mib=2 * GIB)
+    yield Scenario(Fragmented(minutes=60), modes=("array",), runs=1, mem_mib=640)
 
     # What the guest loses while it is moved. Over a slow link, stock hints keep its free memory
     # for seconds.
