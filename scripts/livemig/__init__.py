@@ -22,6 +22,7 @@ What is where:
 For tests, and with pytest:
 
 - `lab` (the guests of a test), `checks` (what many tests assert), `oracle` (no write is lost)
+- `faults` (arrays in flight, in the debug kernel)
 - `metal` (the bare-metal guest in a migration), `resident` (a guest that stays, under KVM)
 - `absence` (what is absent of a guest), `leftovers` (another guest's data at the destination)
 - `domains` (two libvirt hosts and a guest), `fake_libvirt` (one that is made up)
