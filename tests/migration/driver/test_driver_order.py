@@ -83,7 +83,7 @@ def test_the_id_is_older_than_the_walk(lab: Lab, measured: Dict[str, Any]) -> No
     seen = reports(destination)
     measured.update(reports=len(seen), arrays=sum(len(report.arrays) for report in seen))
     assert not [report for report in seen if {*report.arrays, report.end} != {report.request}]
-    # The premise: the id changed during a walk, each time but the last.
+    # The premise: the id changed during a walk, each time. The last walk came to its end.
     cut_short = [(bool(report.batches), len(report.arrays), report.error) for report in seen]
     assert cut_short[:-1] == [(True, BUFFERS, -errno.ECANCELED)] * CHANGES
     assert cut_short[-1][2] == 0
