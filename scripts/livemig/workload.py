@@ -11,8 +11,9 @@ from livemig.host import PAGE_BYTES
 
 # The last column of /proc/buddyinfo counts blocks of this many pages on x86-64.
 MAX_ORDER_PAGES = 1024
-# The orders that the driver reports by default (hint_order): blocks of 4 and of 2 MiB.
-TOLD_ORDERS = 2
+# The orders that the driver reports by default (hint_order): blocks of 4 MiB to 64 KiB.
+TOLD_ORDERS = 7
+TOLD_SIZES = [MAX_ORDER_PAGES * PAGE_BYTES >> below for below in range(TOLD_ORDERS)]
 
 
 @dataclass(frozen=True)

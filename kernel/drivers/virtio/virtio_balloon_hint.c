@@ -117,13 +117,13 @@ struct virtio_balloon_hint {
 static struct dentry *hint_debugfs;
 
 /*
- * Blocks of 2 MiB, whatever the size of a page. On x86-64, with 4 MiB at most,
- * a guest of 8 GiB that wrote and freed 6 GiB has 13 MiB in blocks of 2 MiB,
- * which take longer to send than to walk. With still smaller ones there was
- * more to walk than to gain. With pages of 64 KiB this is order 5 of 13.
+ * Blocks of 64 KiB, whatever the size of a page. After an hour of compiling, a
+ * guest of 640 MiB had 89 % of its free memory in 119 blocks of 2 MiB and more,
+ * and 93 % in 275 of 64 KiB and more; there are 4329 free blocks in all. With
+ * pages of 64 KiB this is order 0, and everything.
  */
 static unsigned int hint_order =
-	MIN(MAX_PAGE_ORDER, const_ilog2(SZ_2M) - PAGE_SHIFT);
+	MIN(MAX_PAGE_ORDER, MAX(const_ilog2(SZ_64K) - PAGE_SHIFT, 0));
 
 static int hint_order_set(const char *val, const struct kernel_param *kp)
 {
@@ -137,7 +137,7 @@ static const struct kernel_param_ops hint_order_ops = {
 
 module_param_cb(hint_order, &hint_order_ops, &hint_order, 0644);
 MODULE_PARM_DESC(hint_order,
-		 "Smallest order of the free blocks that are reported to the host (default: blocks of 2 MiB)");
+		 "Smallest order of the free blocks that are reported to the host (default: blocks of 64 KiB)");
 
 static u32 hint_read_id(struct virtio_balloon_hint *hint)
 {

@@ -20,6 +20,9 @@
 #ifndef MIN
 #define MIN(a, b)	((a) < (b) ? (a) : (b))
 #endif
+#ifndef MAX
+#define MAX(a, b)	((a) > (b) ? (a) : (b))
+#endif
 
 /* Never exported: a module cannot drain the per-CPU lists. */
 #include <linux/gfp.h>
