@@ -33,6 +33,14 @@ usage() {
     exit "${1:-0}"
 }
 
+# takes PATTERN ARGUMENT...: leave with the usage unless the arguments match an extended regular expression.
+takes() {
+    local pattern=$1
+    shift
+    [[ ! $* =~ ^(-h|--help)$ ]] || usage
+    [[ $* =~ ^($pattern)$ ]] || usage 1 >&2
+}
+
 # need_tools GROUP TOOL...: every TOOL must be there, else name the group that installs it.
 need_tools() {
     local group=$1 tool
