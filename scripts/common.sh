@@ -51,10 +51,13 @@ need_tools() {
     done
 }
 
+# make_dir DIR: in the cache.
+make_dir() { mkdir -p "$1" 2>/dev/null || die "cannot create $1: set FPH_CACHE to a directory you can write to"; }
+
 # need_disk DIR MIB WHAT [ADVICE]: stop if the file system of DIR has less than MIB free.
 need_disk() {
     local free advice=${4:-FPH_CACHE=dir puts the cache elsewhere}
-    mkdir -p "$1" 2>/dev/null || die "cannot create $1: set FPH_CACHE to a directory you can write to"
+    make_dir "$1"
     free=$(df -P -m "$1" | awk 'NR == 2 {print $4}')
     [ "$free" -ge "$2" ] ||
         die "$3 needs $2 MiB of disk in $1, only $free MiB are free ($advice)"
@@ -71,7 +74,7 @@ need_memory() {
 
 # lock FILE: one at a time; held until the script and the children that it started end.
 lock() {
-    mkdir -p "$(dirname "$1")"
+    make_dir "$(dirname "$1")"
     exec 9>"$1"
     flock -n 9 || {
         say "waiting for another run that holds $1"
@@ -83,6 +86,29 @@ lock() {
 content_hash() {
     (cd "$REPO" && find "$@" -type f -print0 | LC_ALL=C sort -z | xargs -0r sha256sum) |
         sha256sum | cut -c1-32
+}
+
+# skip_if_made STAMP KEY WHAT: leave if the file STAMP says that WHAT was made of what KEY says.
+skip_if_made() {
+    [ "$(cat "$1" 2>/dev/null)" = "$2" ] || return 0
+    say "up to date: $3"
+    exit
+}
+
+# work_dir PREFIX: set $work to a new directory, which goes when the script ends, and take away what a killed
+# run left. Never through a mount that a chroot in it may have left.
+work_dir() {
+    rm -rf --one-file-system "$1".work.*
+    work=$(mktemp -d "$1.work.XXXXXX")
+    trap 'rm -rf --one-file-system "$work"' EXIT
+}
+
+# cpio_of DIR: an archive for a kernel to unpack, on standard output. Sorted, owned by root, without times: the
+# same input makes the same archive.
+cpio_of() {
+    find "$1" -exec touch -h -d @0 {} + &&
+        (cd "$1" && find . -print0 | LC_ALL=C sort -z |
+            cpio --null --create --quiet --format=newc --reproducible --owner=+0:+0) | gzip -9n
 }
 
 # mirror_of SUITE Packages|Sources: where apt gets them from; fails if it is not configured to.
