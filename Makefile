@@ -162,7 +162,7 @@ arm64: fetch ## build QEMU and guests for arm64 with pages of 4 and of 64 KiB, a
 	@scripts/install-deps arm64
 	@scripts/build-qemu arm64
 	@scripts/build-arm64-kernels
-	@scripts/make-arm64-initramfs
+	@scripts/make-initramfs arm64
 	@FPH_RESULTS=arm64.json /usr/bin/python3 -m pytest -v tests/migration/compat/test_arm64.py
 
 model: fetch ## let spin try every order of the protocol's steps, and find each mutant

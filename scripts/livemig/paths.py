@@ -122,10 +122,8 @@ def is_quick(kernel: str) -> bool:
 
 def initramfs(kernel: str = "ours") -> Path:
     """The busybox guest of a kernel."""
-    name, make_it = "initramfs", "make-initramfs"
-    if is_arm64(kernel):
-        name, make_it = "initramfs-arm64", "make-arm64-initramfs"
-    return require(cache_dir() / "images" / f"{name}.cpio.gz", f"scripts/{make_it}")
+    name, options = ("initramfs-arm64", " arm64") if is_arm64(kernel) else ("initramfs", "")
+    return require(cache_dir() / "images" / f"{name}.cpio.gz", f"scripts/make-initramfs{options}")
 
 
 def bare_metal(name: str) -> Path:
