@@ -52,10 +52,26 @@ EOF
 install_debian() {
     local suite=$1 packages=$2 root=$3 log=$4 name
     shift 4
+    say "installing Debian $suite; log in $log"
     for name; do suite_entry "$name"; done >"$log.sources"
     mmdebstrap --mode=root --variant=minbase --include="$packages" \
         --aptopt='Acquire::Retries "2"' --aptopt='Acquire::http::Timeout "20"' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
         --dpkgopt='path-exclude=/usr/share/man/*' "$suite" "$root" - <"$log.sources" 2>&1 |
-        tee -a "$log" | { grep --line-buffered '^[IE]: ' || true; }
+        tee "$log" | { grep --line-buffered '^[IE]: ' || true; } ||
+        die "mmdebstrap failed (no network? a package that is gone?); its messages are in $log"
+}
+
+# fill_pool DIR ROOT LOG PACKAGE...: an archive for apt in DIR, with packages from the suites of use_suites, and
+# what they need beside what is in ROOT. No other archive than that is left to ROOT.
+fill_pool() {
+    local pool=$1 root=$2 log=$3
+    shift 3
+    mkdir -p "$pool/partial"
+    apt-get -q -y --download-only --no-install-recommends -o Dir::Cache::archives="$pool" \
+        -o Dir::State::status="$root/var/lib/dpkg/status" install "$@" >>"$log" 2>&1 ||
+        die "apt-get failed: $(grep '^E: ' "$log" | head -n 3 | paste -sd';'). Log: $log"
+    rm -rf "$pool/partial" "$pool/lock" "$root"/var/lib/apt/lists/*
+    rm -f "$root/etc/apt/sources.list" "$root"/etc/apt/sources.list.d/*
+    (cd "$pool" && dpkg-scanpackages -m . >Packages 2>>"$log") || die "dpkg-scanpackages failed; see $log"
 }
