@@ -118,12 +118,6 @@ mirror_of() {
         sed -n "s/^$1 main $2 //p" | grep -m 1 .
 }
 
-# apt_entry "deb|deb-src ..." MIRROR "SUITE ...": a stanza for apt's lists of sources.
-apt_entry() {
-    printf 'Types: %s\nURIs: %s\nSuites: %s\nComponents: main\nSigned-By: %s\n\n' \
-        "$1" "$2" "$3" /usr/share/keyrings/debian-archive-keyring.gpg
-}
-
 # show_progress NAME: pass ninja's [n/m], or else a count of make's and apt's steps, to the console:
 # one line that changes on a terminal, a line now and then elsewhere.
 show_progress() {
