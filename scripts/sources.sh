@@ -122,6 +122,35 @@ start_build() {
     : >"$1/build.log"
 }
 
+# configure_once "TREE OPTIONS" COMMAND...: configure $build in the current directory, from the start unless it was
+# configured by the same before.
+configure_once() {
+    local config=$1
+    shift
+    [ "$(cat configured 2>/dev/null)" != "$config" ] || return 0
+    find . -mindepth 1 -delete
+    say "$build: configuring ${config%% *}"
+    logged "$dir/build.log" "configure" "$@"
+    echo "$config" >configured
+}
+
+# check_options TREE CONFIG FRAGMENT...: the options that the fragments ask for are in a kernel's CONFIG. A later
+# fragment has the last word, as in merge_config.sh.
+check_options() {
+    local tree=$1 config=$2 option missing
+    shift 2
+    missing=$(sed -n 's/^\(CONFIG_[A-Z0-9_]*=.*\)/\1/p' "$@" |
+        awk -F= '{last[$1] = $0} END {for (name in last) print last[name]}' | sort |
+        while read -r option; do
+            case $option in
+            *=n) ! grep -q "^${option%=n}=" "$config" || echo "$option" ;;
+            *) grep -qxF "$option" "$config" || echo "$option" ;;
+            esac
+        done | paste -sd' ')
+    [ -z "$missing" ] ||
+        die "$(basename "$tree") does not take these options (unknown, or what they need is off): $missing"
+}
+
 # copy_source PRISTINE DIR VARIANT MIB: make DIR/src PRISTINE, without another version's remains, with
 # MIB of disk for the build. Ours is a copy, for the overlay; stock shares its files with PRISTINE.
 copy_source() {
