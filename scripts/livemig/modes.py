@@ -2,7 +2,7 @@
 """The ways to treat free memory that are compared: one table for the demo, benchmarks and tests."""
 
 from dataclasses import dataclass, field
-from typing import Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 from livemig.spec import ARRAYS, BLOCKS, DOWNTIME_LIMIT_MS, UNLIMITED, GuestSpec, MigrationSpec
 
@@ -47,136 +47,111 @@ class Mode:
         return f"qemu-{self.qemu}", f"kernel-{self.kernel}"
 
 
-def _capabilities(hints: bool, absent: bool) -> Dict[str, bool]:
-    return {"free-page-hint": hints, "skip-absent-pages": absent}
-
-
 # What hints skip is to be told from what was never there: absent pages are off but where they are
 # what is compared.
-_ON = _capabilities(hints=True, absent=False)
-_OFF = _capabilities(hints=False, absent=False)
-_CACHE = f"{ARRAYS},free-page-hint-cache=on"
-_REPORTING = "free-page-hint=off,free-page-reporting=on"
+_CAPABILITIES = {
+    "-": {},
+    "off": {"free-page-hint": False, "skip-absent-pages": False},
+    "hints": {"free-page-hint": True, "skip-absent-pages": False},
+    "absent": {"free-page-hint": False, "skip-absent-pages": True},
+    "both": {"free-page-hint": True, "skip-absent-pages": True},
+    # An earlier QEMU may know nothing of absent pages.
+    "hints-only": {"free-page-hint": True},
+}
+_BALLOONS = {
+    "-": None,
+    "off": "free-page-hint=off",
+    "reporting": "free-page-hint=off,free-page-reporting=on",
+    "blocks": BLOCKS,
+    "iothread": f"{BLOCKS},iothread=hints",
+    "arrays": ARRAYS,
+    "cache": f"{ARRAYS},free-page-hint-cache=on",
+    "arrays+reporting": f"{ARRAYS},free-page-reporting=on",
+}
+# The order of the smallest blocks that a guest's kernel reports.
+ORDER = "page_reporting.page_reporting_order"
+ORDER_0 = f"{ORDER}=0"
+# As long as it takes.
+_WAIT = {"free-page-hint-wait": 60000}
+# What few modes have besides.
+_MORE: Dict[str, Dict[str, Any]] = {
+    "stock-reporting": {"settle": True},
+    "absent-reporting": {"settle": True},
+    "floor": {"floor": True},
+    "array-cache-768m": {"parameters": {"free-page-hint-cache": 768 << 20, **_WAIT}},
+    # More than there is.
+    "array-cache": {"parameters": {"free-page-hint-cache": 1 << 40, **_WAIT}},
+    "reporting-0": {"cmdline": (ORDER_0,)},
+    "reporting-0-hints": {"cmdline": (ORDER_0,)},
+}
 
-_MODES = (
-    Mode("legacy", "no hints, unpatched", "stock", "stock", "free-page-hint=off"),
-    Mode(
-        "stock-hints",
-        "upstream's hints, block by block, unpatched",
-        "stock",
-        "stock",
-        f"{BLOCKS},iothread=hints",
-    ),
-    Mode(
-        "stock-reporting",
-        "upstream's free page reporting, after it has settled, unpatched",
-        "stock",
-        "stock",
-        _REPORTING,
-        settle=True,
-    ),
-    Mode("none", "no hints, our build", "ours", "ours", ARRAYS, _OFF),
-    Mode(
-        "stock-driver",
-        "our QEMU, unpatched guest kernel",
-        "ours",
-        "stock",
-        ARRAYS,
-        _ON,
-    ),
-    Mode(
-        "array-before",
-        "an earlier QEMU of ours, our guest kernel",
-        "before",
-        "ours",
-        ARRAYS,
-        # It may know nothing of absent pages.
-        {"free-page-hint": True},
-    ),
-    Mode("array", "our QEMU and guest kernel", "ours", "ours", ARRAYS, _ON),
-    Mode(
-        "floor",
-        "every free page was excluded beforehand",
-        "floor",
-        "ours",
-        ARRAYS,
-        _ON,
-        floor=True,
-    ),
-    Mode(
-        "absent",
-        "our QEMU, absent pages; unpatched guest kernel, no balloon",
-        "ours",
-        "stock",
-        None,
-        _capabilities(hints=False, absent=True),
-    ),
-    Mode(
-        "absent-reporting",
-        "our QEMU, absent pages; unpatched guest kernel, free page reporting, after it has settled",
-        "ours",
-        "stock",
-        _REPORTING,
-        _capabilities(hints=False, absent=True),
-        settle=True,
-    ),
-    Mode(
-        "stock-driver-absent",
-        "our QEMU, absent pages and hints block by block, unpatched guest kernel",
-        "ours",
-        "stock",
-        BLOCKS,
-        _capabilities(hints=True, absent=True),
-    ),
-    Mode(
-        "array-absent",
-        "our QEMU and guest kernel, absent pages and arrays: the default",
-        "ours",
-        "ours",
-        ARRAYS,
-        _capabilities(hints=True, absent=True),
-    ),
-    Mode(
-        "array-cache-768m",
-        "our QEMU and guest kernel, up to 768 MiB of cold page cache freed first",
-        "ours",
-        "ours",
-        _CACHE,
-        _ON,
-        {"free-page-hint-cache": 768 << 20, "free-page-hint-wait": 60000},
-    ),
-    Mode(
-        "array-cache",
-        "our QEMU and guest kernel, all cold page cache freed first",
-        "ours",
-        "ours",
-        _CACHE,
-        _ON,
-        # More than there is, and as long as it takes.
-        {"free-page-hint-cache": 1 << 40, "free-page-hint-wait": 60000},
-    ),
-    Mode(
-        "block",
-        "our QEMU and guest kernel, absent pages and hints block by block",
-        "ours",
-        "ours",
-        BLOCKS,
-        _capabilities(hints=True, absent=True),
-    ),
-    Mode(
-        "absent-ours",
-        "our QEMU and guest kernel, absent pages only",
-        "ours",
-        "ours",
-        ARRAYS,
-        _capabilities(hints=False, absent=True),
-    ),
+
+def _modes(table: str) -> Dict[str, Mode]:
+    """The modes of a table by name: QEMU, kernel, balloon, capabilities; and what it is."""
+    modes = {}
+    lines = table.strip().splitlines()
+    for row, about in zip(lines[::2], lines[1::2]):
+        name, qemu, kernel, balloon, capabilities = row.split()
+        parts = (_BALLOONS[balloon], _CAPABILITIES[capabilities])
+        modes[name] = Mode(name, about.strip(), qemu, kernel, *parts, **_MORE.get(name, {}))
+    return modes
+
+
+MODES = _modes(
+    """
+legacy              stock  stock off       -
+    no hints, unpatched
+stock-hints         stock  stock iothread  -
+    upstream's hints, block by block, unpatched
+stock-reporting     stock  stock reporting -
+    upstream's free page reporting, after it has settled, unpatched
+none                ours   ours  arrays    off
+    no hints, our build
+stock-driver        ours   stock arrays    hints
+    our QEMU, unpatched guest kernel
+array-before        before ours  arrays    hints-only
+    an earlier QEMU of ours, our guest kernel
+array               ours   ours  arrays    hints
+    our QEMU and guest kernel
+floor               floor  ours  arrays    hints
+    every free page was excluded beforehand
+absent              ours   stock -         absent
+    our QEMU, absent pages; unpatched guest kernel, no balloon
+absent-reporting    ours   stock reporting absent
+    our QEMU, absent pages; unpatched guest kernel, free page reporting, after it has settled
+stock-driver-absent ours   stock blocks    both
+    our QEMU, absent pages and hints block by block, unpatched guest kernel
+array-absent        ours   ours  arrays    both
+    our QEMU and guest kernel, absent pages and arrays: the default
+array-cache-768m    ours   ours  cache     hints
+    our QEMU and guest kernel, up to 768 MiB of cold page cache freed first
+array-cache         ours   ours  cache     hints
+    our QEMU and guest kernel, all cold page cache freed first
+block               ours   ours  blocks    both
+    our QEMU and guest kernel, absent pages and hints block by block
+absent-ours         ours   ours  arrays    absent
+    our QEMU and guest kernel, absent pages only
+"""
+)
+# Guests that are not moved, but watched while they give memory back: see density.py.
+RESTING = _modes(
+    """
+plain               ours   stock off       -
+    nothing is reported
+reporting           ours   stock reporting -
+    reporting, blocks of 2 MiB
+reporting-0         ours   stock reporting -
+    reporting, single pages
+reporting-hints     ours   ours  arrays+reporting -
+    reporting, and hints in arrays
+reporting-0-hints   ours   ours  arrays+reporting -
+    reporting, single pages, and hints in arrays
+"""
 )
 
 # What builds a QEMU that only benchmarks need.
 MAKERS = {"before": "bench/build-before COMMIT"}
 
-MODES: Dict[str, Mode] = {mode.name: mode for mode in _MODES}
 # What a user compares, without other guests than ours: see scripts/demo.
 DEMO = ("none", "absent-ours", "block", "array-absent", "legacy", "stock-hints")
 
@@ -191,26 +166,3 @@ def migration_for_mode(mode: Mode) -> MigrationSpec:
             **mode.parameters,
         },
     )
-
-
-# The order of the smallest blocks that a guest's kernel reports.
-ORDER = "page_reporting.page_reporting_order"
-ORDER_0 = f"{ORDER}=0"
-_BOTH = f"{ARRAYS},free-page-reporting=on"
-
-# Guests that are not moved, but watched while they give memory back: see density.py.
-_RESTING = (
-    Mode("plain", "nothing is reported", "ours", "stock", "free-page-hint=off"),
-    Mode("reporting", "reporting, blocks of 2 MiB", "ours", "stock", _REPORTING),
-    Mode("reporting-0", "reporting, single pages", "ours", "stock", _REPORTING, cmdline=(ORDER_0,)),
-    Mode("reporting-hints", "reporting, and hints in arrays", "ours", "ours", _BOTH),
-    Mode(
-        "reporting-0-hints",
-        "reporting, single pages, and hints in arrays",
-        "ours",
-        "ours",
-        _BOTH,
-        cmdline=(ORDER_0,),
-    ),
-)
-RESTING: Dict[str, Mode] = {mode.name: mode for mode in _RESTING}
