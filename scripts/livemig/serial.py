@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The two serial ports of a guest: the console's log and the agent."""
 
+import contextlib
 import re
 import secrets
 import shlex
 import socket
 import threading
-import time
 from typing import Callable, Optional, Tuple
 
 from livemig.errors import GuestError
@@ -67,9 +67,9 @@ class Port:
         with self._changed:
             return self._text
 
-    def tail(self, lines: int = 25) -> str:
+    def tail(self) -> str:
         """The last lines that the guest wrote."""
-        return "\n".join(self.text().splitlines()[-lines:])
+        return "\n".join(self.text().splitlines()[-25:])
 
     def send(self, text: str) -> None:
         """Write to the guest."""
@@ -81,31 +81,19 @@ class Port:
     def wait_for(self, pattern: str, timeout: float, start: int = 0) -> "re.Match[str]":
         """Wait until the text from offset start on matches; raises GuestError if it cannot."""
         regex = re.compile(pattern, re.MULTILINE)
-        return self._wait(lambda: regex.search(self._text, start), timeout, pattern)
-
-    def _wait(
-        self, find: "Callable[[], Optional[re.Match[str]]]", timeout: float, what: str
-    ) -> "re.Match[str]":
-        deadline = time.monotonic() + timeout
         with self._changed:
-            while True:
-                match = find()
-                if match:
-                    return match
-                if self._closed:
-                    raise GuestError(f"{self.name}: the QEMU ended before it wrote {what!r}")
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    if not find():
-                        raise GuestError(f"{self.name}: no {what!r} within {timeout:.0f} s")
+            self._changed.wait_for(lambda: self._closed or regex.search(self._text, start), timeout)
+            if match := regex.search(self._text, start):
+                return match
+            if self._closed:
+                raise GuestError(f"{self.name}: the QEMU ended before it wrote {pattern!r}")
+        raise GuestError(f"{self.name}: no {pattern!r} within {timeout:.0f} s")
 
     def close(self) -> None:
         """Hang up."""
         # Wakes the reader, which would sleep on after a plain close().
-        try:
+        with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         if self._reader.is_alive():
             self._reader.join()
         self._ours.close()
