@@ -31,12 +31,7 @@ class GivenUp:
     reason: str
 
 
-def given_up(
-    samples: Sequence[Sample],
-    memory_bytes: int,
-    progress_seconds: float = PROGRESS_SECONDS,
-    seconds_per_gib: float = SECONDS_PER_GIB,
-) -> Optional[GivenUp]:
+def given_up(samples: Sequence[Sample], memory_bytes: int) -> Optional[GivenUp]:
     """When the migration of these samples would have been given up; None: never."""
     if not samples:
         return None
@@ -45,23 +40,20 @@ def given_up(
     for sample in samples:
         if sample.remaining < least:
             least, since = sample.remaining, sample.seconds
-        if sample.seconds - start > memory_bytes / GIB * seconds_per_gib:
+        if sample.seconds - start > memory_bytes / GIB * SECONDS_PER_GIB:
             return GivenUp(sample.seconds, "completion")
-        if sample.seconds - since > progress_seconds:
+        if sample.seconds - since > PROGRESS_SECONDS:
             return GivenUp(sample.seconds, "progress")
     return None
 
 
 def longest_standstill(samples: Sequence[Sample]) -> float:
     """The longest time between samples for which neither what remains nor what was sent changed."""
-    longest = 0.0
-    for number, sample in enumerate(samples):
-        # From the last sample of before: it may have stood still since then.
-        if number == 0 or _figures(sample) != _figures(samples[number - 1]):
-            since = sample.seconds
+    longest = since = 0.0
+    before = None
+    for sample in samples:
+        figures = (sample.remaining, sample.sent)
+        if figures != before:
+            before, since = figures, sample.seconds
         longest = max(longest, sample.seconds - since)
     return longest
-
-
-def _figures(sample: Sample) -> object:
-    return sample.remaining, sample.sent
