@@ -7,9 +7,9 @@ all that it was told to remember with it. A test that fails ends it: the next on
 
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 import pytest
 
@@ -42,8 +42,7 @@ COUNTS = re.compile(r"^reports=(\d+) hinted=(\d+) taken=(\d+) rewritten=(\d+)$",
 HUGE = re.compile(r"^AnonHugePages:\s+(\d+) kB$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """What the guest says that it hinted, in pages since its boot."""
 
     reports: int
@@ -63,12 +62,7 @@ class Seen:
 
     def since(self, before: "Seen") -> "Seen":
         """The difference."""
-        return Seen(
-            self.reports - before.reports,
-            self.hinted - before.hinted,
-            self.taken - before.taken,
-            self.rewritten - before.rewritten,
-        )
+        return Seen(*(now - then for now, then in zip(self, before)))
 
 
 def chunks(shift: int) -> Dict[str, Any]:
