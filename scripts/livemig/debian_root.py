@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence, Tuple
+from typing import ContextManager, Iterable, Iterator, Sequence, Tuple
 
 import pytest
 
@@ -127,23 +127,21 @@ class DebianRoot:
 
 
 @contextlib.contextmanager
-def _root(lower: Path, pool: Path) -> Iterator[DebianRoot]:
+def _root(made: Path) -> Iterator[DebianRoot]:
     if os.geteuid() != 0:
         pytest.skip("installing packages in a root file system needs root")
     state = Path(tempfile.mkdtemp(dir=paths.cache_dir(), prefix="debian-root."))
     try:
-        yield DebianRoot(lower, pool, state)
+        yield DebianRoot(made / "root", made / "pool", state)
     finally:
         shutil.rmtree(state)
 
 
-def debian_root(suite: str) -> "contextlib.AbstractContextManager[DebianRoot]":
+def debian_root(suite: str) -> ContextManager[DebianRoot]:
     """A guest's root file system of its own, in the cache, until the context ends."""
-    guest = paths.stock_guest(suite)
-    return _root(guest / "root", guest / "pool")
+    return _root(paths.stock_guest(suite))
 
 
-def host_root(suite: str = "bookworm") -> "contextlib.AbstractContextManager[DebianRoot]":
+def host_root(suite: str = "bookworm") -> ContextManager[DebianRoot]:
     """A host's root file system: Debian with libvirt, and Debian's QEMU in its pool."""
-    host = paths.stock_host(suite)
-    return _root(host / "root", host / "pool")
+    return _root(paths.stock_host(suite))
