@@ -9,7 +9,6 @@ import tempfile
 from dataclasses import replace
 from typing import Iterator
 
-import numpy as np
 import pytest
 
 from livemig import memory, paths
@@ -46,14 +45,10 @@ def assert_same(source: Guest, destination: Guest) -> None:
     }
 
 
-def absent_pages(guest: Guest, name: str = "pc.ram") -> memory.Mask:
-    """Which pages of a block a traced guest's migration has found to be absent."""
-    mask = np.zeros(memory.ram_blocks(guest)[name].pages, dtype=bool)
-    for match in memory.RUN_LINE.finditer(guest.trace_log.read_text(encoding="utf-8")):
-        if match["event"] == memory.ABSENT_EVENT and match["block"] == name:
-            first = int(match["first"], 0)
-            mask[first : first + int(match["pages"], 0)] = True
-    return mask
+def absent_pages(guest: Guest) -> memory.Mask:
+    """Which pages of its memory a traced guest's migration has found to be absent."""
+    log = guest.trace_log.read_text(encoding="utf-8")
+    return memory.runs(log, 0, memory.ABSENT_EVENT, memory.ram_blocks(guest))["pc.ram"]
 
 
 # The host's swap
@@ -63,9 +58,9 @@ SYS_PROCESS_MADVISE = 440
 MADV_PAGEOUT = 21
 
 
-def in_page_table(guest: Guest, addr: int, name: str = "pc.ram") -> bool:
-    """Whether the page table of a QEMU has a page of a block."""
-    page = memory.ram_blocks(guest)[name].offset // memory.PAGE_BYTES + addr // memory.PAGE_BYTES
+def in_page_table(guest: Guest, addr: int) -> bool:
+    """Whether the page table of a QEMU has a page of the guest's memory."""
+    page = (memory.main_block(guest).offset + addr) // memory.PAGE_BYTES
     with open(f"/proc/{guest.pid}/pagemap", "rb") as file:
         file.seek(page * 8)
         return bool(int.from_bytes(file.read(8), "little") & PAGEMAP_PRESENT)
@@ -77,9 +72,9 @@ class IoVec(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
 
 
-def page_out(guest: Guest, name: str = "pc.ram") -> None:
-    """Take as much of a block's memory from the QEMU as the kernel takes."""
-    block = memory.ram_blocks(guest)[name]
+def page_out(guest: Guest) -> None:
+    """Take as much of the guest's memory from the QEMU as the kernel takes."""
+    block = memory.main_block(guest)
     end = block.offset + block.pages * memory.PAGE_BYTES
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long

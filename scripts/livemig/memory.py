@@ -74,9 +74,14 @@ def ram_blocks(guest: Guest) -> Dict[str, Block]:
     return blocks
 
 
-def usage(guest: Guest, name: str = "pc.ram") -> Dict[str, int]:
-    """What /proc/PID/smaps says about a block of a guest's RAM, in bytes: Rss, Swap, ..."""
-    block = ram_blocks(guest)[name]
+def main_block(guest: Guest) -> Block:
+    """The block of a guest's RAM that is its memory."""
+    return ram_blocks(guest)["pc.ram"]
+
+
+def usage(guest: Guest) -> Dict[str, int]:
+    """What /proc/PID/smaps says about a guest's memory, in bytes: Rss, Swap, ..."""
+    block = main_block(guest)
     begin, end = block.offset, block.offset + block.pages * PAGE_BYTES
     counts: Dict[str, int] = {}
     inside = False
@@ -86,13 +91,13 @@ def usage(guest: Guest, name: str = "pc.ram") -> Dict[str, int]:
         elif inside and (count := re.fullmatch(r"(\w+): +(\d+) kB", line)):
             counts[count[1]] = counts.get(count[1], 0) + int(count[2]) * 1024
     if "Rss" not in counts:
-        raise GuestError(f"{guest.name}: no mapping of {name}")
+        raise GuestError(f"{guest.name}: no mapping of pc.ram")
     return counts
 
 
-def ram_bytes(guest: Guest, name: str = "pc.ram") -> int:
-    """The size of a block of a guest's RAM."""
-    return ram_blocks(guest)[name].pages * PAGE_BYTES
+def ram_bytes(guest: Guest) -> int:
+    """The size of a guest's memory."""
+    return main_block(guest).pages * PAGE_BYTES
 
 
 @contextlib.contextmanager
@@ -125,7 +130,8 @@ def _finished_log(trace_log: Path, start: int) -> str:
     raise MigrationError(f"{trace_log} does not say which pages were kept back")
 
 
-def _runs(text: str, begin: int, event: str, blocks: Mapping[str, Block]) -> Masks:
+def runs(text: str, begin: int, event: str, blocks: Mapping[str, Block]) -> Masks:
+    """The pages that events in a trace log name, from an offset."""
     masks = {name: np.zeros(block.pages, dtype=bool) for name, block in blocks.items()}
     for match in RUN_LINE.finditer(text, begin):
         if match["event"] == event:
@@ -143,8 +149,8 @@ def kept_pages(trace_log: Path, blocks: Mapping[str, Block], start: int = 0) -> 
     text = _finished_log(trace_log, start)
     ends = [match.end() for match in KEPT_ALL_LINE.finditer(text)]
     begin = ends[-2] if len(ends) > 1 else 0
-    hinted = _runs(text, begin, "free_page_hint_kept", blocks)
-    absent = _runs(text, begin, ABSENT_EVENT, blocks)
+    hinted = runs(text, begin, "free_page_hint_kept", blocks)
+    absent = runs(text, begin, ABSENT_EVENT, blocks)
     return {name: mask & ~absent[name] for name, mask in hinted.items()}
 
 
