@@ -160,17 +160,21 @@ def cancel(source: Guest, timeout: float = 60) -> None:
         ) from None
 
 
-def finish(source: Guest, destination: Guest, timeout: float = TIMEOUT_SECONDS) -> MigrationResult:
-    """Wait for the end of a migration. Raises MigrationError unless it completed."""
+def _completed(source: Guest, timeout: float, *others: Guest) -> MigrationResult:
     result = query(source)
     if result.status not in ENDED:
         source.wait_event(status_is(*ENDED), "end of the migration", timeout)
         result = query(source)
     if result.status != "completed":
-        raise MigrationError(
-            f"the migration {result.status}: {result.error or 'no reason given'}"
-            f"{source.qemu_output()}{destination.qemu_output()}"
-        )
+        output = "".join(guest.qemu_output() for guest in (source, *others))
+        reason = result.error or "no reason given"
+        raise MigrationError(f"the migration {result.status}: {reason}{output}")
+    return result
+
+
+def finish(source: Guest, destination: Guest, timeout: float = TIMEOUT_SECONDS) -> MigrationResult:
+    """Wait for the end of a migration. Raises MigrationError unless it completed."""
+    result = _completed(source, timeout, destination)
     try:
         destination.wait_event(status_is("completed"), "end of the incoming migration", timeout)
     except GuestError as err:
@@ -185,10 +189,7 @@ def let_end(source: Guest, destination: Guest) -> MigrationResult:
 
 
 def migrate(
-    source: Guest,
-    destination: Guest,
-    spec: MigrationSpec,
-    timeout: float = TIMEOUT_SECONDS,
+    source: Guest, destination: Guest, spec: MigrationSpec, timeout: float = TIMEOUT_SECONDS
 ) -> MigrationResult:
     """Migrate a guest. When this returns, it runs at the destination (unless that starts stopped).
 
@@ -203,10 +204,7 @@ def save(source: Guest, file: Path, spec: MigrationSpec) -> MigrationResult:
     _prepare(source, spec)
     source.qmp("migrate", uri=f"file:{file}")
     source.wait_event(status_is(*ENDED), "end of the migration", TIMEOUT_SECONDS)
-    result = query(source)
-    if result.status != "completed":
-        raise MigrationError(f"the migration {result.status}: {result.error or 'no reason given'}")
-    return result
+    return _completed(source, TIMEOUT_SECONDS)
 
 
 def restore(destination: Guest, file: Path, spec: MigrationSpec) -> None:
