@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from livemig import paths
 from livemig.errors import GuestError
 from livemig.serial import Agent, DriverAgent, Port
-from livemig.spec import GuestSpec
+from livemig.spec import GuestSpec, dashed
 
 paths.add_qemu_python()
 # pylint: disable=wrong-import-position,import-error
@@ -76,6 +76,9 @@ class Guest:
         self.spec = spec
         self.name = name
         self.logs = logs or paths.OUT / "logs"
+        # What the guest wrote to its console, and QEMU's trace events.
+        self.console_log = self.logs / f"{name}-console.log"
+        self.trace_log = self.logs / f"{name}-trace.log"
         self._listener = listener
         # What is to be released when the QEMU has ended.
         self.belongings = contextlib.ExitStack()
@@ -216,14 +219,10 @@ class Guest:
     def _memory(self) -> List[str]:
         """QEMU's arguments for the guest's memory."""
         spec = self.spec
-        if spec.nodes == 1:
-            args = ["-machine", "memory-backend=pc.ram"]
-            parts = ["pc.ram"]
-        else:
-            args = []
-            parts = [f"pc.ram{node}" for node in range(spec.nodes)]
-        for node, part in enumerate(parts):
-            mib = spec.mem_mib // spec.nodes
+        args = ["-machine", "memory-backend=pc.ram"] if spec.nodes == 1 else []
+        mib = spec.mem_mib // spec.nodes
+        for node in range(spec.nodes):
+            part = "pc.ram" if spec.nodes == 1 else f"pc.ram{node}"
             size = f"id={part},size={mib}M"
             if spec.mem_file:
                 where = f"mem-path={spec.mem_file},offset={node * mib}M"
@@ -261,16 +260,6 @@ class Guest:
 
     # Logs
 
-    @property
-    def console_log(self) -> Path:
-        """What the guest wrote to its console."""
-        return self.logs / f"{self.name}-console.log"
-
-    @property
-    def trace_log(self) -> Path:
-        """QEMU's trace events."""
-        return self.logs / f"{self.name}-trace.log"
-
     def qemu_output(self) -> str:
         """What QEMU itself wrote, on lines of its own, or nothing."""
         log = self.logs / f"{self.name}.log"
@@ -297,7 +286,7 @@ class Guest:
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command, return its result; underscores in names stand for dashes."""
-        return self.qmp_dict(command, {k.replace("_", "-"): v for k, v in arguments.items()})
+        return self.qmp_dict(command, dashed(arguments))
 
     def qmp_dict(self, command: str, arguments: Dict[str, Any]) -> Any:
         """Run a QMP command with the arguments of a dictionary, return its result."""
@@ -314,9 +303,8 @@ class Guest:
 
     def qmp_oob(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command that does not wait for the guest, nor for other commands."""
-        arguments = {k.replace("_", "-"): v for k, v in arguments.items()}
         # pylint: disable-next=protected-access
-        reply = self.machine._qmp.cmd_obj({"exec-oob": command, "arguments": arguments})
+        reply = self.machine._qmp.cmd_obj({"exec-oob": command, "arguments": dashed(arguments)})
         if "error" in reply:
             raise GuestError(f"{self.name}: {command}: {reply['error']['desc']}")
         return reply["return"]
@@ -335,19 +323,14 @@ class Guest:
         """Wait for the next event that matches. It, and those before it, are in `events` then."""
         deadline = time.monotonic() + timeout
         while True:
-            event = self._next_event(min(LIVENESS_SECONDS, deadline - time.monotonic()))
-            if event:
+            left = min(LIVENESS_SECONDS, deadline - time.monotonic())
+            try:
+                event: Event = self.machine.get_qmp_event(wait=max(left, 0.001))
                 self.events.append(event)
-            if event and match(event):
-                return event
-            if not event and not self.machine.is_running():
-                raise self._dead(what)
+                if match(event):
+                    return event
+            except asyncio.TimeoutError:
+                if not self.machine.is_running():
+                    raise self._dead(what) from None
             if time.monotonic() > deadline:
                 raise GuestError(f"{self.name}: no {what} within {timeout:.0f} s")
-
-    def _next_event(self, seconds: float) -> Optional[Event]:
-        try:
-            event: Optional[Event] = self.machine.get_qmp_event(wait=float(max(seconds, 0.001)))
-            return event
-        except asyncio.TimeoutError:
-            return None

@@ -4,7 +4,7 @@
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 # REP MOVSB/STOSB are slow under TCG, and with erms or fsrm that is what the guest's kernel and libc
 # fill and copy pages with: writing 6 GiB takes six times as long.
@@ -16,6 +16,11 @@ ACCEL = os.environ.get("FPH_ACCEL", "tcg,thread=multi")
 # A migration goes as fast as it can and may stop the guest for as long as this.
 UNLIMITED = 0
 DOWNTIME_LIMIT_MS = 2000
+
+
+def dashed(arguments: Mapping[str, Any]) -> Dict[str, Any]:
+    """Python's arguments, with the dashes of QMP's names."""
+    return {name.replace("_", "-"): value for name, value in arguments.items()}
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,11 @@ class MigrationSpec:
 
     def with_parameters(self, **parameters: Any) -> "MigrationSpec":
         """A copy with more parameters; underscores stand for QMP's dashes."""
-        dashed = {name.replace("_", "-"): value for name, value in parameters.items()}
-        return replace(self, parameters={**self.parameters, **dashed})
+        return replace(self, parameters={**self.parameters, **dashed(parameters)})
 
     def with_capabilities(self, **capabilities: bool) -> "MigrationSpec":
         """A copy with these capabilities only; underscores stand for QMP's dashes."""
-        dashed = {name.replace("_", "-"): value for name, value in capabilities.items()}
-        return replace(self, capabilities=dashed)
+        return replace(self, capabilities=dashed(capabilities))
 
 
 # Properties of virtio-balloon-pci, for hints block by block and for hints in arrays.
