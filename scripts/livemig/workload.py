@@ -49,18 +49,19 @@ def stamp(
     guest.agent.run(f"memstamp start {options} {mib}")
 
 
-def verify(guest: Guest, name: str = "default", timeout: float = 120) -> Verdict:
-    """Let the guest check all pages that `stamp` filled."""
-    status, output = guest.agent.exec(f"memstamp verify --name {name}", timeout)
-    match = re.search(
-        r"^verified=(\d+) errors=(\d+) checked=(\d+) passes=(\d+) reallocs=(\d+) first=(.*)$",
-        output,
-        re.MULTILINE,
-    )
+def _memstamp(guest: Guest, command: str, answer: str, timeout: float = 120) -> Sequence[str]:
+    status, output = guest.agent.exec(f"memstamp {command}", timeout)
+    match = re.search(f"^{answer}$", output, re.MULTILINE)
     if not match:
         raise GuestError(f"{guest.name}: memstamp does not answer ({status}): {output!r}")
-    numbers = [int(text) for text in match.groups()[:5]]
-    return Verdict(*numbers, first=match.group(6))
+    return match.groups()
+
+
+def verify(guest: Guest, name: str = "default", timeout: float = 120) -> Verdict:
+    """Let the guest check all pages that `stamp` filled."""
+    answer = r"verified=(\d+) errors=(\d+) checked=(\d+) passes=(\d+) reallocs=(\d+) first=(.*)"
+    *numbers, first = _memstamp(guest, f"verify --name {name}", answer, timeout)
+    return Verdict(*map(int, numbers), first=first)
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,7 @@ class Gap:
 
 def gap(guest: Guest, name: str) -> Gap:
     """Ask for the longest time between two steps of 16 pages; in guests for KVM only."""
-    output = guest.agent.run(f"memstamp gap --name {name}")
-    match = re.search(r"^gap=(\d+) written=(\d+)$", output, re.MULTILINE)
-    if not match:
-        raise GuestError(f"{guest.name}: memstamp does not answer: {output!r}")
-    return Gap(*map(int, match.groups()))
+    return Gap(*map(int, _memstamp(guest, f"gap --name {name}", r"gap=(\d+) written=(\d+)")))
 
 
 def dirty_and_free(guest: Guest, mib: int) -> None:
