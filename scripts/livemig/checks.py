@@ -168,15 +168,17 @@ def wait_dirty_rate(source: Guest, *states: str) -> None:
     wait_for(lambda: source.qmp("query-dirty-rate")["status"] in states, about, 60)
 
 
+def _wait_hints(source: Guest, there: Callable[[Hints], object], seconds: float) -> Hints:
+    deadline = time.monotonic() + seconds
+    while not there(hints := hints_now(source)):
+        assert time.monotonic() < deadline, f"the hints are still {hints.state}"
+        time.sleep(0.01)
+    return hints
+
+
 def wait_hints(source: Guest, state: str, seconds: float = 60) -> Hints:
     """Wait until the hints of a migration have come to a state: no event says so."""
-    deadline = time.monotonic() + seconds
-    while True:
-        hints = hints_now(source)
-        if hints.state == state:
-            return hints
-        assert time.monotonic() < deadline, f"the hints are still {hints.state}"
-        time.sleep(0.02)
+    return _wait_hints(source, lambda hints: hints.state == state, seconds)
 
 
 def wait_hints_ended(source: Guest, seconds: float = 60) -> Hints:
@@ -208,14 +210,12 @@ def begin(source: Guest, wait_ms: int = PATIENT_MS) -> None:
 
 def wait_answered(source: Guest) -> Hints:
     """Wait until the guest is not asked any more, or could not be asked."""
-    deadline = time.monotonic() + PATIENT_MS / 1000 + 10
-    # The reason is there a moment before the round has ended.
-    while (hints := hints_now(source)).state != "ended" and not (
-        hints.state == "idle" and hints.reason
-    ):
-        assert time.monotonic() < deadline, f"the hints are still {hints.state}"
-        time.sleep(0.01)
-    return hints
+    return _wait_hints(
+        source,
+        # The reason is there a moment before the round has ended.
+        lambda hints: hints.state == "ended" or (hints.state == "idle" and hints.reason),
+        PATIENT_MS / 1000 + 10,
+    )
 
 
 def ask(source: Guest, wait_ms: int = PATIENT_MS) -> Hints:
@@ -288,9 +288,8 @@ def assert_watched(guest: Guest) -> None:
 @contextlib.contextmanager
 def huge_pages_set_aside(size_kib: int, count: int) -> Iterator[None]:
     """Huge pages of the host for a test; skips it if there are not so many."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(host.huge_pages(size_kib, count))
-        except NotPossibleHere as err:
-            pytest.skip(str(err))
-        yield
+    try:
+        with host.huge_pages(size_kib, count):
+            yield
+    except NotPossibleHere as err:
+        pytest.skip(str(err))
