@@ -161,7 +161,8 @@ test-packages: stock-guests stock-hosts guest-deb trial-deb ## install the packa
 arm64: fetch ## build QEMU and guests for arm64 with pages of 4 and of 64 KiB, and test them
 	@scripts/install-deps arm64
 	@scripts/build-qemu arm64
-	@scripts/build-arm64-kernels
+	@scripts/build-kernel arm64-4k
+	@scripts/build-kernel arm64-64k
 	@scripts/make-initramfs arm64
 	@FPH_RESULTS=arm64.json /usr/bin/python3 -m pytest -v tests/migration/compat/test_arm64.py
 

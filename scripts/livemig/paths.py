@@ -101,15 +101,12 @@ def kernel_image(build: str) -> Path:
     without user space, or 'debian', Debian's own; and 'ours-7.3' for another series of versions.
     'arm64-4k' and 'arm64-64k' are ours for that architecture, with pages of these sizes.
     """
-    if is_arm64(build):
-        image = f"Image-{build.removeprefix('arm64-')}"
-        return require(cache_dir() / "kernel-arm64" / image, "scripts/build-arm64-kernels")
     other = guest_kernel()
     if build == "ours" and other:
         return other
     build = _chosen(build, "FPH_KERNEL")
     make_it = "make-other-guests" if build == "debian" else f"build-kernel {build}"
-    image = "vmlinux" if build.startswith("kvm") else "bzImage"
+    image = {"kvm": "vmlinux", "arm64": "Image"}.get(build.split("-")[0], "bzImage")
     return require(cache_dir() / f"kernel-{build}" / image, f"scripts/{make_it}")
 
 
