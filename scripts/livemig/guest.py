@@ -132,11 +132,9 @@ class Guest:
     def close(self) -> None:
         """End the QEMU."""
         if self._machine:
-            try:
+            # It may be gone already, and its monitor with it.
+            with contextlib.suppress(QMPError, QEMUMachineError, EOFError, OSError):
                 self._machine.shutdown(hard=True)
-            except (QMPError, QEMUMachineError, EOFError, OSError):
-                # It is gone already, and its monitor with it.
-                pass
             self._machine = None
             self.console.close()
             self._agent_port.close()

@@ -79,16 +79,15 @@ def huge_pages(size_kib: int, count: int) -> Iterator[None]:
         raise NotPossibleHere(f"this host has no huge pages of {size_kib} KiB")
     before = int(control.read_text(encoding="ascii"))
     try:
-        try:
-            control.write_text(str(before + count), encoding="ascii")
-        except OSError as err:
-            raise NotPossibleHere(f"huge pages cannot be set aside on this host: {err}") from err
+        control.write_text(str(before + count), encoding="ascii")
+    except OSError as err:
+        raise NotPossibleHere(f"huge pages cannot be set aside on this host: {err}") from err
+    try:
         if int(control.read_text(encoding="ascii")) < before + count:
             raise NotPossibleHere(f"this host has no {count} free huge pages of {size_kib} KiB")
         yield
     finally:
-        if int(control.read_text(encoding="ascii")) != before:
-            control.write_text(str(before), encoding="ascii")
+        control.write_text(str(before), encoding="ascii")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from livemig.checks import wait_hints_ended, wait_requested, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE, trouble_with_kvm
-from livemig.migration import MigrationResult, finish, let_end, start
+from livemig.migration import MigrationResult, let_end, migrate, start
 from livemig.oracle import Oracle
 from livemig.spec import GuestSpec
 
@@ -139,8 +139,7 @@ class Resident:
             if changes != self._changes:
                 self._changes = changes
                 self.arrival()
-                start(self.here, self.there, migration(hints=False, downtime_limit=20000))
-                finish(self.here, self.there)
+                migrate(self.here, self.there, migration(hints=False, downtime_limit=20000))
                 self.arrived()
             yield self
         except BaseException:
