@@ -88,6 +88,14 @@ content_hash() {
         sha256sum | cut -c1-32
 }
 
+# quietly LOG WHAT COMMAND...: run COMMAND into LOG; if it fails, say that WHAT did, and the line that says most
+# likely why.
+quietly() {
+    local log=$1 what=$2
+    shift 2
+    "$@" >"$log" 2>&1 || die "$what failed: $(grep -m 1 -i '^E: \|error' "$log" || tail -n 1 "$log"). Log: $log"
+}
+
 # skip_if_made STAMP KEY WHAT: leave if the file STAMP says that WHAT was made of what KEY says.
 skip_if_made() {
     [ "$(cat "$1" 2>/dev/null)" = "$2" ] || return 0

@@ -21,17 +21,11 @@ host_version() {
     echo "$(dpkg-parsechangelog -l "$(source_dir qemu)/debian/changelog" -S Version)+fph$VERSION"
 }
 
-# log_reason LOG: the line of a log that says most likely why it ended, and where it is.
-log_reason() { echo "$(grep -m 1 -i 'error' "$1" || tail -n 1 "$1"). Log: $1"; }
-
 # build_package TREE all|binary DEB: what dpkg-buildpackage makes of TREE, into $RELEASE. Its log is beside
 # TREE's directory.
 build_package() {
-    local log
-    log=$(dirname "$(dirname "$1")")/log
     say "building $3"
-    (cd "$1" && dpkg-buildpackage "--build=$2" --no-sign) >"$log" 2>&1 ||
-        die "dpkg-buildpackage failed: $(log_reason "$log")"
+    quietly "$(dirname "$(dirname "$1")")/log" dpkg-buildpackage env -C "$1" dpkg-buildpackage "--build=$2" --no-sign
     mkdir -p "$RELEASE"
     mv "$1/../$3" "$RELEASE/$3"
 }
