@@ -4,9 +4,9 @@
 import contextlib
 import ctypes
 import os
+import struct
 import subprocess
 import tempfile
-from dataclasses import replace
 from typing import Iterator
 
 import pytest
@@ -66,30 +66,22 @@ def in_page_table(guest: Guest, addr: int) -> bool:
         return bool(int.from_bytes(file.read(8), "little") & PAGEMAP_PRESENT)
 
 
-class IoVec(ctypes.Structure):
-    """Memory of a process."""
-
-    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
-
-
 def page_out(guest: Guest) -> None:
     """Take as much of the guest's memory from the QEMU as the kernel takes."""
     block = memory.main_block(guest)
-    end = block.offset + block.pages * memory.PAGE_BYTES
+    start, end = block.offset, block.offset + block.pages * memory.PAGE_BYTES
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long
     assert guest.pid
     process = os.pidfd_open(guest.pid)
     try:
         # It may stop anywhere.
-        while block.offset < end:
-            part = IoVec(block.offset, end - block.offset)
-            done = syscall(
-                SYS_PROCESS_MADVISE, process, ctypes.byref(part), 1, MADV_PAGEOUT, ctypes.c_uint(0)
-            )
+        while start < end:
+            iovec = struct.pack("NN", start, end - start)
+            done = syscall(SYS_PROCESS_MADVISE, process, iovec, 1, MADV_PAGEOUT, ctypes.c_uint(0))
             if done <= 0:
                 raise OSError(ctypes.get_errno(), "process_madvise")
-            block = replace(block, offset=block.offset + done)
+            start += done
     finally:
         os.close(process)
 
