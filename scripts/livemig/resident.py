@@ -8,12 +8,11 @@ all that it was told to remember with it. A test that fails ends it: the next on
 import re
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 import pytest
 
-from livemig import kvm, memory, paths, workload
+from livemig import host, kvm, memory, paths, workload
 from livemig.checks import assert_hints_if, assert_intact, finish_postcopy, migration
 from livemig.checks import wait_hints_ended, wait_requested, wait_rounds
 from livemig.guest import Guest
@@ -39,7 +38,6 @@ BANDWIDTH = 16 * MIB
 ROUNDS = 3
 
 COUNTS = re.compile(r"^reports=(\d+) hinted=(\d+) taken=(\d+) rewritten=(\d+)$", re.MULTILINE)
-HUGE = re.compile(r"^AnonHugePages:\s+(\d+) kB$", re.MULTILINE)
 
 
 class Seen(NamedTuple):
@@ -175,10 +173,9 @@ class Resident:
 
     def huge_mib(self) -> int:
         """How much of its memory is transparent huge pages of the host."""
-        smaps = Path(f"/proc/{self.here.pid}/smaps_rollup").read_text(encoding="ascii")
-        match = HUGE.search(smaps)
-        assert match, smaps
-        return int(match.group(1)) // 1024
+        huge = host.field(f"/proc/{self.here.pid}/smaps_rollup", "AnonHugePages")
+        assert huge, "smaps_rollup has no AnonHugePages"
+        return int(huge.split()[0]) // 1024
 
     def assert_intact(self) -> List[workload.Verdict]:
         """The guest finds all that it has right."""
