@@ -27,15 +27,11 @@ def package_disk(package: Path) -> Iterator[Path]:
         root.mkdir()
         (root / package.name).write_bytes(package.read_bytes())
         disk = Path(directory) / "disk"
-        for command in (
-            f"cd {root} && dpkg-scanpackages . > Packages",
-            f"truncate -s 8M {disk} && mke2fs -q -t ext4 -d {root} {disk}",
-        ):
-            done = subprocess.run(
-                ["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False
-            )
-            if done.returncode:
-                raise LivemigError(f"cannot make an archive of {package}: {done.stderr.strip()}")
+        command = f"cd {root} && dpkg-scanpackages . > Packages && truncate -s 8M {disk}"
+        command += f" && mke2fs -q -t ext4 -d {root} {disk}"
+        done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise LivemigError(f"cannot make an archive of {package}: {done.stderr.strip()}")
         yield disk
 
 

@@ -90,11 +90,8 @@ def meminfo(guest: Guest) -> Dict[str, int]:
 
 def vmstat(guest: Guest, name: str) -> int:
     """A counter of the guest's /proc/vmstat, since it has booted."""
-    text = guest.agent.run("cat /proc/vmstat")
-    match = re.search(rf"^{name} (\d+)$", text, re.MULTILINE)
-    if not match:
-        raise GuestError(f"{guest.name} has no {name} in /proc/vmstat")
-    return int(match[1])
+    lines = guest.agent.run("cat /proc/vmstat").splitlines()
+    return int(dict(line.split() for line in lines)[name])
 
 
 def refaults(guest: Guest) -> int:
