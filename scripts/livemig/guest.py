@@ -172,10 +172,9 @@ class Guest:
 
     def _wrapper(self) -> Tuple[str, ...]:
         """What QEMU is started with."""
-        wrapper = (*WRAPPER, *self.spec.wrapper)
-        if self.spec.preload:
-            return (*wrapper, "env", f"LD_PRELOAD={self.spec.preload}")
-        return wrapper
+        spec = self.spec
+        preload = ("env", f"LD_PRELOAD={spec.preload}") if spec.preload else ()
+        return (*WRAPPER, *spec.wrapper, *preload)
 
     def _software(self) -> List[str]:
         """QEMU's arguments for what runs in the guest."""

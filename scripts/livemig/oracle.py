@@ -16,7 +16,6 @@ test_postcopy, for each way to send in test_features, and, between stock QEMUs, 
 
 from typing import Any, Optional
 
-
 from livemig import memory, paths
 from livemig.guest import Guest
 from livemig.lab import Lab

@@ -23,13 +23,6 @@ BUILDS = ("ours", "stock")
 # What is built for each series of versions.
 FOR_SERIES = (*BUILDS, "checked", "debug")
 
-# In a bzImage, see Documentation/arch/x86/boot.rst of Linux: a magic number, flags of which the
-# lowest says that it is no zImage, and flags of which the lowest says that it has 64 bits.
-HEADER_MAGIC = slice(0x202, 0x206)
-HEADER_LOADFLAGS = 0x211
-HEADER_XLOADFLAGS = 0x236
-HEADER_BYTES = 0x240
-
 
 def cache_dir() -> Path:
     """The directory of sources, builds and images."""
@@ -82,14 +75,13 @@ def guest_kernel() -> Optional[Path]:
         raise BadSetting(f"{about} and FPH_KERNEL are both set: unset one of them")
     try:
         with open(path, "rb") as file:
-            header = file.read(HEADER_BYTES)
+            header = file.read(0x240)
     except OSError as err:
         raise BadSetting(f"{about}: {err.strerror}") from err
-    if (
-        len(header) < HEADER_BYTES
-        or header[HEADER_MAGIC] != b"HdrS"
-        or not header[HEADER_LOADFLAGS] & header[HEADER_XLOADFLAGS] & 1
-    ):
+    # See Documentation/arch/x86/boot.rst of Linux: a magic number, flags of which the lowest says
+    # that it is no zImage, and flags of which the lowest says that it has 64 bits.
+    good = len(header) == 0x240 and header[0x202:0x206] == b"HdrS"
+    if not good or not header[0x211] & header[0x236] & 1:
         raise BadSetting(f"{about} is not a bzImage of x86-64")
     return path
 
@@ -140,14 +132,13 @@ def debian_image() -> Path:
 
 def stock_guest(suite: str) -> Path:
     """The directory of a Debian guest with a kernel of its own: see scripts/make-stock-guest."""
-    made = require(cache_dir() / "images" / f"stock-{suite}" / "stamp", "make stock-guests")
-    return made.parent
+    return require(cache_dir() / "images" / f"stock-{suite}" / "stamp", "make stock-guests").parent
 
 
 def stock_host(suite: str) -> Path:
     """The directory of a Debian host: see scripts/make-stock-host."""
-    made = require(cache_dir() / "images" / f"stock-host-{suite}" / "stamp", "make stock-hosts")
-    return made.parent
+    made = cache_dir() / "images" / f"stock-host-{suite}"
+    return require(made / "stamp", "make stock-hosts").parent
 
 
 def version() -> str:
@@ -157,9 +148,8 @@ def version() -> str:
 
 def packaged_guest(suite: str) -> Path:
     """The disk of such a guest with the guest package in it."""
-    made = cache_dir() / "bench" / f"{suite}-package.ext4"
-    require(made.with_suffix(".stamp"), f"bench/make-packaged-guest {suite}")
-    return made
+    stamp = cache_dir() / "bench" / f"{suite}-package.stamp"
+    return require(stamp, f"bench/make-packaged-guest {suite}").with_suffix(".ext4")
 
 
 def guest_deb() -> Path:
