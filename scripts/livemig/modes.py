@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Dict, Mapping, Optional, Tuple
 
-from livemig.spec import ARRAYS, BLOCKS, DOWNTIME_LIMIT_MS, UNLIMITED, GuestSpec, MigrationSpec
+from livemig.spec import ARRAYS, BLOCKS, FAST, GuestSpec, MigrationSpec
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,4 @@ DEMO = ("none", "absent-ours", "block", "array-absent", "legacy", "stock-hints")
 
 def migration_for_mode(mode: Mode) -> MigrationSpec:
     """The migration of a mode: as fast as it can go."""
-    return MigrationSpec(
-        capabilities=mode.capabilities,
-        parameters={
-            "max-bandwidth": UNLIMITED,
-            "downtime-limit": DOWNTIME_LIMIT_MS,
-            **mode.parameters,
-        },
-    )
+    return MigrationSpec(mode.capabilities, {**FAST, **mode.parameters})

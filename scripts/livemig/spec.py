@@ -16,6 +16,7 @@ ACCEL = os.environ.get("FPH_ACCEL", "tcg,thread=multi")
 # A migration goes as fast as it can and may stop the guest for as long as this.
 UNLIMITED = 0
 DOWNTIME_LIMIT_MS = 2000
+FAST = {"max-bandwidth": UNLIMITED, "downtime-limit": DOWNTIME_LIMIT_MS}
 
 
 def dashed(arguments: Mapping[str, Any]) -> Dict[str, Any]:

@@ -17,7 +17,7 @@ from livemig.errors import LivemigError
 from livemig.guest import Guest
 from livemig.migration import MigrationResult, migrate
 from livemig.options import add_build_options, add_guest_options, guest_spec
-from livemig.spec import DOWNTIME_LIMIT_MS, UNLIMITED, GuestSpec, MigrationSpec
+from livemig.spec import FAST, GuestSpec, MigrationSpec
 
 LOGS = paths.OUT / "logs" / "guest"
 QUIT = b"\x1d"  # Ctrl-]
@@ -108,10 +108,7 @@ class Session:
 
 def unlimited() -> MigrationSpec:
     """A migration as fast as it can go; the source goes on if the destination fails."""
-    return MigrationSpec(
-        parameters={"max-bandwidth": UNLIMITED, "downtime-limit": DOWNTIME_LIMIT_MS},
-        common={"return-path": True},
-    )
+    return MigrationSpec(parameters=FAST, common={"return-path": True})
 
 
 def main(argv: Sequence[str]) -> int:
