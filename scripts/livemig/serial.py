@@ -41,7 +41,7 @@ class Port:
         self._reader.start()
 
     def _read(self) -> None:
-        while True:
+        while not self.closed:
             try:
                 data = self._ours.recv(65536)
             except OSError:
@@ -51,10 +51,8 @@ class Port:
                 self._listener(text)
             with self._changed:
                 self._text += text
-                self._closed = self._closed or not data
+                self._closed = not data
                 self._changed.notify_all()
-                if self._closed:
-                    return
 
     @property
     def closed(self) -> bool:
