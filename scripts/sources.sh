@@ -90,13 +90,8 @@ portable_header() {
 
 # new_files qemu|kernel|libvirt DIR: put the overlay's new files into DIR, at their upstream paths.
 new_files() {
-    local header file
-    header=linux/virtio_balloon_hint.h
-    (cd "$REPO/$1" && find . -path ./patches -prune -o -type f -print) | sed 's/^..//' |
-        while read -r file; do
-            mkdir -p "$2/$(dirname "$file")"
-            cp "$REPO/$1/$file" "$2/$file"
-        done
+    local header=linux/virtio_balloon_hint.h
+    (cd "$REPO/$1" && find . -path ./patches -prune -o -type f -exec cp --parents -t "$2" {} +)
     if [ "$1" = qemu ] && [ -e "$REPO/kernel/include/uapi/$header" ]; then
         mkdir -p "$2/include/standard-headers/linux"
         portable_header "$REPO/kernel/include/uapi/$header" "$2/include/standard-headers/$header"
