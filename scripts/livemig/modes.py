@@ -2,7 +2,7 @@
 """The ways to treat free memory that are compared: one table for the demo, benchmarks and tests."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 from livemig.spec import ARRAYS, BLOCKS, FAST, GuestSpec, MigrationSpec
 
@@ -86,19 +86,16 @@ _MORE: Dict[str, Dict[str, Any]] = {
 }
 
 
-def _modes(table: str) -> Dict[str, Mode]:
-    """The modes of a table by name: QEMU, kernel, balloon, capabilities; and what it is."""
-    modes = {}
+def _modes(table: str) -> Iterator[Mode]:
+    """The modes of a table: name, QEMU, kernel, balloon, capabilities; and what it is."""
     lines = table.strip().splitlines()
     for row, about in zip(lines[::2], lines[1::2]):
         name, qemu, kernel, balloon, capabilities = row.split()
         parts = (_BALLOONS[balloon], _CAPABILITIES[capabilities])
-        modes[name] = Mode(name, about.strip(), qemu, kernel, *parts, **_MORE.get(name, {}))
-    return modes
+        yield Mode(name, about.strip(), qemu, kernel, *parts, **_MORE.get(name, {}))
 
 
-MODES = _modes(
-    """
+_MODES = """
 legacy              stock  stock off       -
     no hints, unpatched
 stock-hints         stock  stock iothread  -
@@ -132,10 +129,9 @@ block               ours   ours  blocks    both
 absent-ours         ours   ours  arrays    absent
     our QEMU and guest kernel, absent pages only
 """
-)
+MODES = {mode.name: mode for mode in _modes(_MODES)}
 # Guests that are not moved, but watched while they give memory back: see density.py.
-RESTING = _modes(
-    """
+_RESTING = """
 plain               ours   stock off       -
     nothing is reported
 reporting           ours   stock reporting -
@@ -147,7 +143,7 @@ reporting-hints     ours   ours  arrays+reporting -
 reporting-0-hints   ours   ours  arrays+reporting -
     reporting, single pages, and hints in arrays
 """
-)
+RESTING = {mode.name: mode for mode in _modes(_RESTING)}
 
 # What builds a QEMU that only benchmarks need.
 MAKERS = {"before": "bench/build-before COMMIT"}
