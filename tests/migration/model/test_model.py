@@ -101,30 +101,18 @@ POSTCOPY_ENDS = {
 }
 
 # Left to "make model": the largest, where a smaller one has the same parts.
-LARGE = (
-    "kvm-others-dma-syncs",
-    "kvm-two-pages",
-    "kvm-leftovers",
-    "kvm-auto-protect",
-    "kvm-ring",
-    "kvm-ring-dma-cancel-and-again",
-    "tcg-queue-cancel-and-again",
-    "tcg-postcopy-two-pages",
-    "tcg-stock-guest-cancel-and-again",
-    "switched-preempt-two-pages",
-    "absent-queue",
-    "absent-stop-and-go-on",
-    "absent-alone-others-syncs",
-    "absent-alone-two-pages",
-    "cancel-and-again-stock-guest",
-    "cancel-stop",
-    "cancel-reset",
-    "stop-reset",
-    "absent-cancel-stop",
-    "plain-cut-twice",
-)
+LARGE = """
+    kvm-others-dma-syncs kvm-two-pages kvm-leftovers kvm-auto-protect kvm-ring
+    kvm-ring-dma-cancel-and-again tcg-queue-cancel-and-again tcg-postcopy-two-pages
+    tcg-stock-guest-cancel-and-again switched-preempt-two-pages absent-queue absent-stop-and-go-on
+    absent-alone-others-syncs absent-alone-two-pages cancel-and-again-stock-guest cancel-stop
+    cancel-reset stop-reset absent-cancel-stop plain-cut-twice
+""".split()
 
 LOST = "S1_no_lost_write"
+ARMED = "S3_armed_when_asked"
+ZERO = "S6_free_page_reads_zero"
+WHOLE = "S9_host_page_whole"
 EQUAL = "S10_contents_equal"
 # The rule that is left out: what must notice, and where.
 MUTANTS = {
@@ -133,7 +121,7 @@ MUTANTS = {
     "M2-sender-clears-unarmed-log": (LOST, f"{KVM} M2"),
     "M3-armed-after-asking": (LOST, f"{KVM} M3"),
     "M4-armed-without-tlb-flush": (LOST, f"{KVM} M4"),
-    "M4-armed-without-tlb-flush-seen-at-once": ("S3_armed_when_asked", f"{KVM} M4 CHECK_ARMED"),
+    "M4-armed-without-tlb-flush-seen-at-once": (ARMED, f"{KVM} M4 CHECK_ARMED"),
     "M5-applied-after-merge": (LOST, f"{KVM} TIMER M5"),
     "M5-applied-after-merge-auto-protect": (LOST, "KVM_AUTO NO_DEVICE TIMER M5"),
     "M5-applied-after-merge-ring": (LOST, "KVM_RING NO_DEVICE TIMER M5"),
@@ -156,11 +144,8 @@ MUTANTS = {
     "M18-log-cleared-with-ones": (LOST, f"{KVM} M18"),
     "M19-ring-initially-all-set": (LOST, "KVM_RING NO_DEVICE M19"),
     "M20-tlb-reset-if-newly-dirty": (LOST, "TCG NO_DEVICE M20"),
-    "M21-init-on-free-asked-again": ("S6_free_page_reads_zero", f"{KVM} INIT_ON_FREE M21"),
-    "M21-init-on-free-asked-again-postcopy": (
-        "S6_free_page_reads_zero",
-        f"{KVM} INIT_ON_FREE POSTCOPY M21",
-    ),
+    "M21-init-on-free-asked-again": (ZERO, f"{KVM} INIT_ON_FREE M21"),
+    "M21-init-on-free-asked-again-postcopy": (ZERO, f"{KVM} INIT_ON_FREE POSTCOPY M21"),
     "M22-any-id-accepted": (LOST, f"{KVM} CANCEL MIGRATIONS=2 M22"),
     "M23-done-not-published": ("L1", "NO_LOG LIFE=2 M23"),
     "M24-no-deadline": ("L4", "NO_LOG LIFE=2 M24"),
@@ -178,37 +163,19 @@ MUTANTS = {
     "M35-ends-while-devices-are-loaded": ("L6", f"{SWITCHED} M35"),
     "M36-queued-after-the-last-look": ("L6", f"{SWITCHED} PREEMPT M36"),
     "M37-nothing-emptied": ("S8_nobodys_data", f"{KVM} LEFTOVERS M37"),
-    "M37-nothing-emptied-init-on-free": (
-        "S6_free_page_reads_zero",
-        f"{KVM} LEFTOVERS INIT_ON_FREE M37",
-    ),
-    "M37-nothing-emptied-second-attempt": (
-        "S6_free_page_reads_zero",
-        f"{KVM} INIT_ON_FREE CANCEL MIGRATIONS=2 M37",
-    ),
+    "M37-nothing-emptied-init-on-free": (ZERO, f"{KVM} LEFTOVERS INIT_ON_FREE M37"),
+    "M37-nothing-emptied-second-attempt": (ZERO, f"{KVM} INIT_ON_FREE CANCEL MIGRATIONS=2 M37"),
     "M37-nothing-emptied-absent": (EQUAL, f"{ABSENT} LEFTOVERS M37"),
     "M37-nothing-emptied-absent-second-attempt": (EQUAL, f"{ABSENT} CANCEL MIGRATIONS=2 M37"),
     "M38-emptied-after-the-first-page": (LOST, f"{KVM} M38"),
     "M39-asked-though-not-all-is-armed": (LOST, f"{KVM} STOP_ONCE M39"),
-    "M39-asked-though-not-all-is-armed-seen-at-once": (
-        "S3_armed_when_asked",
-        f"{KVM} STOP_ONCE M39 CHECK_ARMED",
-    ),
-    "M40-recovery-takes-parts-of-a-host-page": (
-        "S9_host_page_whole",
-        f"{SWITCHED} PAGES=2 HUGE CUTS=1 M40",
-    ),
-    "M41-answer-of-a-target-page": ("S9_host_page_whole", f"{SWITCHED} PAGES=2 HUGE M41"),
-    "M41-answer-of-a-target-page-preempt": (
-        "S9_host_page_whole",
-        f"{SWITCHED} PAGES=2 HUGE PREEMPT M41",
-    ),
-    "M42-recovery-sends-the-rest-of-a-host-page": (
-        "S9_host_page_whole",
-        f"{SWITCHED} PAGES=2 HUGE CUTS=1 M42",
-    ),
+    "M39-asked-though-not-all-is-armed-seen-at-once": (ARMED, f"{KVM} STOP_ONCE M39 CHECK_ARMED"),
+    "M40-recovery-takes-parts-of-a-host-page": (WHOLE, f"{SWITCHED} PAGES=2 HUGE CUTS=1 M40"),
+    "M41-answer-of-a-target-page": (WHOLE, f"{SWITCHED} PAGES=2 HUGE M41"),
+    "M41-answer-of-a-target-page-preempt": (WHOLE, f"{SWITCHED} PAGES=2 HUGE PREEMPT M41"),
+    "M42-recovery-sends-the-rest-of-a-host-page": (WHOLE, f"{SWITCHED} PAGES=2 HUGE CUTS=1 M42"),
     "M43-scanned-before-arming": (EQUAL, f"{ABSENT} M43"),
-    "M43-scanned-before-arming-seen-at-once": ("S3_armed_when_asked", f"{ABSENT} M43 CHECK_ARMED"),
+    "M43-scanned-before-arming-seen-at-once": (ARMED, f"{ABSENT} M43 CHECK_ARMED"),
     "M44-absence-applied-after-merge": (EQUAL, f"{ABSENT} TIMER M44"),
     "M45-not-in-our-page-table-taken-for-absent": (EQUAL, f"{ABSENT} DMA M45"),
     "M46-swapped-taken-for-absent": (EQUAL, f"{ABSENT} M46"),
@@ -228,28 +195,15 @@ MUTANTS = {
 }
 
 # For "make check": a rule of each hazard in docs/correctness.md, and those that are found at once.
-QUICK_MUTANTS = (
-    "M1-hint-clears-unarmed-log",
-    "M3-armed-after-asking",
-    "M4-armed-without-tlb-flush",
-    "M5-applied-after-merge",
-    "M7-hint-clears-dirty-memory-tcg",
-    "M9-id-read-after-walk",
-    "M10-walk-without-lock",
-    "M13-queue-served-for-stopped-vm",
-    "M15A-dirtied-page-stays-hinted",
-    "M16-counted-without-mutex",
-    "M17-device-applies-with-bql",
-    "M19-ring-initially-all-set",
-    "M20-tlb-reset-if-newly-dirty",
-    "M22-any-id-accepted",
-    "M24-no-deadline",
-    "M27-start-does-not-serve-queue",
-    "M43-scanned-before-arming",
-    "M46-swapped-taken-for-absent",
-    "M53-hinted-pages-deferred-too",
-    "M57-tlb-entry-made-after-the-look",
-)
+QUICK_MUTANTS = """
+    M1-hint-clears-unarmed-log M3-armed-after-asking M4-armed-without-tlb-flush
+    M5-applied-after-merge M7-hint-clears-dirty-memory-tcg M9-id-read-after-walk
+    M10-walk-without-lock M13-queue-served-for-stopped-vm M15A-dirtied-page-stays-hinted
+    M16-counted-without-mutex M17-device-applies-with-bql M19-ring-initially-all-set
+    M20-tlb-reset-if-newly-dirty M22-any-id-accepted M24-no-deadline M27-start-does-not-serve-queue
+    M43-scanned-before-arming M46-swapped-taken-for-absent M53-hinted-pages-deferred-too
+    M57-tlb-entry-made-after-the-look
+""".split()
 
 # Where the model has to get to. L4 has no part in it, but LIFE is for such.
 REACHED = {
