@@ -6,7 +6,7 @@ its rules, a mutant, has to break the very property that the rule is there for.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Dict, Iterable, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
 
@@ -194,7 +194,9 @@ MUTANTS = {
     "M57-tlb-entry-made-after-the-look": (LOST, "TCG NO_DEVICE NO_HINTS M57"),
 }
 
-# For "make check": a rule of each hazard in docs/correctness.md, and those that are found at once.
+# For "make check".
+QUICK = ("kvm", "kvm-cancel-and-again", "tcg-init-on-free", "absent-alone")
+# Of the mutants: a rule of each hazard in docs/correctness.md, and those that are found at once.
 QUICK_MUTANTS = """
     M1-hint-clears-unarmed-log M3-armed-after-asking M4-armed-without-tlb-flush
     M5-applied-after-merge M7-hint-clears-dirty-memory-tcg M9-id-read-after-walk
@@ -240,73 +242,40 @@ NEED_NOT_ARM = {
 }
 
 # What QEMU has without hints too, and the model therefore leaves out.
-UPSTREAM = {
-    "tcg-sync-in-main-loop": "TCG NO_DEVICE NO_HINTS TIMER",
-}
+UPSTREAM = {"tcg-sync-in-main-loop": "TCG NO_DEVICE NO_HINTS TIMER"}
 
 # Too little for the model without any option, which needs a depth of some hundreds.
 TOO_SMALL = {
-    "depth": Search(KVM, depth=100),
-    "memory": Search("KVM_MANUAL", mib=245),
+    "depth": (Search(KVM, depth=100),),
+    "memory": (Search("KVM_MANUAL", mib=245),),
 }
 
 
-def _holds(options: str) -> Tuple[Search, ...]:
-    return (Search(f"{options} CHECK_ARMED"),)
+Searches = Tuple[Search, ...]
 
 
-def _postcopy_ends(options: str) -> Tuple[Search, ...]:
-    return tuple(Search(options, claim) for claim in POSTCOPY_CLAIMS)
+def _each(
+    cases: Dict[str, Searches], *quick: str, large: Sequence[str] = ()
+) -> pytest.MarkDecorator:
+    """A test of cases: @quick are for "make check", and @large for "make model" only."""
+    params = in_check(cases, *quick, long=[case for case in cases if case in large])
+    return pytest.mark.parametrize(
+        "wanted", [pytest.param(cases[case.id], id=case.id, marks=case.marks) for case in params]
+    )
 
 
-def _ends_well(options: str, claims: Tuple[str, ...]) -> Tuple[Search, ...]:
-    return tuple(Search(f"NO_LOG {options}", claim) for claim in claims)
+def _holds(cases: Dict[str, str]) -> Dict[str, Searches]:
+    return {case: (Search(f"{options} CHECK_ARMED"),) for case, options in cases.items()}
 
 
-def _mutant(violates: str, options: str) -> Tuple[Search, ...]:
-    claim = violates if violates in CLAIMS + POSTCOPY_CLAIMS else ""
-    return (Search(options, claim, short=True),)
+def _first(claim: str, options: str) -> Searches:
+    """For what is found soon: a violation of a claim, or of another property."""
+    return (Search(options, claim if claim in CLAIMS + POSTCOPY_CLAIMS else "", short=True),)
 
 
-# All searches, by the test function and the case.
-SEARCHES_OF: Dict[Tuple[str, str], Tuple[Search, ...]] = {
-    **{("test_no_write_is_lost", case): _holds(options) for case, options in HOLDS.items()},
-    **{("test_ends_well", case): _ends_well(*how) for case, how in ENDS_WELL.items()},
-    **{
-        ("test_postcopy_ends", case): _postcopy_ends(options)
-        for case, options in POSTCOPY_ENDS.items()
-    },
-    **{("test_mutant_is_caught", case): _mutant(*how) for case, how in MUTANTS.items()},
-    **{
-        ("test_gets_there", place): (
-            Search(f"{options} REACHED={place}", "L4" if "LIFE" in options else "", short=True),
-        )
-        for place, options in REACHED.items()
-    },
-    **{("test_need_not_arm", case): _holds(options) for case, options in NEED_NOT_ARM.items()},
-    **{
-        ("test_upstream_race", case): (Search(options, short=True),)
-        for case, options in UPSTREAM.items()
-    },
-    **{("test_incomplete_is_noticed", case): (what,) for case, what in TOO_SMALL.items()},
-}
-
-
-def _cases(known: Iterable[str], *quick: str) -> List[Any]:
-    """The cases of a test: @quick are for "make check", and LARGE for "make model" only."""
-    return [
-        pytest.param(
-            *case.values,
-            id=case.id,
-            marks=[*case.marks, *[pytest.mark.long] * (case.id in LARGE)],
-        )
-        for case in in_check(known, *quick)
-    ]
-
-
-def _of(item: pytest.Item) -> Tuple[Search, ...]:
-    params = getattr(item, "callspec").params
-    return SEARCHES_OF[(getattr(item, "originalname"), params["case"])]
+def _wanted(item: pytest.Item) -> Searches:
+    searches: Searches = getattr(item, "callspec").params["wanted"]
+    return searches
 
 
 @pytest.fixture(scope="module")
@@ -314,28 +283,20 @@ def searches(request: pytest.FixtureRequest) -> Iterator[Dict[Search, "Future[Ve
     """The searches of all tests of this file that were selected, under way."""
     with ThreadPoolExecutor(SEARCHES) as pool:
         selected = [item for item in request.session.items if item.path == request.node.path]
-        wanted = [what for item in selected for what in _of(item)]
+        wanted = [what for item in selected for what in _wanted(item)]
         yield {what: pool.submit(search, what) for what in dict.fromkeys(wanted)}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
 def verdicts(
-    request: pytest.FixtureRequest,
-    searches: Dict[Search, "Future[Verdict]"],
-    measured: Dict[str, Any],
+    wanted: Searches, searches: Dict[Search, "Future[Verdict]"], measured: Dict[str, Any]
 ) -> Tuple[Verdict, ...]:
     """What the searches of this test have found."""
-    found = tuple(searches[what].result() for what in _of(request.node))
-    measured.update(
-        states=[verdict.states for verdict in found],
-        depth=[verdict.depth for verdict in found],
-        mib=[verdict.mib for verdict in found],
-        seconds=[verdict.seconds for verdict in found],
-    )
-    total = sum(verdict.states for verdict in found)
-    seconds = sum(verdict.seconds for verdict in found)
-    print(f"{total:,} states, {seconds:.1f} s", end=" ")
+    found = tuple(searches[what].result() for what in wanted)
+    for name in ("states", "depth", "mib", "seconds"):
+        measured[name] = [getattr(verdict, name) for verdict in found]
+    print(f"{sum(measured['states']):,} states, {sum(measured['seconds']):.1f} s", end=" ")
     return found
 
 
@@ -347,58 +308,66 @@ def violated(verdicts: Tuple[Verdict, ...]) -> List[str]:
     return [verdict.violated for verdict in verdicts if verdict.violated]
 
 
-@pytest.mark.parametrize(
-    "case", _cases(HOLDS, "kvm", "kvm-cancel-and-again", "tcg-init-on-free", "absent-alone")
-)
-@pytest.mark.usefixtures("case")
+@_each(_holds(HOLDS), *QUICK, large=LARGE)
 def test_no_write_is_lost(violated: List[str]) -> None:
     """No order of the steps of guest, log, device and migration breaks a property."""
     assert not violated
 
 
-@pytest.mark.parametrize("case", _cases(ENDS_WELL))
-@pytest.mark.usefixtures("case")
+@_each(
+    {
+        case: tuple(Search(f"NO_LOG {options}", claim) for claim in claims)
+        for case, (options, claims) in ENDS_WELL.items()
+    },
+    large=LARGE,
+)
 def test_ends_well(violated: List[str]) -> None:
     """The guest is answered, commands return, buffers come back and round 0 ends, always."""
     assert not violated
 
 
-@pytest.mark.parametrize("case", _cases(POSTCOPY_ENDS))
-@pytest.mark.usefixtures("case")
+@_each(
+    {
+        case: tuple(Search(options, claim) for claim in POSTCOPY_CLAIMS)
+        for case, options in POSTCOPY_ENDS.items()
+    },
+    large=LARGE,
+)
 def test_postcopy_ends(violated: List[str]) -> None:
     """Each page that is asked for comes, or the end does, which wakes who waits; and it comes."""
     assert not violated
 
 
-@pytest.mark.parametrize("case", in_check(MUTANTS, *QUICK_MUTANTS))
-def test_mutant_is_caught(case: str, violated: List[str]) -> None:
+@_each({case: _first(*how) for case, how in MUTANTS.items()}, *QUICK_MUTANTS)
+def test_mutant_is_caught(request: pytest.FixtureRequest, violated: List[str]) -> None:
     """Without one of the rules, the property that it is there for does not hold."""
-    assert violated == [MUTANTS[case][0]]
+    assert violated == [MUTANTS[request.node.callspec.id][0]]
 
 
-@pytest.mark.parametrize("case", REACHED)
-@pytest.mark.usefixtures("case")
+@_each(
+    {
+        place: _first("L4" if "LIFE" in options else "", f"{options} REACHED={place}")
+        for place, options in REACHED.items()
+    }
+)
 def test_gets_there(violated: List[str]) -> None:
     """What the properties speak of does happen."""
     assert ["never_reached" in name for name in violated] == [True]
 
 
-@pytest.mark.parametrize("case", NEED_NOT_ARM)
-@pytest.mark.usefixtures("case")
+@_each(_holds(NEED_NOT_ARM))
 def test_need_not_arm(violated: List[str]) -> None:
     """Arming changes nothing where no clear is deferred: it is a second lock there."""
     assert not violated
 
 
-@pytest.mark.parametrize("case", UPSTREAM)
-@pytest.mark.usefixtures("case")
+@_each({case: _first(LOST, options) for case, options in UPSTREAM.items()})
 def test_upstream_race(violated: List[str]) -> None:
     """A race that the model leaves out loses a write without any hint."""
     assert violated == [LOST]
 
 
-@pytest.mark.parametrize("case", TOO_SMALL)
-@pytest.mark.usefixtures("case")
+@_each(TOO_SMALL)
 def test_incomplete_is_noticed(verdicts: Tuple[Verdict, ...]) -> None:
     """A search that could not visit every state does not pass for one that found nothing."""
     assert [(verdict.violated, verdict.complete) for verdict in verdicts] == [("", False)]
