@@ -93,14 +93,14 @@ class Queue:
         self.machine.command("chain", self.descriptors, count, addr, length, flags)
         self.offer(0)
 
-    def wait_returned(self, timeout: float = ANSWER_SECONDS) -> None:
+    def wait_returned(self) -> None:
         """Wait until the device has returned all chains."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + ANSWER_SECONDS
         while self.returned() != self.offered():
             if time.monotonic() > deadline:
                 raise GuestError(
                     f"the device returned {self.returned()} of {self.offered()} chains "
-                    f"within {timeout:.0f} s"
+                    f"within {ANSWER_SECONDS} s"
                 )
 
     def flood(self, head: int, *change: int) -> int:
@@ -135,7 +135,6 @@ class Balloon:
     STATUS = 18
     CONFIG = 20
     CMD_ID = CONFIG + 8
-    POISON = CONFIG + 12
     CACHE_MIB = CONFIG + 16
     CACHE_MS = CONFIG + 20
 
@@ -145,10 +144,9 @@ class Balloon:
 
     # Feature bits
     HINTS = 1 << 3
-    PAGE_POISON = 1 << 4
-    INDIRECT = 1 << 28
     ARRAYS = 1 << 23
     CACHE = 1 << 22
+    HINTS_IN_ARRAYS = HINTS | ARRAYS
 
     # Inflate, deflate and statistics come before it.
     HINT_QUEUE = 3
@@ -202,8 +200,8 @@ class Balloon:
         if self.queue.size:
             self.machine.command("fill", self.QUEUE_ADDR, 0x7000 // 4, 0)
 
-    def start(self, features: int, poison: int = 0, page: Optional[int] = None) -> None:
-        """Negotiate features, set the hint queue up (at any page) and start the device."""
+    def start(self, features: int = HINTS_IN_ARRAYS) -> None:
+        """Negotiate features, set the hint queue up and start the device."""
         self.reset()
         self.set(self.STATUS, self.ACKNOWLEDGE, 8)
         self.set(self.STATUS, self.ACKNOWLEDGE | self.DRIVER, 8)
@@ -213,15 +211,9 @@ class Balloon:
         self.set(self.DRIVER_FEATURES, features)
         self.set(self.QUEUE_SELECT, self.HINT_QUEUE, 16)
         size = self.get(self.QUEUE_SIZE, 16)
-        self.set(self.QUEUE_PAGE, self.QUEUE_ADDR // PAGE if page is None else page)
-        self.queue = Queue(
-            self.machine,
-            self.QUEUE_ADDR,
-            size,
-            (self.IO_BASE + self.QUEUE_NOTIFY, self.HINT_QUEUE),
-        )
-        if features & self.PAGE_POISON:
-            self.set(self.POISON, poison)
+        self.set(self.QUEUE_PAGE, self.QUEUE_ADDR // PAGE)
+        kick = (self.IO_BASE + self.QUEUE_NOTIFY, self.HINT_QUEUE)
+        self.queue = Queue(self.machine, self.QUEUE_ADDR, size, kick)
         self.set(self.STATUS, self.ACKNOWLEDGE | self.DRIVER | self.DRIVER_OK, 8)
 
     @property
@@ -241,15 +233,15 @@ class Balloon:
         """MiB of page cache that may be freed, and milliseconds that it may take."""
         return self.get(self.CACHE_MIB), self.get(self.CACHE_MS)
 
-    def wait_asked(self, timeout: float = ANSWER_SECONDS) -> int:
+    def wait_asked(self) -> int:
         """Wait until the device asks for hints; returns the id."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             cmd_id = self.cmd_id()
             if cmd_id not in (self.STOP, self.DONE):
                 return cmd_id
             if time.monotonic() > deadline:
-                raise GuestError(f"the device asked for no hints within {timeout:.0f} s")
+                raise GuestError(f"the device asked for no hints within {ANSWER_SECONDS} s")
 
     # Arrays
 

@@ -35,9 +35,9 @@ class Machine:
     def __init__(self, guest: Guest):
         self.guest = guest
 
-    def wait_ready(self, timeout: float = ANSWER_SECONDS, start: int = 0) -> None:
+    def wait_ready(self) -> None:
         """Wait until the program has started."""
-        self.guest.console.wait_for(r"^READY\n", timeout, start)
+        self.guest.console.wait_for(r"^READY\n", ANSWER_SECONDS, 0)
 
     def moved_to(self, guest: Guest) -> None:
         """The guest was migrated: it has another serial port now."""
@@ -50,9 +50,10 @@ class Machine:
         self.guest.console.send(line + "\n")
         return offset
 
-    def answer(self, offset: int, timeout: float = ANSWER_SECONDS) -> List[int]:
+    def answer(self, offset: int) -> List[int]:
         """Wait for the end of a command that was begun, return what it printed."""
-        match = self.guest.console.wait_for(r"^((?: [0-9a-f]+)*) (ok|bad)\n", timeout, offset)
+        words = r"^((?: [0-9a-f]+)*) (ok|bad)\n"
+        match = self.guest.console.wait_for(words, ANSWER_SECONDS, offset)
         if match.group(2) != "ok":
             raise GuestError(f"{self.guest.name}: the bare-metal guest refused a command")
         return [int(word, 16) for word in match.group(1).split()]

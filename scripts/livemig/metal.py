@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
@@ -145,7 +145,7 @@ def read_page(file: Any, addr: int) -> bytes:
 
 
 @contextlib.contextmanager
-def metal(lab: Lab, features: Optional[int] = None, **changes: Any) -> Iterator[Metal]:
+def metal(lab: Lab, features: int = Balloon.HINTS_IN_ARRAYS, **changes: Any) -> Iterator[Metal]:
     """A bare-metal guest that has set its balloon up; skips where its accelerator does not work."""
     usable(changes.get("accel", ""))
     with memory.memory_files("source", "destination") as files:
@@ -154,12 +154,14 @@ def metal(lab: Lab, features: Optional[int] = None, **changes: Any) -> Iterator[
         machine = Machine(source)
         machine.wait_ready()
         balloon = Balloon(machine)
-        balloon.start(Balloon.HINTS | Balloon.ARRAYS if features is None else features)
+        balloon.start(features)
         yield Metal(lab, source, machine, balloon, (files[0], files[1]))
 
 
 @contextlib.contextmanager
-def written_metal(lab: Lab, features: Optional[int] = None, **changes: Any) -> Iterator[Metal]:
+def written_metal(
+    lab: Lab, features: int = Balloon.HINTS_IN_ARRAYS, **changes: Any
+) -> Iterator[Metal]:
     """The same, and it has written all parts of its memory."""
     with metal(lab, features, **changes) as guest:
         guest.write_all()

@@ -30,7 +30,7 @@ from livemig.migration import cancel, query, start
 class Arrays:
     """The protocol with arrays: one message holds all hints."""
 
-    features = Balloon.HINTS | Balloon.ARRAYS
+    features = Balloon.HINTS_IN_ARRAYS
 
     def __init__(self, balloon: Balloon):
         self.balloon = balloon

@@ -96,10 +96,9 @@ def descriptors(balloon: Balloon, cmd_id: int) -> int:
     return 1
 
 
-ARRAYS = Balloon.HINTS | Balloon.ARRAYS
 PROTOCOLS: Dict[str, Tuple[int, Callable[[Balloon, int], int]]] = {
-    "arrays": (ARRAYS, consecutive),
-    "arrays-scattered": (ARRAYS, scattered),
+    "arrays": (Balloon.HINTS_IN_ARRAYS, consecutive),
+    "arrays-scattered": (Balloon.HINTS_IN_ARRAYS, scattered),
     "blocks": (Balloon.HINTS, descriptors),
 }
 each_protocol = pytest.mark.parametrize("protocol", PROTOCOLS)

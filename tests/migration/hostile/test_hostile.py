@@ -348,7 +348,7 @@ def test_broken_chains(lab: Lab, accel: str, measured: Dict[str, Any]) -> None:
                     broke.append((name, asked))
                 if asked and not guest.balloon.broken:
                     assert hints_now(guest.source).state in ("asked", "reporting")
-                guest.balloon.start(Balloon.HINTS | Balloon.ARRAYS)
+                guest.balloon.start()
                 assert not guest.balloon.broken
                 if asked:
                     assert wait_hints_ended(guest.source).reason in ("broken", "reset")
@@ -407,7 +407,7 @@ def test_a_broken_device_is_not_asked(lab: Lab, accel: str, how: str) -> None:
         assert_not_asked(query(guest.source), "broken")
         assert guest.balloon.cmd_id() == asked
         cancel(guest.source)
-        guest.balloon.start(Balloon.HINTS | Balloon.ARRAYS)
+        guest.balloon.start()
         assert_hints_work(guest)
 
 
@@ -543,7 +543,7 @@ def test_reset_with_a_full_queue(lab: Lab, accel: str) -> None:
             guest.source.qmp("migrate", uri=TO_NOWHERE)
             prepare_flood(guest, kind, guest.balloon.wait_asked())
             guest.balloon.queue.pile(0, 1000)
-            guest.balloon.start(Balloon.HINTS | Balloon.ARRAYS)
+            guest.balloon.start()
             assert wait_hints_ended(guest.source).reason == "reset"
             blocks = hints_now(guest.source).blocks
             assert guest.balloon.queue.returned() == 0
