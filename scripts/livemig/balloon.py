@@ -164,6 +164,8 @@ class Balloon:
         self.machine = machine
         self._enable()
         self.queue = Queue(machine, self.QUEUE_ADDR, 0, (0, 0))
+        # Whether hints are sent in arrays.
+        self.arrays = False
 
     # Registers
 
@@ -209,6 +211,7 @@ class Balloon:
         if features & ~offered:
             raise GuestError(f"the device offers features {offered:#x}, not {features:#x}")
         self.set(self.DRIVER_FEATURES, features)
+        self.arrays = bool(features & self.ARRAYS)
         self.set(self.QUEUE_SELECT, self.HINT_QUEUE, 16)
         size = self.get(self.QUEUE_SIZE, 16)
         self.set(self.QUEUE_PAGE, self.QUEUE_ADDR // PAGE)
@@ -242,6 +245,21 @@ class Balloon:
                 return cmd_id
             if time.monotonic() > deadline:
                 raise GuestError(f"the device asked for no hints within {ANSWER_SECONDS} s")
+
+    # Reports, with arrays or without
+
+    def begin(self, cmd_id: int) -> None:
+        """Begin a report: nothing to do with arrays, each of which carries the id."""
+        if not self.arrays:
+            self.send_command(cmd_id)
+            self.queue.wait_returned()
+
+    def end(self, cmd_id: int) -> None:
+        """End a report."""
+        if self.arrays:
+            self.send_end(cmd_id)
+        else:
+            self.send_command(cmd_id)
 
     # Arrays
 

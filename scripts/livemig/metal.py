@@ -6,13 +6,13 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
 
 from livemig import memory
 from livemig.balloon import Balloon
-from livemig.checks import hints_now
+from livemig.checks import hints_now, wait_hints_ended
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE, Machine, spec, stamped, trouble_with_kvm
@@ -129,19 +129,24 @@ class Metal:
         for part in PARTS:
             self.write(part)
 
-    def lost(self, part: str, destination: bool = True) -> int:
-        """How many pages of a part do not hold what was written last."""
+    def lost(self, part: str, destination: bool = True, addrs: Sequence[int] = ()) -> int:
+        """How many pages of a part, or these of it, do not hold what was written last."""
+        seed = self.seeds[part]
         with open(self.files[int(destination)], "rb") as file:
             return sum(
-                read_page(file, addr) != stamped(addr, self.seeds[part]) for addr in pages_of(part)
+                read_page(file, addr) != stamped(addr, seed) for addr in addrs or pages_of(part)
             )
 
+    def report(self, cmd_id: int, addrs: Sequence[int]) -> Hints:
+        """Answer a request with pages, in one array, and the end; returns what came of it."""
+        self.balloon.send_array(cmd_id, PAGE, addrs)
+        self.balloon.send_end(cmd_id)
+        return wait_hints_ended(self.source)
 
-def read_page(file: Any, addr: int) -> bytes:
+
+def read_page(file: BinaryIO, addr: int) -> bytes:
     """A page of a guest's memory."""
-    file.seek(addr)
-    page: bytes = file.read(PAGE)
-    return page
+    return os.pread(file.fileno(), PAGE, addr)
 
 
 @contextlib.contextmanager
@@ -216,20 +221,15 @@ def ask_meanwhile(guest: Guest, seconds: float) -> float:
 def wait_hinted(source: Guest, hinted_bytes: int, seconds: float = 10) -> Hints:
     """Wait until what the guest was told to hint has been applied, but not for ever."""
     deadline = time.monotonic() + seconds
-    while True:
-        hints = hints_now(source)
-        if hints.hinted_bytes >= hinted_bytes or time.monotonic() > deadline:
-            return hints
+    while (hints := hints_now(source)).hinted_bytes < hinted_bytes and time.monotonic() < deadline:
         time.sleep(0.01)
+    return hints
 
 
 def assert_counters_match(source: Guest) -> None:
     """At each sync, as many pages were counted dirty as bits were set."""
-    checks = [
-        line.split()
-        for line in source.trace_log.read_text().splitlines()
-        if line.startswith(CHECK_EVENT)
-    ]
+    lines = source.trace_log.read_text().splitlines()
+    checks = [line.split() for line in lines if line.startswith(CHECK_EVENT)]
     assert len(checks) >= 2
     assert all(words[2] == words[4] for words in checks), checks
 
@@ -241,9 +241,4 @@ def addrs_of(part: str) -> List[int]:
 
 def lost_strips(guest: Metal) -> List[str]:
     """The parts whose first strip did not arrive."""
-    with open(guest.files[1], "rb") as file:
-        return [
-            part
-            for part in PARTS
-            if any(read_page(file, a) != stamped(a, guest.seeds[part]) for a in addrs_of(part))
-        ]
+    return [part for part in PARTS if guest.lost(part, addrs=addrs_of(part))]

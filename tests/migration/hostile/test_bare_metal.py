@@ -17,51 +17,14 @@ from livemig.checks import hints_now, hints_of, in_check, wait_dirty_rate, wait_
 from livemig.checks import wait_rounds
 from livemig.guest import Guest
 from livemig.lab import ABSENT, Lab
-from livemig.machine import MIB, PAGE, Machine, spec
+from livemig.machine import MIB, PAGE
 from livemig.metal import CHURN, CHURN_PAGES, HELD, HINTED_PAGES, HINTED_STRIPS, PARTS, SLOW
 from livemig.metal import STOCK_HELD, STRIP_BYTES, Metal, addrs_of, assert_counters_match
 from livemig.metal import each_accelerator, held, let_go, lost_strips, metal, pages_of, strips
-from livemig.metal import tcg_at_least, usable, wait_hinted, written_metal
+from livemig.metal import tcg_at_least, wait_hinted, written_metal
 from livemig.migration import cancel, query, start
 
 # Whenever a write comes
-
-
-class Arrays:
-    """The protocol with arrays: one message holds all hints."""
-
-    features = Balloon.HINTS_IN_ARRAYS
-
-    def __init__(self, balloon: Balloon):
-        self.balloon = balloon
-
-    def begin(self, cmd_id: int) -> None:
-        """Nothing to do: each array carries the id."""
-
-    def add(self, cmd_id: int) -> None:
-        """Add hints for all pages to be hinted; do not tell the device yet."""
-        self.balloon.send_array(cmd_id, PAGE, HINTED_PAGES, kick=False)
-
-    def end(self, cmd_id: int) -> None:
-        """End the report."""
-        self.balloon.send_end(cmd_id)
-
-
-class Blocks(Arrays):
-    """The protocol that upstream has: descriptors are blocks."""
-
-    features = Balloon.HINTS
-
-    def begin(self, cmd_id: int) -> None:
-        self.balloon.send_command(cmd_id)
-        self.balloon.queue.wait_returned()
-
-    def add(self, cmd_id: int) -> None:
-        blocks = chain((addr, STRIP_BYTES, True) for addr in HINTED_STRIPS)
-        self.balloon.queue.put(blocks, kick=False)
-
-    def end(self, cmd_id: int) -> None:
-        self.balloon.send_command(cmd_id)
 
 
 @dataclass(frozen=True)
@@ -70,7 +33,7 @@ class Case:
 
     name: str
     accel: str
-    protocol: type = Arrays
+    features: int = Balloon.HINTS_IN_ARRAYS
     # Pages in a chunk of a deferred clear, as a power of two.
     shift: int = 18
     manual_protect: bool = True
@@ -81,7 +44,7 @@ class Case:
 CASES = [
     *(Case(f"tcg-shift-{shift}", "tcg,thread=multi", shift=shift) for shift in (6, 18, 31)),
     Case("tcg-one-thread", "tcg,thread=single"),
-    Case("tcg-blocks", "tcg,thread=multi", Blocks),
+    Case("tcg-blocks", "tcg,thread=multi", Balloon.HINTS),
     Case("tcg-measured", "tcg,thread=multi", measured=True),
     *(Case(f"kvm-shift-{shift}", "kvm", shift=shift) for shift in (6, 18, 31)),
     *(
@@ -91,8 +54,8 @@ CASES = [
     Case("kvm-ring", "kvm,dirty-ring-size=4096"),
     Case("kvm-ring-shift-6", "kvm,dirty-ring-size=4096", shift=6),
     Case("kvm-measured", "kvm", measured=True),
-    Case("kvm-blocks", "kvm", Blocks),
-    Case("kvm-blocks-shift-6", "kvm", Blocks, shift=6),
+    Case("kvm-blocks", "kvm", Balloon.HINTS),
+    Case("kvm-blocks-shift-6", "kvm", Balloon.HINTS, shift=6),
 ]
 
 
@@ -104,38 +67,36 @@ def measure_dirty_rate(source: Guest) -> None:
 
 def spec_changes(case: Case) -> Dict[str, Any]:
     """What makes a guest log its writes in this way."""
-    changes: Dict[str, Any] = {
-        "accel": case.accel,
-        "args": (
-            *("-global", f"migration.x-clear-bitmap-shift={case.shift}"),
-            *("-trace", "kvm_clear_dirty_log"),
-        ),
-    }
-    if not case.manual_protect:
-        changes["preload"] = paths.bare_metal("no-manual-protect.so")
-    return changes
+    shift = f"migration.x-clear-bitmap-shift={case.shift}"
+    preload = None if case.manual_protect else paths.bare_metal("no-manual-protect.so")
+    args = ("-global", shift, "-trace", "kvm_clear_dirty_log")
+    return {"accel": case.accel, "args": args, "preload": preload}
 
 
 def round_0(guest: Metal, case: Case) -> int:
     """Answer the request, with writes between all steps; returns how often arming cleared a log."""
-    protocol = case.protocol(guest.balloon)
-    cmd_id = guest.balloon.wait_asked()
+    balloon = guest.balloon
+    cmd_id = balloon.wait_asked()
     clears = guest.source.trace_log.read_text().count("kvm_clear_dirty_log")
     guest.write("after the ask")
-    protocol.begin(cmd_id)
-    protocol.add(cmd_id)
+    balloon.begin(cmd_id)
+    if balloon.arrays:
+        balloon.send_array(cmd_id, PAGE, HINTED_PAGES, kick=False)
+    else:
+        blocks = chain((addr, STRIP_BYTES, True) for addr in HINTED_STRIPS)
+        balloon.queue.put(blocks, kick=False)
     assert hints_now(guest.source).blocks == 0
     guest.write("after the hint was added")
     if case.measured:
         wait_dirty_rate(guest.source, "measured")
         measure_dirty_rate(guest.source)
-    guest.balloon.queue.kick()
-    guest.balloon.queue.wait_returned()
+    balloon.queue.kick()
+    balloon.queue.wait_returned()
     wait_hinted(guest.source, len(HINTED_PAGES) * PAGE)
     guest.write("after it was applied")
     if case.measured:
         wait_dirty_rate(guest.source, "measured")
-    protocol.end(cmd_id)
+    balloon.end(cmd_id)
     hints = wait_hints_ended(guest.source)
     assert (hints.reason, hints.skipped_bytes) == (None, len(HINTED_PAGES) * PAGE)
     return clears
@@ -164,7 +125,7 @@ def test_writes_survive_whenever_they_come(lab: Lab, measured: Dict[str, Any], c
     log when another page of the same chunk is sent.
     Pages that were hinted and are clean since the ask are the only ones that may differ, and do.
     """
-    with metal(lab, case.protocol.features, **spec_changes(case)) as guest:
+    with metal(lab, case.features, **spec_changes(case)) as guest:
         if case.measured:
             # The log is on before the migration starts; a page that is written now need not be
             # logged again.
@@ -271,9 +232,7 @@ def test_answers_to_other_requests_are_dropped(lab: Lab, accel: str) -> None:
         assert (hints.state, hints.blocks, hints.skipped_bytes) == ("asked", 0, 0)
         assert hints.stale_bytes == len(wrong) * STRIP_BYTES
 
-        guest.balloon.send_array(cmd_id, PAGE, addrs_of("free"))
-        guest.balloon.send_end(cmd_id)
-        assert wait_hints_ended(guest.source).skipped_bytes == STRIP_BYTES
+        assert guest.report(cmd_id, addrs_of("free")).skipped_bytes == STRIP_BYTES
         # After the end, and after DONE, the right id is as stale as another one.
         guest.balloon.send_array(cmd_id, PAGE, addrs_of("in round 1"))
         guest.balloon.send_end(cmd_id)
@@ -369,9 +328,7 @@ def test_written_last(lab: Lab, accel: str) -> None:
     """
     with written_metal(lab, accel=accel, trace=None) as guest:
         destination, cmd_id = guest.ask()
-        guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
-        guest.balloon.send_end(cmd_id)
-        assert wait_hints_ended(guest.source).skipped_bytes == len(HINTED_PAGES) * PAGE
+        assert guest.report(cmd_id, HINTED_PAGES).skipped_bytes == len(HINTED_PAGES) * PAGE
         guest.write("after it was applied")
         guest.source.qmp("stop")
         hints = hints_of(let_go(guest.source, destination))
@@ -393,40 +350,37 @@ FAR_PAGES = 16
 REPEAT = int(os.environ.get("FPH_REPEAT", "3"))
 
 
-def reuse_before_processed(lab: Lab, build: str, accel: str, name: str) -> bool:
+def reuse_before_processed(lab: Lab, build: str, accel: str, attempt: int) -> bool:
     """Reuse a hinted block before its hint is processed; is what was written there lost?
 
     The specification lets a driver do so: it may use a page again as long as the device has not
     used the descriptor.
     """
     iothread = ",iothread=hints" if build == "stock" else ""
-    here = spec(LARGE_MIB, qemu=build, accel=accel, balloon=f"free-page-hint=on{iothread}")
-    source = lab.launch(here, f"{name}-source")
-    destination = lab.incoming(here, f"{name}-destination")
-    machine = Machine(source)
-    machine.wait_ready()
-    balloon = Balloon(machine)
-    balloon.start(Balloon.HINTS)
-    for addr in (FAR, NOT_HINTED):
-        machine.stamp(addr, FAR_PAGES, 1)
-    start(source, destination, held() if build == "ours" else STOCK_HELD)
-    cmd_id = balloon.wait_asked()
-    # All is available to the device, which was not told yet.
-    balloon.send_command(cmd_id, slot=0, kick=False)
-    balloon.send_block(FAR, FAR_PAGES * PAGE, slot=1, kick=False)
-    for addr in (FAR, NOT_HINTED):
-        machine.stamp(addr, FAR_PAGES, 2)
-    assert balloon.queue.returned() == 0
-    balloon.queue.kick()
-    balloon.queue.wait_returned()
-    balloon.send_command(cmd_id, slot=2)
-    balloon.queue.wait_returned()
-    let_go(source, destination)
-    machine.moved_to(destination)
-    assert machine.wrong_pages(NOT_HINTED, FAR_PAGES, 2) == 0
-    lost = machine.wrong_pages(FAR, FAR_PAGES, 2)
-    for guest in (source, destination):
-        guest.close()
+    changes = {"accel": accel, "balloon": f"free-page-hint=on{iothread}", "trace": None}
+    with metal(lab, Balloon.HINTS, qemu=build, mem_mib=LARGE_MIB, **changes) as guest:
+        machine, balloon = guest.machine, guest.balloon
+        destination = guest.incoming(f"destination-{attempt}")
+        for addr in (FAR, NOT_HINTED):
+            machine.stamp(addr, FAR_PAGES, 1)
+        start(guest.source, destination, held() if build == "ours" else STOCK_HELD)
+        cmd_id = balloon.wait_asked()
+        # All is available to the device, which was not told yet.
+        balloon.send_command(cmd_id, slot=0, kick=False)
+        balloon.send_block(FAR, FAR_PAGES * PAGE, slot=1, kick=False)
+        for addr in (FAR, NOT_HINTED):
+            machine.stamp(addr, FAR_PAGES, 2)
+        assert balloon.queue.returned() == 0
+        balloon.queue.kick()
+        balloon.queue.wait_returned()
+        balloon.send_command(cmd_id, slot=2)
+        balloon.queue.wait_returned()
+        let_go(guest.source, destination)
+        guest.goes_on_at(destination)
+        assert machine.wrong_pages(NOT_HINTED, FAR_PAGES, 2) == 0
+        lost = machine.wrong_pages(FAR, FAR_PAGES, 2)
+        guest.source.close()
+        destination.close()
     assert lost in (0, FAR_PAGES)
     return lost > 0
 
@@ -442,9 +396,6 @@ def test_reuse_before_a_hint_is_processed(
     Stock QEMU loses it under KVM, each time: the experiment that shows why the dirty log has to be
     armed before hints are asked for. It does not under TCG, which has no log to clear later.
     """
-    usable(accel)
-    lost = [
-        reuse_before_processed(lab, build, accel, f"{build}-{attempt}") for attempt in range(REPEAT)
-    ]
+    lost = [reuse_before_processed(lab, build, accel, attempt) for attempt in range(REPEAT)]
     measured.update(attempts=len(lost), lost=sum(lost))
     assert lost == [build == "stock" and accel == "kvm"] * REPEAT
