@@ -102,10 +102,10 @@ class Metal:
     # What the guest wrote last into each part.
     seeds: Dict[str, int] = field(default_factory=dict)
 
-    def incoming(self, name: str = "destination") -> Guest:
-        """A QEMU that waits for the guest, and will not run it when it has come."""
-        there = self.source.spec.but(mem_file=self.files[1])
-        return self.lab.incoming(there, name, running=False)
+    def incoming(self, name: str = "destination", running: bool = False, **changes: Any) -> Guest:
+        """A QEMU that waits for the guest, and will not run it when it has come unless told to."""
+        there = self.source.spec.but(mem_file=self.files[1], **changes)
+        return self.lab.incoming(there, name, running=running)
 
     def goes_on_at(self, destination: Guest) -> None:
         """It has arrived, and runs on there."""

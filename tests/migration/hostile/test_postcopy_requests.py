@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 import pytest
 
@@ -24,9 +24,10 @@ from livemig.machine import MIB, PAGE
 from livemig.metal import HELD, Metal, held, metal, tcg_at_least
 from livemig.migration import POSTCOPY, MigrationResult, finish, query, set_capabilities, start
 from livemig.migration import status_is
-from livemig.spec import MigrationSpec
+from livemig.spec import BLOCKS, MigrationSpec
 
 MEM_MIB = 256
+MEM_PAGES = MEM_MIB * MIB // PAGE
 # What is hinted, after the program and its queue; and what is not.
 FREE = 16 * MIB
 FREE_PAGES = 128 * MIB // PAGE
@@ -35,6 +36,7 @@ KEPT_PAGES = 32 * MIB // PAGE
 # Hinted pages that the guest uses after the switch. Over a slow link, an answer without preempt
 # waits behind some 30 other pages: too many, and postcopy is over.
 USED_PAGES = 48
+USED = (FREE, USED_PAGES, 5)
 # Hinted pages that it wrote again before that.
 WRITTEN = FREE + 64 * MIB
 WRITTEN_PAGES = 256
@@ -58,23 +60,25 @@ class Switched:
 
     guest: Metal
     destination: Guest
-    # What had been sent when it was switched over.
-    before: MigrationResult
+    # Pages that had been sent when it was switched over.
+    before: int
 
-    def let_go(self) -> MigrationResult:
-        """Let the rest come."""
+    def let_go(self, measured: Dict[str, Any]) -> MigrationResult:
+        """Let the rest come; measures pages that were sent since, and that memory is made of."""
         source = self.guest.source
         source.qmp("migrate-set-parameters", max_bandwidth=0, max_postcopy_bandwidth=0)
-        return finish(source, self.destination)
+        result = finish(source, self.destination)
+        measured.update(
+            sent=result.normal_pages + result.zero_pages - self.before,
+            requested=hints_now(source).requested_bytes // PAGE,
+            resident=self.guest.files[1].stat().st_blocks * 512 // PAGE,
+        )
+        return result
 
-    def sent_since(self, result: MigrationResult) -> int:
-        """Pages that were sent after the switch."""
-        before = self.before.normal_pages + self.before.zero_pages
-        return result.normal_pages + result.zero_pages - before
-
-    def resident_pages(self) -> int:
-        """Pages that the destination's memory is made of."""
-        return Path(self.guest.files[1]).stat().st_blocks * 512 // PAGE
+    def assert_whole(self, *used: Tuple[int, int, int]) -> None:
+        """What was kept, written before the switch, or used after it (addresses, pages, seeds)."""
+        for stamp in ((KEPT, KEPT_PAGES, 2), (WRITTEN, WRITTEN_PAGES, 3), *used):
+            assert self.guest.machine.wrong_pages(*stamp) == 0
 
 
 def _spec(way: str, absent: bool = False) -> MigrationSpec:
@@ -85,26 +89,31 @@ def _spec(way: str, absent: bool = False) -> MigrationSpec:
 
 
 def _hint(guest: Metal) -> None:
-    cmd_id = guest.balloon.wait_asked()
-    guest.balloon.send_array(cmd_id, 2 * MIB, range(FREE, FREE + FREE_PAGES * PAGE, 2 * MIB))
-    guest.balloon.send_end(cmd_id)
+    balloon = guest.balloon
+    cmd_id = balloon.wait_asked()
+    balloon.begin(cmd_id)
+    if balloon.arrays:
+        balloon.send_array(cmd_id, 2 * MIB, range(FREE, FREE + FREE_PAGES * PAGE, 2 * MIB))
+    else:
+        balloon.send_block(FREE, FREE_PAGES * PAGE)
+    balloon.queue.wait_returned()
+    balloon.end(cmd_id)
     assert wait_hints_ended(guest.source).skipped_bytes == FREE_PAGES * PAGE
 
 
 @contextlib.contextmanager
 def switched(
-    lab: Lab, accel: str, way: str, absent: bool = False, **changes: Any
+    lab: Lab, accel: str, way: str, absent: bool = False, arrival: Any = None, **changes: Any
 ) -> Iterator[Switched]:
     """A guest whose free memory was hinted, all of it full of data, switched over in round 1.
 
-    Or it was never populated, and is absent.
+    Or it was never populated, and is absent. The destination may differ.
     """
     with metal(lab, accel=accel, mem_mib=MEM_MIB, **changes) as guest:
         if not absent:
             guest.machine.stamp(FREE, FREE_PAGES, 1)
         guest.machine.stamp(KEPT, KEPT_PAGES, 2)
-        there = guest.source.spec.but(mem_file=guest.files[1])
-        destination = lab.incoming(there, "destination")
+        destination = guest.incoming(running=True, **arrival or {})
         start(guest.source, destination, _spec(way, absent))
         if absent:
             wait_hints_ended(guest.source)
@@ -118,7 +127,7 @@ def switched(
         guest.source.qmp("migrate-start-postcopy")
         destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
         guest.machine.moved_to(destination)
-        yield Switched(guest, destination, before)
+        yield Switched(guest, destination, before.normal_pages + before.zero_pages)
 
 
 each_way = pytest.mark.parametrize("way", ["plain", "preempt"])
@@ -133,17 +142,29 @@ def test_nobody_asks(
 ) -> None:
     """Hinted pages that nobody asks for are not sent, and not populated; all others arrive."""
     with switched(lab, accel, way, absent) as there:
-        result = there.let_go()
-        hints = hints_now(there.guest.source)
-        resident = there.resident_pages()
-        measured.update(sent=there.sent_since(result), resident=resident)
-        assert hints.requested_bytes == 0
+        there.let_go(measured)
+        assert measured["requested"] == 0
         hinted = FREE_PAGES - WRITTEN_PAGES
-        assert there.sent_since(result) <= MEM_MIB * 256 - hinted
-        assert resident <= MEM_MIB * 256 - hinted
-        machine = there.guest.machine
-        assert machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
-        assert machine.wrong_pages(WRITTEN, WRITTEN_PAGES, 3) == 0
+        assert measured["sent"] <= MEM_PAGES - hinted
+        assert measured["resident"] <= MEM_PAGES - hinted
+        there.assert_whole()
+
+
+def use_and_let_go(there: Switched, measured: Dict[str, Any]) -> MigrationResult:
+    """Use hinted pages, which come at once and as zeros, then let the rest come."""
+    machine, source = there.guest.machine, there.guest.source
+    for page in range(0, USED_PAGES, 16):
+        assert machine.read(FREE + page * PAGE, 2) == [0, 0]
+    machine.stamp(*USED)
+    assert machine.wrong_pages(WRITTEN, WRITTEN_PAGES, 3) == 0
+    # The premise: postcopy is far from its end.
+    assert query(source).status in POSTCOPY
+    assert hints_now(source).requested_bytes == USED_PAGES * PAGE
+    result = there.let_go(measured)
+    there.assert_whole(USED)
+    # What nobody asked for is zero as well, now that nobody can be asked.
+    assert machine.read(FREE + USED_PAGES * PAGE, 2) == [0, 0]
+    return result
 
 
 @tcg_at_least
@@ -155,22 +176,8 @@ def test_asked_for(lab: Lab, measured: Dict[str, Any], accel: str, way: str, abs
     A hinted page that was written before the switch comes with what was written.
     """
     with switched(lab, accel, way, absent) as there:
-        machine = there.guest.machine
-        for page in range(0, USED_PAGES, 16):
-            assert machine.read(FREE + page * PAGE, 2) == [0, 0]
-        machine.stamp(FREE, USED_PAGES, 5)
-        assert machine.wrong_pages(WRITTEN, WRITTEN_PAGES, 3) == 0
-        # The premise: postcopy is far from its end.
-        assert query(there.guest.source).status in POSTCOPY
-        hints = hints_now(there.guest.source)
-        assert hints.requested_bytes == USED_PAGES * PAGE
-        result = there.let_go()
-        measured.update(sent=there.sent_since(result), resident=there.resident_pages())
-        assert there.sent_since(result) <= MEM_MIB * 256 - (FREE_PAGES - USED_PAGES)
-        assert machine.wrong_pages(FREE, USED_PAGES, 5) == 0
-        assert machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
-        # What nobody asked for is zero as well, now that nobody can be asked.
-        assert machine.read(FREE + USED_PAGES * PAGE, 2) == [0, 0]
+        use_and_let_go(there, measured)
+        assert measured["sent"] <= MEM_PAGES - (FREE_PAGES - USED_PAGES)
 
 
 @tcg_at_least
@@ -185,46 +192,30 @@ def test_asked_for_with_multifd(lab: Lab, measured: Dict[str, Any], accel: str, 
     except MissingArtifact as err:
         pytest.skip(str(err))
     with switched(lab, accel, way, qemu=MULTIFD_QEMU) as there:
-        machine = there.guest.machine
-        for page in range(0, USED_PAGES, 16):
-            assert machine.read(FREE + page * PAGE, 2) == [0, 0]
-        machine.stamp(FREE, USED_PAGES, 5)
-        assert machine.wrong_pages(WRITTEN, WRITTEN_PAGES, 3) == 0
-        assert hints_now(there.guest.source).requested_bytes == USED_PAGES * PAGE
-        result = there.let_go()
+        result = use_and_let_go(there, measured)
         # The premise: multifd had a part in it.
         measured["multifd"] = result.raw["ram"]["multifd-bytes"]
         assert measured["multifd"] > 0
-        assert machine.wrong_pages(FREE, USED_PAGES, 5) == 0
-        assert machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
-        assert machine.read(FREE + USED_PAGES * PAGE, 2) == [0, 0]
-
-
-def pages_asked_for_at_the_end(lab: Lab, accel: str, way: str) -> int:
-    """End postcopy while the guest uses hinted pages; returns how many it had to ask for."""
-    with switched(lab, accel, way) as there:
-        machine = there.guest.machine
-        using = machine.start("stamp", FREE, FREE_PAGES // 2, 6)
-        while hints_now(there.guest.source).requested_bytes == 0:
-            pass
-        there.let_go()
-        machine.answer(using)
-        assert machine.wrong_pages(FREE, FREE_PAGES // 2, 6) == 0
-        assert machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
-        assert machine.wrong_pages(WRITTEN, WRITTEN_PAGES, 3) == 0
-        return hints_now(there.guest.source).requested_bytes // PAGE
 
 
 @tcg_at_least
 @each_way
 def test_asked_for_at_the_end(lab: Lab, measured: Dict[str, Any], accel: str, way: str) -> None:
     """A guest that uses hinted pages while postcopy ends is not left waiting, nor is postcopy."""
+    used = (FREE, FREE_PAGES // 2, 6)
     for attempt in range(ATTEMPTS):
-        requested = pages_asked_for_at_the_end(lab, accel, way)
-        measured.update(requested=requested, attempt=attempt)
+        measured["attempt"] = attempt
+        with switched(lab, accel, way) as there:
+            machine = there.guest.machine
+            using = machine.start("stamp", *used)
+            while hints_now(there.guest.source).requested_bytes == 0:
+                pass
+            there.let_go(measured)
+            machine.answer(using)
+            there.assert_whole(used)
         # The premise: it asked before the end, and was not done by then.
-        assert requested > 0
-        if requested < FREE_PAGES // 2:
+        assert measured["requested"] > 0
+        if measured["requested"] < FREE_PAGES // 2:
             return
     pytest.fail("each time, the guest was done before the end")
 
@@ -239,62 +230,38 @@ def test_asked_for_around_a_cut_link(
     with switched(lab, accel, way, absent) as there:
         source, destination = there.guest.source, there.destination
         machine = there.guest.machine
-        machine.stamp(FREE, USED_PAGES, 5)
+        machine.stamp(*USED)
         source.qmp_oob("migrate-pause")
         source.wait_event(status_is("postcopy-paused"), "the source's pause", 60)
         destination.wait_event(status_is("postcopy-paused"), "the destination's pause", 60)
         # Waits for a page while there is nobody to ask.
-        using = machine.start("stamp", FREE + USED_PAGES * PAGE, USED_PAGES, 6)
+        used_then = (FREE + USED_PAGES * PAGE, USED_PAGES, 6)
+        using = machine.start("stamp", *used_then)
         uri = f"unix:{lab.logs}/again"
         destination.qmp_oob("migrate-recover", uri=uri)
         source.qmp("migrate", uri=uri, resume=True)
         machine.answer(using)
-        result = there.let_go()
-        hints = hints_now(source)
-        measured.update(
-            sent=there.sent_since(result),
-            requested=hints.requested_bytes // PAGE,
-            resident=there.resident_pages(),
-        )
+        there.let_go(measured)
         assert "free_page_hint_reloaded block 'pc.ram'" in source.trace_log.read_text()
-        assert hints.requested_bytes >= 2 * USED_PAGES * PAGE
+        assert measured["requested"] >= 2 * USED_PAGES
         untouched = FREE_PAGES - 2 * USED_PAGES - WRITTEN_PAGES
-        assert there.resident_pages() <= MEM_MIB * 256 - untouched
-        assert machine.wrong_pages(FREE, USED_PAGES, 5) == 0
-        assert machine.wrong_pages(FREE + USED_PAGES * PAGE, USED_PAGES, 6) == 0
-        assert machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
-        assert machine.wrong_pages(WRITTEN, WRITTEN_PAGES, 3) == 0
+        assert measured["resident"] <= MEM_PAGES - untouched
+        there.assert_whole(USED, used_then)
 
 
 @tcg_at_least
 @each_way
-def test_stock_destination(lab: Lab, accel: str, way: str) -> None:
+def test_stock_destination(lab: Lab, measured: Dict[str, Any], accel: str, way: str) -> None:
     """A destination without our patches gets its hinted pages all the same."""
-    blocks = "free-page-hint=on"
-    with metal(lab, Balloon.HINTS, accel=accel, mem_mib=MEM_MIB, balloon=blocks) as guest:
-        guest.machine.stamp(FREE, FREE_PAGES, 1)
-        guest.machine.stamp(KEPT, KEPT_PAGES, 2)
-        stock = guest.source.spec.but(
-            qemu="stock", mem_file=guest.files[1], trace=None, balloon=f"{blocks},iothread=hints"
-        )
-        destination = lab.incoming(stock, "destination")
-        start(guest.source, destination, _spec(way))
-        cmd_id = guest.balloon.wait_asked()
-        guest.balloon.send_command(cmd_id)
-        guest.balloon.send_block(FREE, FREE_PAGES * PAGE)
-        guest.balloon.queue.wait_returned()
-        guest.balloon.send_command(cmd_id)
-        assert wait_hints_ended(guest.source).skipped_bytes == FREE_PAGES * PAGE
-        guest.source.qmp("migrate-start-postcopy")
-        destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
-        guest.machine.moved_to(destination)
-        guest.machine.stamp(FREE, USED_PAGES, 5)
-        assert hints_now(guest.source).requested_bytes == USED_PAGES * PAGE
-        there = Switched(guest, destination, query(guest.source))
-        there.let_go()
-        assert there.resident_pages() <= MEM_MIB * 256 - (FREE_PAGES - USED_PAGES)
-        assert guest.machine.wrong_pages(FREE, USED_PAGES, 5) == 0
-        assert guest.machine.wrong_pages(KEPT, KEPT_PAGES, 2) == 0
+    stock = {"qemu": "stock", "trace": None, "balloon": f"{BLOCKS},iothread=hints"}
+    here = {"features": Balloon.HINTS, "balloon": BLOCKS}
+    with switched(lab, accel, way, arrival=stock, **here) as there:
+        there.guest.machine.stamp(*USED)
+        assert hints_now(there.guest.source).requested_bytes == USED_PAGES * PAGE
+        there.let_go(measured)
+        untouched = FREE_PAGES - USED_PAGES - WRITTEN_PAGES
+        assert measured["resident"] <= MEM_PAGES - untouched
+        there.assert_whole(USED)
 
 
 class SlowWayBack:
@@ -338,7 +305,7 @@ def test_asked_for_by_a_device(lab: Lab, measured: Dict[str, Any], accel: str) -
         # A queue that nobody ever wrote to, in memory that is hinted.
         guest.balloon.set(Balloon.QUEUE_SELECT, 0, 16)
         guest.balloon.set(Balloon.QUEUE_PAGE, FREE // PAGE)
-        destination = lab.incoming(source.spec.but(mem_file=guest.files[1]), "destination")
+        destination = guest.incoming(running=True)
         relay = SlowWayBack(lab.logs / "relay", lab.logs / "there")
         spec = _spec("plain")
         for side in (source, destination):
