@@ -9,6 +9,9 @@ from typing import Iterable, List, Optional, Sequence, Tuple
 from livemig.errors import GuestError
 from livemig.machine import ANSWER_SECONDS, MIB, PAGE, Machine
 
+# In an array, at most.
+MAX_ADDRS = 16384
+
 
 @dataclass(frozen=True)
 class Descriptor:

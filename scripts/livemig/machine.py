@@ -23,6 +23,9 @@ PAGE = PAGE_BYTES
 SPEC_CPU = f"{CPU},-arch-capabilities"
 
 ANSWER_SECONDS = 30
+# Where it has no RAM.
+FIRMWARE = 0xFFFF0000
+LOCAL_APIC = 0xFEE00000
 # What the guest counts time in, as units of its time stamp counter: 1 << CLOCK_SHIFT there.
 CLOCK_UNIT = 1024
 # Words in a command line at most: MAX_WORDS in bare-metal.c.

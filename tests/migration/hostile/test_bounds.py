@@ -5,20 +5,19 @@ Nothing of this memory is populated, so that any machine can run it: it is the b
 large. Times are recorded and printed (pytest -s), not judged.
 """
 
-import contextlib
 import re
 import struct
 import time
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
 from livemig import paths
-from livemig.balloon import Balloon, Descriptor, chain
+from livemig.balloon import MAX_ADDRS, Balloon, Descriptor, chain
 from livemig.checks import hints_now, wait_hints_ended
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.machine import MIB, PAGE, Machine, spec
+from livemig.machine import FIRMWARE, LOCAL_APIC, MIB, PAGE, Machine, spec
 from livemig.metal import FIRST_ID, TO_NOWHERE, ask_meanwhile, set_up, tcg_at_least, usable
 from livemig.migration import cancel, query, set_capabilities, status_is
 
@@ -35,14 +34,10 @@ WAIT_MS = 500
 KEPT = 16 * MIB
 KEPT_PAGES = 1024
 
-MAX_ADDRS = 16384
 # VIRTQUEUE_MAX_SIZE
 MAX_DESCRIPTORS = 1024
 # TURN_BUDGET of the device
 TURN_BUDGET = 256
-
-FIRMWARE = 0xFFFF0000
-LOCAL_APIC = 0xFEE00000
 
 # HOLD_PAGES of the engine
 HOLD_PAGES = 4 << 20
@@ -53,8 +48,6 @@ ASK, END, TURN, HOLD = EVENTS = (
     "virtio_balloon_hint_turn",
     "free_page_hint_hold",
 )
-WORK = re.compile(r"(\d+) pages of work")
-STAMPED = re.compile(r"^\d+@(\d+\.\d+):(\w+) (.*)$", re.MULTILINE)
 
 
 def repeat(balloon: Balloon, cmd_id: int, size: int, count: int) -> None:
@@ -115,14 +108,13 @@ class Liar:
         features, prepare = PROTOCOLS[protocol]
         self.balloon = Balloon(self.machine)
         self.balloon.start(features)
-        self._begins = features == Balloon.HINTS
         # All of it is there before the deadline begins.
         self.head = prepare(self.balloon, FIRST_ID)
 
     def wait_asked(self) -> None:
         """Wait to be asked, and begin the report."""
         assert self.balloon.wait_asked() == FIRST_ID
-        if self._begins:
+        if not self.balloon.arrays:
             self.balloon.queue.offer(0)
 
     def lie(self) -> int:
@@ -136,30 +128,19 @@ class Liar:
         assert self.source.qmp("query-status")["status"] == "running"
         assert self.machine.wrong_pages(KEPT, KEPT_PAGES, 1) == 0
 
-    def events(self) -> List[Tuple[float, str, str]]:
-        """The trace so far: seconds, event, arguments."""
+    def events(self, name: str) -> List[Tuple[float, List[int]]]:
+        """When an event was traced, in seconds, and the numbers in what it says."""
         text = self.source.trace_log.read_text()
-        return [(float(when), name, rest) for when, name, rest in STAMPED.findall(text)]
-
-    def overrun_ms(self, wait_ms: int) -> float:
-        """How long round 0 went on after the deadline."""
-        when = {name: seconds for seconds, name, _ in self.events()}
-        return (when[END] - when[ASK]) * 1000 - wait_ms
-
-    def holds(self) -> List[int]:
-        """The pages of work in each hold of the lock of the dirty bitmaps."""
-        rests = (rest for _, name, rest in self.events() if name == HOLD)
-        return [int(match.group(1)) for rest in rests if (match := WORK.search(rest))]
+        lines = re.findall(rf"^\d+@(\d+\.\d+):{name} (.*)$", text, re.MULTILINE)
+        return [(float(when), list(map(int, re.findall(r"\d+", rest)))) for when, rest in lines]
 
 
-@contextlib.contextmanager
-def liar(lab: Lab, accel: str, protocol: str) -> Iterator[Liar]:
+@pytest.fixture
+def liar(lab: Lab, accel: str, protocol: str) -> Liar:
     """A large guest that will lie."""
-    args = ["-msg", "timestamp=on"]
-    for event in EVENTS[1:]:
-        args += ["-trace", event]
-    large = spec(MEM_MIB, accel=usable(accel), trace=EVENTS[0], args=tuple(args))
-    yield Liar(lab.launch(large, "source"), protocol)
+    args = ("-msg", "timestamp=on")
+    large = spec(MEM_MIB, accel=usable(accel), trace=" ".join(EVENTS), args=args)
+    return Liar(lab.launch(large, "source"), protocol)
 
 
 def show(measured: Dict[str, Any], what: str, **values: float) -> None:
@@ -170,76 +151,70 @@ def show(measured: Dict[str, Any], what: str, **values: float) -> None:
 
 @tcg_at_least
 @each_protocol
-def test_the_deadline_holds(lab: Lab, accel: str, measured: Dict[str, Any], protocol: str) -> None:
+def test_the_deadline_holds(liar: Liar, measured: Dict[str, Any], protocol: str) -> None:
     """A report without an end is cut off at the deadline, and QEMU answers all the while.
 
     The lock of the dirty bitmaps is held for a bounded number of pages at a time.
     """
-    with liar(lab, accel, protocol) as guest:
-        set_up(guest.source, free_page_hint_wait=WAIT_MS)
-        guest.source.qmp("migrate", uri=TO_NOWHERE)
-        flood = guest.lie()
-        longest = 0.0
-        while hints_now(guest.source).state != "ended":
-            longest = max(longest, ask_meanwhile(guest.source, 0.05))
-        hints = hints_now(guest.source)
-        guest.stop(flood)
-        assert hints.reason == "timeout"
-        # The premise: there was a lot to do.
-        assert hints.messages > 1
-        assert hints.hinted_bytes > (0 if protocol == "arrays-scattered" else HIGH_BYTES)
-        cancel(guest.source)
-        assert guest.source.qmp("query-migrate")["status"] == "cancelled"
-        # The premise: messages that a hold has no room for.
-        assert max(guest.holds()) == HOLD_PAGES
-        show(
-            measured,
-            f"{protocol}, deadline {WAIT_MS} ms",
-            overrun_ms=guest.overrun_ms(WAIT_MS),
-            longest_answer_ms=longest,
-            messages=hints.messages,
-            hinted_gib=hints.hinted_bytes / GIB,
-        )
+    set_up(liar.source, free_page_hint_wait=WAIT_MS)
+    liar.source.qmp("migrate", uri=TO_NOWHERE)
+    flood = liar.lie()
+    longest = 0.0
+    while hints_now(liar.source).state != "ended":
+        longest = max(longest, ask_meanwhile(liar.source, 0.05))
+    hints = hints_now(liar.source)
+    liar.stop(flood)
+    assert hints.reason == "timeout"
+    # The premise: there was a lot to do.
+    assert hints.messages > 1
+    assert hints.hinted_bytes > (0 if protocol == "arrays-scattered" else HIGH_BYTES)
+    cancel(liar.source)
+    assert liar.source.qmp("query-migrate")["status"] == "cancelled"
+    # The premise: messages that a hold has no room for.
+    assert max(work for _, (_, work, _) in liar.events(HOLD)) == HOLD_PAGES
+    (asked, _), (ended, _) = (liar.events(event)[-1] for event in (ASK, END))
+    show(
+        measured,
+        f"{protocol}, deadline {WAIT_MS} ms",
+        overrun_ms=(ended - asked) * 1000 - WAIT_MS,
+        longest_answer_ms=longest,
+        messages=hints.messages,
+        hinted_gib=hints.hinted_bytes / GIB,
+    )
 
 
 @tcg_at_least
 @each_protocol
-def test_cancel_is_not_kept_waiting(
-    lab: Lab, accel: str, measured: Dict[str, Any], protocol: str
-) -> None:
+def test_cancel_is_not_kept_waiting(liar: Liar, measured: Dict[str, Any], protocol: str) -> None:
     """A migration can be cancelled in the middle of such a report, and the guest lives on."""
-    with liar(lab, accel, protocol) as guest:
-        set_up(guest.source)
-        guest.source.qmp("migrate", uri=TO_NOWHERE)
-        flood = guest.lie()
-        # The premise: in the middle of it.
-        while hints_now(guest.source).hinted_bytes == 0:
-            time.sleep(0.01)
-        asked = time.monotonic()
-        guest.source.qmp("migrate_cancel")
-        answered = time.monotonic()
-        guest.source.wait_event(status_is("cancelled"), "end of the cancelled migration", 60)
-        done = time.monotonic()
-        hints = wait_hints_ended(guest.source)
-        guest.stop(flood)
-        assert hints.reason == "cancelled"
-        assert guest.source.qmp("query-migrate")["status"] == "cancelled"
-        show(
-            measured,
-            f"{protocol}, cancelled",
-            answer_ms=(answered - asked) * 1000,
-            cancelled_ms=(done - asked) * 1000,
-            messages=hints.messages,
-        )
+    set_up(liar.source)
+    liar.source.qmp("migrate", uri=TO_NOWHERE)
+    flood = liar.lie()
+    # The premise: in the middle of it.
+    while hints_now(liar.source).hinted_bytes == 0:
+        time.sleep(0.01)
+    asked = time.monotonic()
+    liar.source.qmp("migrate_cancel")
+    answered = time.monotonic()
+    liar.source.wait_event(status_is("cancelled"), "end of the cancelled migration", 60)
+    done = time.monotonic()
+    hints = wait_hints_ended(liar.source)
+    liar.stop(flood)
+    assert hints.reason == "cancelled"
+    assert liar.source.qmp("query-migrate")["status"] == "cancelled"
+    show(
+        measured,
+        f"{protocol}, cancelled",
+        answer_ms=(answered - asked) * 1000,
+        cancelled_ms=(done - asked) * 1000,
+        messages=hints.messages,
+    )
 
 
 def test_cancelled_while_arming(lab: Lab, measured: Dict[str, Any]) -> None:
     """A migration that is cancelled before the log is armed looks for nothing, and says why."""
     armed = spec(
-        ARMED_MIB,
-        accel=usable("kvm"),
-        trace=ASK,
-        preload=paths.bare_metal("slow-clear.so"),
+        ARMED_MIB, accel=usable("kvm"), trace=ASK, preload=paths.bare_metal("slow-clear.so")
     )
     source = lab.launch(armed, "source")
     Machine(source).wait_ready()
@@ -261,27 +236,25 @@ def test_cancelled_while_arming(lab: Lab, measured: Dict[str, Any]) -> None:
 
 @tcg_at_least
 @pytest.mark.parametrize("protocol", ["arrays-scattered", "blocks"])
-def test_turns_are_bounded(lab: Lab, accel: str, measured: Dict[str, Any], protocol: str) -> None:
+def test_turns_are_bounded(liar: Liar, measured: Dict[str, Any]) -> None:
     """The device handles so many descriptors and addresses in one turn, and one element more.
 
     In between, QEMU's main loop has the chance to do something else.
     """
-    with liar(lab, accel, protocol) as guest:
-        set_up(guest.source)
-        guest.source.qmp("migrate", uri=TO_NOWHERE)
-        guest.wait_asked()
-        # Asked and unasked, many at a time.
-        guest.balloon.queue.pile(guest.head, 40)
-        guest.balloon.queue.wait_returned()
-        messages = hints_now(guest.source).messages
-        cancel(guest.source)
-        guest.balloon.queue.pile(guest.head, guest.balloon.queue.size)
-        guest.balloon.queue.wait_returned()
-        turns = [int(rest.split()[0]) for _, name, rest in guest.events() if name == TURN]
-        measured.update(turns=len(turns), most=max(turns))
-        assert max(turns) < TURN_BUDGET + MAX_DESCRIPTORS + (
-            MAX_ADDRS if protocol != "blocks" else 0
-        )
-        # The premise: elements that are larger than a turn, and all were looked at.
-        assert messages == 40
-        assert sum(turn > TURN_BUDGET for turn in turns) >= 40
+    set_up(liar.source)
+    liar.source.qmp("migrate", uri=TO_NOWHERE)
+    liar.wait_asked()
+    # Asked and unasked, many at a time.
+    liar.balloon.queue.pile(liar.head, 40)
+    liar.balloon.queue.wait_returned()
+    messages = hints_now(liar.source).messages
+    cancel(liar.source)
+    liar.balloon.queue.pile(liar.head, liar.balloon.queue.size)
+    liar.balloon.queue.wait_returned()
+    turns = [work for _, (work,) in liar.events(TURN)]
+    measured.update(turns=len(turns), most=max(turns))
+    element = MAX_DESCRIPTORS + (MAX_ADDRS if liar.balloon.arrays else 0)
+    assert max(turns) < TURN_BUDGET + element
+    # The premise: elements that are larger than a turn, and all were looked at.
+    assert messages == 40
+    assert sum(turn > TURN_BUDGET for turn in turns) >= 40

@@ -16,12 +16,12 @@ from typing import Any, Callable, Counter, Dict, Iterator, List, Sequence, Set, 
 import pytest
 
 from livemig import memory
-from livemig.balloon import Balloon, Descriptor, chain
+from livemig.balloon import MAX_ADDRS, Balloon, Descriptor, chain
 from livemig.checks import assert_not_asked, hints_now, hints_of, in_check, wait_hints_ended
 from livemig.guest import Guest
 from livemig.host import process_mib
 from livemig.lab import Lab
-from livemig.machine import MIB, PAGE
+from livemig.machine import FIRMWARE, LOCAL_APIC, MIB, PAGE
 from livemig.metal import CHECK_EVENT, FIRST_ID, REGION, STRIP_BYTES, TO_NOWHERE, Metal, addrs_of
 from livemig.metal import ask_meanwhile, assert_counters_match, each_accelerator, held, let_go
 from livemig.metal import lost_strips, metal, set_up, tcg_at_least, wait_hinted, written_metal
@@ -36,11 +36,8 @@ MEM_MIB = 130
 RAM_END = MEM_MIB * MIB
 LARGE = 4 * MIB
 
-FIRMWARE = 0xFFFF0000
 IO_APIC = 0xFEC00000
-LOCAL_APIC = 0xFEE00000
 NOTHING = 0x1_0000_0000
-MAX_ADDRS = 16384
 
 # Memory that some cases hint, well away from what they must not touch.
 A = REGION
