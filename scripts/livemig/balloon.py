@@ -11,6 +11,8 @@ from livemig.machine import ANSWER_SECONDS, MIB, PAGE, Machine
 
 # In an array, at most.
 MAX_ADDRS = 16384
+# What a descriptor's flags say.
+NEXT, WRITE, INDIRECT = 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,6 @@ class Descriptor:
     flags: int = 0
     next: int = 0
 
-    READ = 0
-    NEXT = 1
-    WRITE = 2
-    INDIRECT = 4
-
     def pack(self) -> bytes:
         """As in memory."""
         return struct.pack("<QIHH", self.addr, self.length, self.flags, self.next)
@@ -34,17 +31,12 @@ class Descriptor:
 
 def chain(buffers: Iterable[Tuple[int, int, bool]], first: int = 0) -> List[Descriptor]:
     """Descriptors, one after another from the first, for (address, length, device may write)."""
-    buffers = list(buffers)
-    last = len(buffers) - 1
-    return [
-        Descriptor(
-            addr,
-            length,
-            (Descriptor.WRITE if write else 0) | (Descriptor.NEXT if i < last else 0),
-            first + i + 1 if i < last else 0,
-        )
-        for i, (addr, length, write) in enumerate(buffers)
+    descriptors = [
+        Descriptor(addr, length, NEXT | (WRITE if write else 0), following)
+        for following, (addr, length, write) in enumerate(buffers, first + 1)
     ]
+    last = descriptors.pop()
+    return [*descriptors, Descriptor(last.addr, last.length, last.flags & ~NEXT)]
 
 
 class Queue:
@@ -92,7 +84,7 @@ class Queue:
 
     def put_same(self, count: int, addr: int, length: int, write: bool = False) -> None:
         """Make a chain of equal buffers available."""
-        flags = Descriptor.WRITE if write else 0
+        flags = WRITE if write else 0
         self.machine.command("chain", self.descriptors, count, addr, length, flags)
         self.offer(0)
 
@@ -174,10 +166,8 @@ class Balloon:
 
     def _enable(self) -> None:
         """Find the device on the first bus and map its registers."""
-        for slot in range(32):
-            if self._pci(slot, 0) == self.VENDOR_DEVICE:
-                break
-        else:
+        slot = next((slot for slot in range(32) if self._pci(slot, 0) == self.VENDOR_DEVICE), None)
+        if slot is None:
             raise GuestError(f"{self.machine.guest.name}: no virtio balloon on the first PCI bus")
         self._pci(slot, 0x10, self.IO_BASE)
         # I/O, memory, bus master
@@ -225,11 +215,8 @@ class Balloon:
     @property
     def broken(self) -> bool:
         """Whether the device has given up on its driver. Legacy drivers can only ask QEMU."""
-        for device in self.machine.guest.qmp("x-query-virtio"):
-            if device["name"] == "virtio-balloon":
-                status = self.machine.guest.qmp("x-query-virtio-status", path=device["path"])
-                return bool(status["broken"])
-        raise GuestError("QEMU has no virtio balloon")
+        path = "/machine/peripheral/balloon/virtio-backend"
+        return bool(self.machine.guest.qmp("x-query-virtio-status", path=path)["broken"])
 
     def cmd_id(self) -> int:
         """The command id that the device shows."""

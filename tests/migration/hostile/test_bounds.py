@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import pytest
 
 from livemig import paths
-from livemig.balloon import MAX_ADDRS, Balloon, Descriptor, chain
+from livemig.balloon import MAX_ADDRS, NEXT, Balloon, Descriptor, chain
 from livemig.checks import hints_now, wait_hints_ended
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -55,9 +55,8 @@ def repeat(balloon: Balloon, cmd_id: int, size: int, count: int) -> None:
     header, pattern = (balloon.message_addr(i) for i in range(2))
     balloon.machine.write(header, [cmd_id, size])
     times = MAX_ADDRS // count
-    table = balloon.queue.descriptors
-    balloon.machine.command("chain", table, 1 + times, pattern, 8 * count, Descriptor.READ)
-    balloon.queue.describe([Descriptor(header, 8, Descriptor.NEXT, 1)])
+    balloon.machine.command("chain", balloon.queue.descriptors, 1 + times, pattern, 8 * count, 0)
+    balloon.queue.describe([Descriptor(header, 8, NEXT, 1)])
 
 
 def consecutive(balloon: Balloon, cmd_id: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Callable, Counter, Dict, Iterator, List, Sequence, Set, 
 import pytest
 
 from livemig import memory
-from livemig.balloon import MAX_ADDRS, Balloon, Descriptor, chain
+from livemig.balloon import INDIRECT, MAX_ADDRS, NEXT, WRITE, Balloon, Descriptor, chain
 from livemig.checks import assert_not_asked, hints_now, hints_of, in_check, wait_hints_ended
 from livemig.guest import Guest
 from livemig.host import process_mib
@@ -233,7 +233,6 @@ def move_queue(page: int) -> Callable[[Metal], None]:
 
 # An address with nothing of interest.
 B = A + LARGE
-NEXT, WRITE, INDIRECT = Descriptor.NEXT, Descriptor.WRITE, Descriptor.INDIRECT
 
 BREAKS: Dict[str, Callable[[Metal], None]] = {
     "looped": put(Descriptor(B, 16, NEXT, 0)),
