@@ -13,6 +13,7 @@ from livemig.guest import Guest
 
 PARAMETERS = "/sys/module/virtio_balloon_hint/parameters"
 FAULTS = "/sys/module/hint_faults/parameters"
+TRACING = "/sys/kernel/tracing"
 # What the driver has: four buffers.
 BUFFERS = 4
 
@@ -25,6 +26,13 @@ def load(guest: Guest) -> None:
 def tell_all_orders(guest: Guest) -> None:
     """A report becomes an array for each order that has free blocks."""
     guest.agent.run(f"echo 0 > {PARAMETERS}/hint_order")
+
+
+def trace_on(guest: Guest, *events: str) -> None:
+    """Record groups of the kernel's events from now on."""
+    guest.agent.run(f"echo 65536 > {TRACING}/buffer_size_kb")
+    for event in events:
+        guest.agent.run(f"echo 1 > {TRACING}/events/{event}/enable")
 
 
 def read_number(guest: Guest, path: str) -> int:

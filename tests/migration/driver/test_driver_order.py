@@ -8,12 +8,12 @@ from typing import Any, Dict, List, Optional
 
 from livemig import workload
 from livemig.checks import FREED_MIB, MIB, SMALL, WITH_HINTS, assert_hints_used, assert_watched
-from livemig.faults import BUFFERS, in_flight, load, tell_all_orders, write
+from livemig.faults import BUFFERS, TRACING, in_flight, load, tell_all_orders, trace_on, write
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import cancel, migrate
 
-TRACE = "/sys/kernel/tracing"
+# What the driver and the walk do.
 EVENTS = ("virtio_balloon_hint", "free_page_hint")
 HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
 ARRAY = re.compile(r"virtio_balloon_hint_array: id=\d+ size=(\d+)")
@@ -39,17 +39,10 @@ class Report:
     error: int = 0
 
 
-def trace_on(guest: Guest) -> None:
-    """Record what the driver and the walk do."""
-    guest.agent.run(f"echo 65536 > {TRACE}/buffer_size_kb")
-    for event in EVENTS:
-        guest.agent.run(f"echo 1 > {TRACE}/events/{event}/enable")
-
-
 def reports(guest: Guest) -> List[Report]:
     """What the driver did since trace_on(), request by request."""
     found: List[Report] = []
-    for name, number, error in EVENT.findall(guest.agent.run(f"cat {TRACE}/trace", timeout=120)):
+    for name, number, error in EVENT.findall(guest.agent.run(f"cat {TRACING}/trace", timeout=120)):
         if name == "virtio_balloon_hint_request":
             found.append(Report(int(number)))
         elif name == "free_page_hint_batch":
@@ -73,7 +66,7 @@ def test_the_id_is_older_than_the_walk(lab: Lab, measured: Dict[str, Any]) -> No
     # An array for each order: more than the driver has buffers.
     tell_all_orders(source)
     workload.dirty_and_free(source, FREED_MIB)
-    trace_on(source)
+    trace_on(source, *EVENTS)
     for _ in range(CHANGES):
         with in_flight(source):
             # The device hears of the arrays with the next message, which is the end of the report.
@@ -101,10 +94,10 @@ def test_the_smallest_block_is_64_kib(lab: Lab) -> None:
     # The premise: there are smaller ones, of any order.
     smaller = "awk '{for (i = 5; i <= 8; i++) sum += $i} END {print sum}' /proc/buddyinfo"
     assert int(source.agent.run(smaller)) > 0
-    trace_on(source)
+    trace_on(source, *EVENTS)
     destination = lab.incoming(SMALL)
     assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
-    sizes = {int(size) for size in ARRAY.findall(destination.agent.run(f"cat {TRACE}/trace"))}
+    sizes = {int(size) for size in ARRAY.findall(destination.agent.run(f"cat {TRACING}/trace"))}
     # Those of one size may all have merged, when the driver looks, but not all of six.
     assert sizes <= set(workload.TOLD_SIZES)
     assert 4 * MIB in sizes and min(sizes) < 2 * MIB

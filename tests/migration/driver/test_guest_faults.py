@@ -7,11 +7,12 @@ complaint fails the test. Its module hint_faults lets messages fail, or keeps th
 FPH_REPEAT=n makes the loops n times as long.
 """
 
+import contextlib
 import os
 import re
 import statistics
 import time
-from typing import Any, Counter, Dict
+from typing import Any, Counter, Dict, Iterator
 
 import pytest
 
@@ -21,7 +22,8 @@ from livemig.checks import assert_hints_used, assert_intact, assert_watched, ass
 from livemig.checks import fill_and_free, going_on, hints_of, keep_busy, rounds
 from livemig.checks import start_churn, wait_answered, wait_for
 from livemig.errors import GuestError
-from livemig.faults import BUFFERS, FAULTS, in_flight, load, read_number, tell_all_orders, write
+from livemig.faults import BUFFERS, FAULTS, TRACING, in_flight, load, read_number
+from livemig.faults import tell_all_orders, trace_on, write
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import cancel, migrate
@@ -36,7 +38,6 @@ SANITIZED = DEBUG.but(qemu="debug")
 DRIVER = "/sys/bus/virtio/drivers/virtio_balloon"
 STATS = "/sys/kernel/debug/virtio_balloon_hint/*"
 DEBUGFS = "/sys/kernel/debug"
-TRACING = "/sys/kernel/tracing"
 # What each of the driver's buffers takes.
 BUFFER_BYTES = 128 << 10
 # More faults than there is anything to fail.
@@ -82,9 +83,9 @@ def assert_works(source: Guest) -> None:
     wait_held(source, 0)
 
 
-def move(lab: Lab, source: Guest, **changes: Any) -> Guest:
+def move(lab: Lab, source: Guest) -> Guest:
     """Migrate with hints; the guest and its memory arrive, and its kernel was watched."""
-    destination = lab.incoming(source.spec.but(**changes))
+    destination = lab.incoming(source.spec)
     assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
     assert_intact(destination)
     assert_watched(destination)
@@ -117,7 +118,8 @@ def test_debug_kernel(lab: Lab) -> None:
 
 # What goes on in the guest while it is asked.
 LOOPS = {
-    "rebind": f"echo $dev > {DRIVER}/unbind; echo $dev > {DRIVER}/bind",
+    "rebind": f"dev=$(basename {DRIVER}/virtio*);"
+    f" echo $dev > {DRIVER}/unbind; echo $dev > {DRIVER}/bind",
     "reload": "rmmod virtio_balloon; rmmod virtio_balloon_hint;"
     " insmod /lib/modules/virtio_balloon_hint.ko hint_order=0;"
     " insmod /lib/modules/virtio_balloon.ko",
@@ -129,8 +131,7 @@ def test_driver_comes_and_goes(lab: Lab, measured: Dict[str, Any], loop: str) ->
     """A driver that is unbound or unloaded over and over while asked leaves nothing behind."""
     source = boot(lab)
     start_churn(source)
-    dev = source.agent.run(f"basename $(readlink -f {DRIVER}/virtio*)").strip()
-    with going_on(source, f"dev={dev}; {LOOPS[loop]}"):
+    with going_on(source, LOOPS[loop]):
         reasons = Counter(ask(source, wait_ms=2000).reason or "none" for _ in range(6 * REPEAT))
     measured.update(reasons=dict(reasons), rounds=rounds(source))
     # The premise: the guest was caught without a driver, or lost it while it was asked.
@@ -144,12 +145,11 @@ def test_driver_comes_and_goes(lab: Lab, measured: Dict[str, Any], loop: str) ->
 def test_driver_goes_in_flight(lab: Lab, loop: str) -> None:
     """A driver that goes with arrays in flight ends the report and gives its memory back."""
     source = boot(lab, SANITIZED)
-    dev = source.agent.run(f"basename $(readlink -f {DRIVER}/virtio*)").strip()
     for _ in range(REPEAT):
         with in_flight(source):
             # The premise: all buffers are with the device.
             assert held_bytes(source) == BUFFERS * BUFFER_BYTES
-            source.agent.run(f"dev={dev}; {LOOPS[loop]}")
+            source.agent.run(LOOPS[loop])
             assert wait_answered(source).reason == "reset"
             # The new driver is not asked, and has nothing.
             assert held_bytes(source) == 0
@@ -160,13 +160,13 @@ def test_driver_goes_in_flight(lab: Lab, loop: str) -> None:
 
 
 PORT = ("-device", "pcie-root-port,id=hot,chassis=1,slot=1")
-BALLOON = {
-    "driver": "virtio-balloon-pci",
-    "id": "balloon",
-    "bus": "hot",
-    "free-page-hint": True,
-    "free-page-hint-arrays": True,
-}
+BALLOON = f"virtio-balloon-pci,id=balloon,bus=hot,{ARRAYS}"
+
+
+def plug(guest: Guest) -> None:
+    """Give a guest a balloon; its driver finds it."""
+    assert not guest.hmp(f"device_add {BALLOON}")
+    guest.agent.run(f"until ls -d {STATS}; do sleep 0.1; done")
 
 
 def device_deleted(event: Dict[str, Any]) -> bool:
@@ -177,13 +177,11 @@ def device_deleted(event: Dict[str, Any]) -> bool:
 def test_unplug(lab: Lab) -> None:
     """A balloon that is unplugged, plugged, and ejected with arrays in flight harms nobody."""
     empty = SANITIZED.but(balloon=None, args=PORT)
-    balloon = ("-device", f"virtio-balloon-pci,id=balloon,bus=hot,{ARRAYS}")
-    source = boot(lab, empty.but(args=(*empty.args, *balloon)))
+    source = boot(lab, empty.but(args=(*PORT, "-device", BALLOON)))
     source.qmp("device_del", id="balloon")
     source.wait_event(device_deleted, "end of the balloon", 60)
     assert ask(source).reason == "no-device"
-    source.qmp_dict("device_add", BALLOON)
-    source.agent.run(f"until ls -d {STATS}; do sleep 0.1; done")
+    plug(source)
     assert_works(source)
 
     with in_flight(source):
@@ -196,8 +194,7 @@ def test_unplug(lab: Lab) -> None:
     result = migrate(source, destination, WITH_HINTS)
     assert hints_of(result).reason == "no-device"
     assert_intact(destination)
-    destination.qmp_dict("device_add", BALLOON)
-    destination.agent.run(f"until ls -d {STATS}; do sleep 0.1; done")
+    plug(destination)
     write(destination, mute=0)
     assert_works(destination)
     assert_watched(destination)
@@ -233,13 +230,28 @@ SLEEPY = DEBUG.but(cmdline=("no_console_suspend",))
 WAKEUP_SECONDS = 300
 
 
+@contextlib.contextmanager
+def telling_where_it_is(guest: Guest) -> Iterator[None]:
+    """Say what is known of a guest that does not do what it should."""
+    try:
+        yield
+    except GuestError as err:
+        known = {
+            "the machine's load": " ".join(map(str, os.getloadavg())),
+            "status": guest.qmp("query-status"),
+            "vCPUs": guest.hmp("info cpus"),
+            "registers": guest.hmp("info registers -a"),
+            "the end of its console": guest.console.tail(),
+        }
+        text = "".join(f"\n--- {what}:\n{text}" for what, text in known.items())
+        raise GuestError(f"{err}{text}") from err
+
+
 def fall_asleep(guest: Guest) -> None:
     """Suspend to RAM. What the agent is sent next is done after the wakeup."""
     guest.agent.send("echo mem > /sys/power/state")
-    try:
+    with telling_where_it_is(guest):
         guest.wait_event(lambda event: event["event"] == "SUSPEND", "sleep", 60)
-    except GuestError as err:
-        raise GuestError(f"{err}{where_it_is(guest)}") from err
     assert guest.qmp("query-status")["status"] == "suspended"
 
 
@@ -252,23 +264,9 @@ def wake_up(guest: Guest) -> None:
     """
     so_far = len(guest.console.text())
     guest.qmp("system_wakeup")
-    try:
+    with telling_where_it_is(guest):
         guest.wait_event(lambda event: event["event"] == "WAKEUP", "wakeup", 60)
         guest.console.wait_for("PM: suspend exit", WAKEUP_SECONDS, so_far)
-    except GuestError as err:
-        raise GuestError(f"{err}{where_it_is(guest)}") from err
-
-
-def where_it_is(guest: Guest) -> str:
-    """What is known of a guest that does not do what it should."""
-    known = {
-        "the machine's load": " ".join(map(str, os.getloadavg())),
-        "status": guest.qmp("query-status"),
-        "vCPUs": guest.hmp("info cpus"),
-        "registers": guest.hmp("info registers -a"),
-        "the end of its console": guest.console.tail(),
-    }
-    return "".join(f"\n--- {what}:\n{text}" for what, text in known.items())
 
 
 @pytest.mark.parametrize("flight", ["muted", "heard"])
@@ -323,25 +321,21 @@ NO_MEMORY = {
 
 def addresses(guest: Guest, module: str, *names: str) -> Dict[str, str]:
     """Limit faults to what is called by a function of a module: the first of these that it has."""
-    symbols = guest.agent.run(f"grep '\\[{module}]$' /proc/kallsyms | sort").splitlines()
-    starts = [symbol.split()[0] for symbol in symbols]
-    functions = {symbol.split()[2]: number for number, symbol in enumerate(symbols)}
+    lines = guest.agent.run(f"grep '\\[{module}]$' /proc/kallsyms | sort").splitlines()
+    symbols = [line.split() for line in lines]
+    functions = {one[2]: (one[0], other[0]) for one, other in zip(symbols, symbols[1:])}
     for name in names:
         if name in functions:
-            number = functions[name]
-            return {
-                "require-start": f"0x{starts[number]}",
-                "require-end": f"0x{starts[number + 1]}",
-            }
+            start, end = functions[name]
+            return {"require-start": f"0x{start}", "require-end": f"0x{end}"}
     raise GuestError(f"{guest.name}: the driver is not in /proc/kallsyms: {symbols}")
 
 
 def set_fault(guest: Guest, what: str, **settings: object) -> None:
-    """Set the attributes of a fault; underscores stand for dashes."""
-    settings = {"verbose": 0, "ignore_gfp_wait": "N", **settings}
+    """Set the attributes of a fault."""
+    settings = {"verbose": 0, "ignore-gfp-wait": "N", **settings}
     for name, value in settings.items():
-        path = f"{DEBUGFS}/{what}/{name.replace('_', '-')}"
-        guest.agent.run(f"echo {value} > {path}")
+        guest.agent.run(f"echo {value} > {DEBUGFS}/{what}/{name}")
 
 
 def fail_pages_of_driver(guest: Guest, options: Dict[str, int]) -> None:
@@ -414,8 +408,7 @@ def test_queue_refuses(lab: Lab, measured: Dict[str, Any]) -> None:
         write(source, fail_from=0)
         wait_held(source, 0)
     assert_works(source)
-    dev = source.agent.run(f"basename $(readlink -f {DRIVER}/virtio*)").strip()
-    source.agent.run(f"dev={dev}; {LOOPS['rebind']}")
+    source.agent.run(LOOPS["rebind"])
     tell_all_orders(source)
     assert_works(source)
     move(lab, source)
@@ -474,8 +467,7 @@ def test_lock_holds(lab: Lab, measured: Dict[str, Any], freed_mib: int) -> None:
     if freed_mib:
         workload.dirty_and_free(source, freed_mib)
     tell_all_orders(source)
-    source.agent.run(f"echo 65536 > {TRACING}/buffer_size_kb")
-    source.agent.run(f"echo 1 > {TRACING}/events/free_page_hint/enable")
+    trace_on(source, "free_page_hint")
     for _ in range(5 * REPEAT):
         assert ask(source).reason is None
     trace = source.agent.run(f"grep free_page_hint_batch {TRACING}/trace", timeout=120)
