@@ -10,6 +10,7 @@ from typing import Iterator
 
 from livemig.checks import begin, hints_now, wait_for
 from livemig.guest import Guest
+from livemig.migration import cancel
 
 PARAMETERS = "/sys/module/virtio_balloon_hint/parameters"
 FAULTS = "/sys/module/hint_faults/parameters"
@@ -47,7 +48,10 @@ def write(guest: Guest, **files: object) -> None:
 
 @contextlib.contextmanager
 def in_flight(source: Guest, messages: int = BUFFERS) -> Iterator[None]:
-    """A migration asks, and the driver waits for the device to return so many messages."""
+    """A migration asks, and the driver waits for the device to return so many messages.
+
+    It is cancelled at the end.
+    """
     write(source, muted=0, mute=1)
     begin(source)
     muted = f"{FAULTS}/muted"
@@ -60,3 +64,4 @@ def in_flight(source: Guest, messages: int = BUFFERS) -> Iterator[None]:
     # Nor is a buffer used twice.
     assert read_number(source, muted) == messages
     yield
+    cancel(source)
