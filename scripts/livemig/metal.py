@@ -173,16 +173,14 @@ def written_metal(
         yield guest
 
 
+# Stock QEMU does not wait for the guest in round 0.
+STOCK_HELD = MigrationSpec(parameters={"max-bandwidth": HELD, "downtime-limit": DOWNTIME_MS})
+
+
 def held(**capabilities: bool) -> MigrationSpec:
     """A migration that waits for the guest in round 0, and stays in round 1 until it is let go."""
-    return MigrationSpec(
-        capabilities={name.replace("_", "-"): value for name, value in capabilities.items()},
-        parameters={
-            "free-page-hint-wait": WAIT_MS,
-            "max-bandwidth": HELD,
-            "downtime-limit": DOWNTIME_MS,
-        },
-    )
+    waits = STOCK_HELD.with_parameters(free_page_hint_wait=WAIT_MS)
+    return waits.with_capabilities(**capabilities)
 
 
 # A migration that nobody receives.
@@ -195,10 +193,6 @@ def set_up(source: Guest, **parameters: Any) -> None:
     """Set for all migrations what start() sets for one."""
     set_capabilities(source, {"events": True})
     source.qmp_dict("migrate-set-parameters", dict(held().with_parameters(**parameters).parameters))
-
-
-# Stock QEMU does not wait.
-STOCK_HELD = MigrationSpec(parameters={"max-bandwidth": HELD, "downtime-limit": DOWNTIME_MS})
 
 
 def let_go(source: Guest, destination: Guest) -> MigrationResult:
