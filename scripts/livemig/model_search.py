@@ -12,9 +12,6 @@ from livemig import paths
 
 MODEL = paths.REPO / "tests" / "migration" / "model" / "free_page_hint.pml"
 
-# What a search may use. The largest needs a third of that.
-MEMORY_MIB = 3500
-DEPTH = 2_000_000
 TIMEOUT_S = 1200
 
 SAFETY = "-DSAFETY -DNOFAIR -DNOCLAIM"
@@ -30,8 +27,9 @@ class Search:
     claim: str = ""
     # A violation ends it early: compiling it well, or much memory, would take longer.
     short: bool = False
-    depth: int = DEPTH
-    mib: int = MEMORY_MIB
+    # What it may use. The largest needs a third of that.
+    depth: int = 2_000_000
+    mib: int = 3500
 
 
 @dataclass(frozen=True)
