@@ -141,7 +141,7 @@ class Balloon:
     HINTS = 1 << 3
     ARRAYS = 1 << 23
     CACHE = 1 << 22
-    HINTS_IN_ARRAYS = HINTS | ARRAYS
+    OURS = HINTS | ARRAYS
 
     # Inflate, deflate and statistics come before it.
     HINT_QUEUE = 3
@@ -195,7 +195,7 @@ class Balloon:
         if self.queue.size:
             self.machine.command("fill", self.QUEUE_ADDR, 0x7000 // 4, 0)
 
-    def start(self, features: int = HINTS_IN_ARRAYS) -> None:
+    def start(self, features: int = OURS) -> None:
         """Negotiate features, set the hint queue up and start the device."""
         self.reset()
         self.set(self.STATUS, self.ACKNOWLEDGE, 8)

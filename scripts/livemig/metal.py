@@ -150,7 +150,7 @@ def read_page(file: BinaryIO, addr: int) -> bytes:
 
 
 @contextlib.contextmanager
-def metal(lab: Lab, features: int = Balloon.HINTS_IN_ARRAYS, **changes: Any) -> Iterator[Metal]:
+def metal(lab: Lab, features: int = Balloon.OURS, **changes: Any) -> Iterator[Metal]:
     """A bare-metal guest that has set its balloon up; skips where its accelerator does not work."""
     usable(changes.get("accel", ""))
     with memory.memory_files("source", "destination") as files:
@@ -164,9 +164,7 @@ def metal(lab: Lab, features: int = Balloon.HINTS_IN_ARRAYS, **changes: Any) -> 
 
 
 @contextlib.contextmanager
-def written_metal(
-    lab: Lab, features: int = Balloon.HINTS_IN_ARRAYS, **changes: Any
-) -> Iterator[Metal]:
+def written_metal(lab: Lab, features: int = Balloon.OURS, **changes: Any) -> Iterator[Metal]:
     """The same, and it has written all parts of its memory."""
     with metal(lab, features, **changes) as guest:
         guest.write_all()

@@ -33,7 +33,7 @@ class Case:
 
     name: str
     accel: str
-    features: int = Balloon.HINTS_IN_ARRAYS
+    features: int = Balloon.OURS
     # Pages in a chunk of a deferred clear, as a power of two.
     shift: int = 18
     manual_protect: bool = True

@@ -89,8 +89,8 @@ def descriptors(balloon: Balloon, cmd_id: int) -> int:
 
 
 PROTOCOLS: Dict[str, Tuple[int, Callable[[Balloon, int], int]]] = {
-    "arrays": (Balloon.HINTS_IN_ARRAYS, consecutive),
-    "arrays-scattered": (Balloon.HINTS_IN_ARRAYS, scattered),
+    "arrays": (Balloon.OURS, consecutive),
+    "arrays-scattered": (Balloon.OURS, scattered),
     "blocks": (Balloon.HINTS, descriptors),
 }
 each_protocol = pytest.mark.parametrize("protocol", PROTOCOLS)

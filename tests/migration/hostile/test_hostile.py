@@ -581,7 +581,7 @@ def test_random_messages(lab: Lab, accel: str, measured: Dict[str, Any], feature
     for attempt in range(REPEAT):
         seed = FIRST_SEED + attempt
         measured["last_seed"] = seed
-        bits = Balloon.HINTS_IN_ARRAYS if features == "arrays" else Balloon.HINTS
+        bits = Balloon.OURS if features == "arrays" else Balloon.HINTS
         with metal(
             lab, bits, accel=accel, mem_mib=MEM_MIB, qemu="debug", trace=memory.KEPT_EVENTS
         ) as guest:
