@@ -93,10 +93,8 @@ class Queue:
         deadline = time.monotonic() + ANSWER_SECONDS
         while self.returned() != self.offered():
             if time.monotonic() > deadline:
-                raise GuestError(
-                    f"the device returned {self.returned()} of {self.offered()} chains "
-                    f"within {ANSWER_SECONDS} s"
-                )
+                count = f"{self.returned()} of {self.offered()} chains"
+                raise GuestError(f"the device returned {count} within {ANSWER_SECONDS} s")
 
     def flood(self, head: int, *change: int) -> int:
         """Begin to offer a chain as fast as the device returns it; Machine.stop() ends it.
@@ -133,22 +131,21 @@ class Balloon:
     CACHE_MIB = CONFIG + 16
     CACHE_MS = CONFIG + 20
 
-    ACKNOWLEDGE = 1
-    DRIVER = 2
-    DRIVER_OK = 4
+    # What the status says
+    ACKNOWLEDGE, DRIVER, DRIVER_OK = 1, 2, 4
 
     # Feature bits
     HINTS = 1 << 3
     ARRAYS = 1 << 23
     CACHE = 1 << 22
+    # What our driver has.
     OURS = HINTS | ARRAYS
 
     # Inflate, deflate and statistics come before it.
     HINT_QUEUE = 3
 
     # Command ids that are none
-    STOP = 0
-    DONE = 1
+    STOP, DONE = 0, 1
 
     # Where this program keeps the queue and its messages.
     QUEUE_ADDR = 1 * MIB
@@ -229,12 +226,10 @@ class Balloon:
     def wait_asked(self) -> int:
         """Wait until the device asks for hints; returns the id."""
         deadline = time.monotonic() + ANSWER_SECONDS
-        while True:
-            cmd_id = self.cmd_id()
-            if cmd_id not in (self.STOP, self.DONE):
-                return cmd_id
+        while (cmd_id := self.cmd_id()) in (self.STOP, self.DONE):
             if time.monotonic() > deadline:
                 raise GuestError(f"the device asked for no hints within {ANSWER_SECONDS} s")
+        return cmd_id
 
     # Reports, with arrays or without
 
