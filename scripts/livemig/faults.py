@@ -12,7 +12,7 @@ from livemig.checks import begin, hints_now, wait_for
 from livemig.guest import Guest
 from livemig.migration import cancel
 
-PARAMETERS = "/sys/module/virtio_balloon_hint/parameters"
+HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
 FAULTS = "/sys/module/hint_faults/parameters"
 TRACING = "/sys/kernel/tracing"
 # What the driver has: four buffers.
@@ -26,7 +26,7 @@ def load(guest: Guest) -> None:
 
 def tell_all_orders(guest: Guest) -> None:
     """A report becomes an array for each order that has free blocks."""
-    guest.agent.run(f"echo 0 > {PARAMETERS}/hint_order")
+    guest.agent.run(f"echo 0 > {HINT_ORDER}")
 
 
 def trace_on(guest: Guest, *events: str) -> None:

@@ -19,9 +19,6 @@ from livemig.spec import CPU, GuestSpec
 
 PAGE = PAGE_BYTES
 
-# A register that not every KVM has.
-SPEC_CPU = f"{CPU},-arch-capabilities"
-
 ANSWER_SECONDS = 30
 # Where it has no RAM.
 FIRMWARE = 0xFFFF0000
@@ -127,20 +124,17 @@ def stamped(addr: int, seed: int) -> bytes:
 
 def spec(mem_mib: int = 128, **changes: object) -> GuestSpec:
     """A machine for the bare-metal guest."""
-    return GuestSpec(
-        mem_mib=mem_mib,
-        vcpus=1,
-        cpu=SPEC_CPU,
-        firmware=paths.bare_metal("bare-metal.bin"),
-    ).but(**changes)
+    # Without a register that not every KVM has.
+    cpu = f"{CPU},-arch-capabilities"
+    program = paths.bare_metal("bare-metal.bin")
+    return GuestSpec(mem_mib=mem_mib, vcpus=1, cpu=cpu, firmware=program).but(**changes)
 
 
 @functools.lru_cache(maxsize=None)
 def trouble_with_kvm(accel: str = "kvm") -> Optional[str]:
     """Why the bare-metal guest does not run with KVM on this machine, found out by running it."""
-    device = Path("/dev/kvm")
-    if not device.exists():
-        return f"there is no {device} on this machine."
+    if not Path("/dev/kvm").exists():
+        return "there is no /dev/kvm on this machine."
     with tempfile.TemporaryDirectory(prefix="livemig-") as logs:
         try:
             with Guest(spec(accel=accel), "probe", logs=Path(logs)) as guest:

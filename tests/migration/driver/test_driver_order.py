@@ -7,14 +7,14 @@ from typing import Any, Dict, List, Tuple
 
 from livemig import workload
 from livemig.checks import FREED_MIB, MIB, SMALL, WITH_HINTS, assert_hints_used, assert_watched
-from livemig.faults import BUFFERS, TRACING, in_flight, load, tell_all_orders, trace_on, write
+from livemig.faults import BUFFERS, HINT_ORDER, TRACING, in_flight, load, tell_all_orders
+from livemig.faults import trace_on, write
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import migrate
 
 # What the driver and the walk do.
 EVENTS = ("virtio_balloon_hint", "free_page_hint")
-HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
 REQUEST, ARRAY, END = (f"virtio_balloon_hint_{what}" for what in ("request", "array", "end"))
 BATCH = "free_page_hint_batch"
 EVENT = re.compile(

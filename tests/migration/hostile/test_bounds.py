@@ -42,12 +42,8 @@ TURN_BUDGET = 256
 # HOLD_PAGES of the engine
 HOLD_PAGES = 4 << 20
 
-ASK, END, TURN, HOLD = EVENTS = (
-    "free_page_hint_ask",
-    "free_page_hint_end",
-    "virtio_balloon_hint_turn",
-    "free_page_hint_hold",
-)
+EVENTS = "free_page_hint_ask free_page_hint_end virtio_balloon_hint_turn free_page_hint_hold"
+ASK, END, TURN, HOLD = EVENTS.split()
 
 
 def repeat(balloon: Balloon, cmd_id: int, size: int, count: int) -> None:
@@ -138,7 +134,7 @@ class Liar:
 def liar(lab: Lab, accel: str, protocol: str) -> Liar:
     """A large guest that will lie."""
     args = ("-msg", "timestamp=on")
-    large = spec(MEM_MIB, accel=usable(accel), trace=" ".join(EVENTS), args=args)
+    large = spec(MEM_MIB, accel=usable(accel), trace=EVENTS, args=args)
     return Liar(lab.launch(large, "source"), protocol)
 
 
@@ -168,7 +164,6 @@ def test_the_deadline_holds(liar: Liar, measured: Dict[str, Any], protocol: str)
     assert hints.messages > 1
     assert hints.hinted_bytes > (0 if protocol == "arrays-scattered" else HIGH_BYTES)
     cancel(liar.source)
-    assert liar.source.qmp("query-migrate")["status"] == "cancelled"
     # The premise: messages that a hold has no room for.
     assert max(work for _, (_, work, _) in liar.events(HOLD)) == HOLD_PAGES
     (asked, _), (ended, _) = (liar.events(event)[-1] for event in (ASK, END))
@@ -200,7 +195,6 @@ def test_cancel_is_not_kept_waiting(liar: Liar, measured: Dict[str, Any], protoc
     hints = wait_hints_ended(liar.source)
     liar.stop(flood)
     assert hints.reason == "cancelled"
-    assert liar.source.qmp("query-migrate")["status"] == "cancelled"
     show(
         measured,
         f"{protocol}, cancelled",

@@ -82,10 +82,9 @@ class Switched:
 
 
 def _spec(way: str, absent: bool = False) -> MigrationSpec:
-    return replace(
-        held(free_page_hint=not absent, skip_absent_pages=absent),
-        common={"postcopy-ram": True, **WAYS[way]},
-    ).with_parameters(max_postcopy_bandwidth=HELD)
+    spec = held(free_page_hint=not absent, skip_absent_pages=absent)
+    common = {"postcopy-ram": True, **WAYS[way]}
+    return replace(spec, common=common).with_parameters(max_postcopy_bandwidth=HELD)
 
 
 def _hint(guest: Metal) -> None:
