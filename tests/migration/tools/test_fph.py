@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List
 
 import libvirt
 import pytest
@@ -18,7 +18,8 @@ from livefph import change, show
 from livefph.cli import parse, parser
 from livefph.estimate import bandwidth
 from livemig import fake_libvirt, paths
-from livemig.fake_libvirt import DENIED, ESTIMATE, GIB, MIB, FakeHost, InTurn, error, status_answers
+from livemig.fake_libvirt import DENIED, ESTIMATE, GIB, MIB, FakeDomain, FakeHost, InTurn, error
+from livemig.fake_libvirt import status_answers
 
 # Fixtures
 host = fake_libvirt.host_fixture
@@ -247,196 +248,111 @@ def test_override_stays_with_a_libvirt_that_knows_hints(host: FakeHost, fph: Any
 # ---- bad input: one line, an exit status, nothing changed ----------------------------------------
 
 
-def unknown_domain(host: FakeHost) -> None:
-    """There is another one."""
-    host.add("other")
-
-
-def no_balloon(host: FakeHost) -> None:
-    """A domain without one."""
-    domain = host.add("a")
-    domain.xml = domain.xml.replace("<memballoon model='virtio'/>", "")
-
-
-def model_none(host: FakeHost) -> None:
-    """A domain that wants none."""
-    host.add("a", model="none")
-
-
-def stock_emulator(host: FakeHost) -> None:
-    """A QEMU that would not start with our properties."""
-    host.add("a", emulator="/bin/true")
-
-
-def emulator_missing(host: FakeHost) -> None:
-    """A QEMU that was removed."""
-    host.add("a")
-
-
-def transient(host: FakeHost) -> None:
-    """A domain that is gone when it ends."""
-    host.add("a").permanent = False
-
-
-def two_at_once(host: FakeHost) -> None:
+def changed_meanwhile(_: FakeHost, domain: FakeDomain) -> None:
     """Somebody else defines the domain while we think."""
-    domain = host.add("a", emulator="relative/qemu")
 
-    def changed(time: int) -> None:
+    def change(time: int) -> None:
         if time > 2:
             domain.xml = domain.xml.replace("<name>", "<name><!-- -->")
 
-    domain.on_read = changed
+    domain.on_read = change
 
 
-def two_estimates(host: FakeHost) -> None:
-    """QEMU makes one at a time."""
-    desc = {"class": "GenericError", "desc": "an estimate is being made already"}
-    host.add("a").qemu(calc_free_page_estimate={"error": desc})
-
-
-def stock_qemu(host: FakeHost) -> None:
-    """The command is missing."""
-    host.add("a")
-
-
-def shut_off(host: FakeHost) -> None:
-    """A domain that does not run."""
-    host.add("a", active=False)
-
-
-def invalid(host: FakeHost) -> None:
-    """libvirt does not want the definition."""
-    host.add("a", emulator="relative/qemu")
-    host.refusals.append(
-        error(libvirt.VIR_ERR_XML_INVALID_SCHEMA, "XML document failed\n to validate")
-    )
-
-
-def read_only_write(host: FakeHost) -> None:
-    """libvirt refuses to define."""
-    host.add("a", emulator="relative/qemu")
-    host.refusals.append(DENIED)
-
-
-def read_only_dry_run(host: FakeHost) -> None:
-    """libvirt refuses to say whether it knows hints."""
-    host.add("a", emulator="relative/qemu")
-    host.inconvertible.append(DENIED)
-
-
-def stock_at_a_distance(host: FakeHost) -> None:
-    """A QEMU that cannot be run from here, and libvirt knows that it has no hints."""
-    host.add("a", emulator="relative/qemu")
-    host.native, host.ours = True, False
-
-
-def unknown_machine(host: FakeHost) -> None:
-    """libvirt starts no domain of this kind, with hints or without."""
-    host.add("a", emulator="relative/qemu")
-    host.inconvertible.append(error(libvirt.VIR_ERR_INVALID_ARG, "could not find\n capabilities"))
-
-
-def read_only_qemu(host: FakeHost) -> None:
-    """libvirt does not let QEMU be asked."""
-    host.add("a").qemu(calc_free_page_estimate=DENIED)
-
-
-def cut_estimate(host: FakeHost) -> None:
-    """The connection breaks half way."""
-    host.add("a").qemu(calc_free_page_estimate={}, query_free_page_estimate=host.cut)
-
-
-def cut_before(host: FakeHost) -> None:
-    """The connection is broken when a domain is looked for."""
-    host.alive = False
-
-
-def cut_write(host: FakeHost) -> None:
+def cut_when_read_again(host: FakeHost, domain: FakeDomain) -> None:
     """The connection breaks before the definition is read again."""
 
     def cut(time: int) -> None:
         if time > 1:
             raise host.cut()
 
-    host.add("a", emulator="relative/qemu").on_read = cut
+    domain.on_read = cut
 
 
-def nothing_migrates(host: FakeHost) -> None:
-    """A domain that stays where it is."""
-    host.add("a").qemu(query_migrate={"status": "completed"})
+def failure(desc: str) -> Dict[str, Any]:
+    """How QEMU says that a command failed."""
+    return {"error": {"class": "GenericError", "desc": desc}}
 
 
-def refusing_qemu(host: FakeHost) -> None:
-    """QEMU does not want to say it."""
-    host.add("a").qemu(query_migrate={"error": {"class": "GenericError", "desc": "not\n now"}})
-
-
-def nothing(host: FakeHost) -> None:
-    """No domain at all."""
-    del host
-
-
-ESTIMATED = ("estimate", "a")
-ENABLED = ("enable", "a", "--write")
-BAD: Dict[str, Tuple[Any, Tuple[str, ...], int, str]] = {
-    "unknown domain": (unknown_domain, ("status", "a"), 1, "a: qemu:///fake has no such domain"),
-    "no balloon": (no_balloon, ENABLED, 1, "a: it has no <memballoon>"),
-    "model none": (model_none, ENABLED, 1, "a: its <memballoon> has model 'none', hints need"),
-    "stock emulator": (stock_emulator, ENABLED, 1, "a: its <emulator> /bin/true is a stock QEMU"),
-    "no emulator": (emulator_missing, ENABLED, 1, "a: its <emulator> /nowhere/qemu cannot be run"),
-    "transient": (transient, ENABLED, 1, "a: it is transient"),
-    "two at once": (two_at_once, ENABLED, 1, "a: its definition was changed by somebody else"),
-    "two estimates": (two_estimates, ESTIMATED, 1, "a: an estimate is being made already"),
-    "stock QEMU": (stock_qemu, ESTIMATED, 1, "a: its QEMU is a stock one"),
-    "shut off": (shut_off, ESTIMATED, 1, "a: it is not running"),
-    "none runs": (shut_off, ("estimate", "--all"), 1, "no domain is running on qemu:///fake"),
-    "not valid": (invalid, ENABLED, 3, "a: XML document failed to validate"),
-    "read-only": (read_only_write, ENABLED, 3, "a: the connection is read-only: operation"),
-    "read-only dry run": (
-        read_only_dry_run,
-        ("enable", "a", "--readonly"),
-        3,
-        "a: the connection is read-only: operation",
+BUSY = failure("an estimate is being made already")
+COMPLETED = {"status": "completed"}
+INVALID = error(libvirt.VIR_ERR_XML_INVALID_SCHEMA, "XML document failed\n to validate")
+UNKNOWN = error(libvirt.VIR_ERR_INVALID_ARG, "could not find\n capabilities")
+# What is wrong with the libvirt, or with its domain "a", whose QEMU cannot be run from here.
+PREPARED: Dict[str, Callable[[FakeHost, FakeDomain], Any]] = {
+    "no balloon": lambda _, a: vars(a).update(
+        xml=a.xml.replace("<memballoon model='virtio'/>", "")
     ),
+    "model none": lambda host, _: host.add("a", model="none"),
+    "stock emulator": lambda host, _: host.add("a", emulator="/bin/true"),
+    "no emulator": lambda host, _: host.add("a", emulator="/nowhere/qemu"),
+    "transient": lambda _, a: vars(a).update(permanent=False),
+    "two at once": changed_meanwhile,
+    "two estimates": lambda _, a: a.qemu(calc_free_page_estimate=BUSY),
+    "shut off": lambda host, _: host.add("a", active=False),
+    "none runs": lambda host, _: host.add("a", active=False),
+    "not valid": lambda host, _: host.refusals.append(INVALID),
+    "read-only": lambda host, _: host.refusals.append(DENIED),
+    # libvirt refuses to say whether it knows hints.
+    "read-only dry run": lambda host, _: host.inconvertible.append(DENIED),
+    "stock at a distance": lambda host, _: vars(host).update(native=True, ours=False),
+    # libvirt starts no domain of this kind, with hints or without.
+    "unknown machine": lambda host, _: host.inconvertible.append(UNKNOWN),
+    "read-only QEMU": lambda _, a: a.qemu(calc_free_page_estimate=DENIED),
+    "cut": lambda host, a: a.qemu(calc_free_page_estimate={}, query_free_page_estimate=host.cut),
+    "cut before": lambda host, _: vars(host).update(alive=False),
+    "cut write": cut_when_read_again,
+    "no migration": lambda _, a: a.qemu(query_migrate=COMPLETED),
+    "refused": lambda _, a: a.qemu(query_migrate=failure("not\n now")),
+}
+ENABLE = "enable a --write"
+BAD = {
+    "unknown domain": ("status b", 1, "b: qemu:///fake has no such domain"),
+    "no balloon": (ENABLE, 1, "a: it has no <memballoon>"),
+    "model none": (ENABLE, 1, "a: its <memballoon> has model 'none', hints need"),
+    "stock emulator": (ENABLE, 1, "a: its <emulator> /bin/true is a stock QEMU"),
+    "no emulator": (ENABLE, 1, "a: its <emulator> /nowhere/qemu cannot be run"),
+    "transient": (ENABLE, 1, "a: it is transient"),
+    "two at once": (ENABLE, 1, "a: its definition was changed by somebody else"),
+    "two estimates": ("estimate a", 1, "a: an estimate is being made already"),
+    "stock QEMU": ("estimate a", 1, "a: its QEMU is a stock one"),
+    "shut off": ("estimate a", 1, "a: it is not running"),
+    "none runs": ("estimate --all", 1, "no domain is running on qemu:///fake"),
+    "not valid": (ENABLE, 3, "a: XML document failed to validate"),
+    "read-only": (ENABLE, 3, "a: the connection is read-only: operation"),
+    "read-only dry run": ("enable a --readonly", 3, "a: the connection is read-only: operation"),
     "stock at a distance": (
-        stock_at_a_distance,
-        ENABLED,
+        ENABLE,
         1,
         "a: its <emulator> relative/qemu has no hints, as libvirt says: unsupported configuration",
     ),
-    "unknown machine": (unknown_machine, ENABLED, 3, "a: could not find capabilities"),
-    "read-only QEMU": (read_only_qemu, ESTIMATED, 3, "a: the connection is read-only: operation"),
-    "cut": (cut_estimate, ESTIMATED, 3, "the connection to qemu:///fake was lost: client socket"),
-    "cut before": (cut_before, ESTIMATED, 3, "the connection to qemu:///fake was lost: client"),
-    "cut write": (cut_write, ENABLED, 3, "the connection to qemu:///fake was lost: client socket"),
-    "no migration": (nothing_migrates, ("watch", "a"), 1, "a: no migration is running"),
-    "refused": (refusing_qemu, ("watch", "a"), 1, "fph: a: not now"),
-    "watch unknown": (nothing, ("watch", "a"), 1, "a: qemu:///fake has no such domain"),
-    "unwritable": (
-        nothing_migrates,
-        ("watch", "a", "-o", "/nowhere/x"),
-        1,
-        "/nowhere/x.json cannot be written",
-    ),
-    "no socket": (nothing, ("watch", "--qmp", "/nowhere/s"), 3, "/nowhere/s: No such file"),
-    "no domain named": (nothing, ("enable",), 2, "error: enable: name domains, or --all"),
-    "both": (nothing, ("disable", "--all", "a"), 2, "error: disable: name domains, or --all"),
-    "two watched": (nothing, ("watch", "a", "b"), 2, "error: watch: name one domain"),
-    "bandwidth": (nothing, (*ESTIMATED, "--bandwidth", "0"), 2, "'0' is no bandwidth such as"),
-    "cache": (nothing, (*ESTIMATED, "--cache", "2Gbit"), 2, "'2Gbit' is no size such as"),
-    "seconds": (nothing, ("watch", "a", "--wait", "-1"), 2, "'-1' is no number of seconds"),
-    "no command": (nothing, (), 2, "the following arguments are required: COMMAND"),
+    "unknown machine": (ENABLE, 3, "a: could not find capabilities"),
+    "read-only QEMU": ("estimate a", 3, "a: the connection is read-only: operation"),
+    "cut": ("estimate a", 3, "the connection to qemu:///fake was lost: client socket"),
+    "cut before": ("estimate a", 3, "the connection to qemu:///fake was lost: client"),
+    "cut write": (ENABLE, 3, "the connection to qemu:///fake was lost: client socket"),
+    "no migration": ("watch a", 1, "a: no migration is running"),
+    "refused": ("watch a", 1, "fph: a: not now"),
+    "watch unknown": ("watch b", 1, "b: qemu:///fake has no such domain"),
+    "unwritable": ("watch a -o /nowhere/x", 1, "/nowhere/x.json cannot be written"),
+    "no socket": ("watch --qmp /nowhere/s", 3, "/nowhere/s: No such file"),
+    "no domain named": ("enable", 2, "error: enable: name domains, or --all"),
+    "both": ("disable --all a", 2, "error: disable: name domains, or --all"),
+    "two watched": ("watch a b", 2, "error: watch: name one domain"),
+    "bandwidth": ("estimate a --bandwidth 0", 2, "'0' is no bandwidth such as"),
+    "cache": ("estimate a --cache 2Gbit", 2, "'2Gbit' is no size such as"),
+    "seconds": ("watch a --wait -1", 2, "'-1' is no number of seconds"),
+    "no command": ("", 2, "the following arguments are required: COMMAND"),
 }
 
 
-@pytest.mark.parametrize("prepare, argv, status, line", BAD.values(), ids=BAD)
-def test_bad_input(
-    host: FakeHost, fph: Any, prepare: Any, argv: Tuple[str, ...], status: int, line: str
-) -> None:
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(host: FakeHost, fph: Any, case: str) -> None:
     """One line says what is wrong, the exit status what kind of thing, and nothing was changed."""
-    prepare(host)
-    got, out, err = fph(*argv)
+    domain = host.add("a", emulator="relative/qemu")
+    if case in PREPARED:
+        PREPARED[case](host, domain)
+    command, status, line = BAD[case]
+    got, out, err = fph(*command.split())
     assert got == status, err
     usage = [text for text in err if text.startswith(("usage:", " "))]
     assert len(err) - len(usage) == 1 and bool(usage) == (status == 2), err
