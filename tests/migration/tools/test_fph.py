@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 import libvirt
 import pytest
@@ -18,17 +18,36 @@ from livefph import change, show
 from livefph.cli import parse, parser
 from livefph.estimate import bandwidth
 from livemig import fake_libvirt, paths
-from livemig.fake_libvirt import DENIED, ESTIMATE, GIB, MIB, FakeDomain, FakeHost, InTurn, error
+from livemig.fake_libvirt import DENIED, ESTIMATE, GIB, MIB, FakeDomain, FakeHost, error
 from livemig.fake_libvirt import status_answers
 
 # Fixtures
 host = fake_libvirt.host_fixture
 fph = fake_libvirt.fph_fixture
 
+
+@pytest.fixture
+def said(fph: Callable[..., Tuple[int, List[str], List[str]]]) -> Callable[..., List[str]]:
+    """Runs the tool, which must succeed and complain of nothing; returns its output."""
+
+    def run(*argv: str) -> List[str]:
+        status, out, err = fph(*argv)
+        assert (status, err) == (0, [])
+        return out
+
+    return run
+
+
+def estimated(host: FakeHost, name: str, more: Mapping[str, Any]) -> FakeDomain:
+    """A domain that is estimated at once, with more or other figures."""
+    found = {"status": "measured", "estimate": {**ESTIMATE, **more}}
+    return host.add(name).qemu(calc_free_page_estimate={}, query_free_page_estimate=found)
+
+
 # ---- what is shown -------------------------------------------------------------------------------
 
 
-def test_status_of_all_kinds(host: FakeHost, fph: Any) -> None:
+def test_status_of_all_kinds(host: FakeHost, said: Any) -> None:
     """Each domain has its row, whatever its QEMU, and a line for what calls for one."""
     host.add("ours").says(status_answers("arrays", "arrays"))
     host.add("stock").says(status_answers("no", "no", ours=False))
@@ -44,135 +63,73 @@ def test_status_of_all_kinds(host: FakeHost, fph: Any) -> None:
             "absent-pages": {"absent-bytes": MIB},
         }
     )
-    status, out, err = fph("status")
+    out = said("status")
     rows = {line.split()[0]: line.split()[1:] for line in out[:6]}
-    assert status == 0 and not err
-    assert rows["ours"] == ["running", "arrays", "arrays", "on", "on", "failed", "5", "MiB"]
-    assert rows["stock"] == ["running", "no", "no", "-", "-", "-", "-"]
-    assert rows["asleep"] == [
-        "running",
-        "blocks",
-        "none",
-        "on",
-        "on",
-        "completed,",
-        "came",
-        "in",
-        "-",
-    ]
-    assert rows["off"] == ["shut", "off", "no", "-", "-", "-", "-", "-"]
+    assert rows["ours"] == "running arrays arrays on on failed 5 MiB".split()
+    assert rows["stock"] == "running no no - - - -".split()
+    assert rows["asleep"] == "running blocks none on on completed, came in -".split()
+    assert rows["off"] == "shut off no - - - - -".split()
     notes = "\n".join(out[6:])
     assert "stock: its QEMU is a stock one" in notes
     assert "balloonless: its balloon is of model 'none'" in notes
     assert "asleep: its definition has 'no', from the next start on" in notes
 
     for argv in ("--json", "status", "ours"), ("status", "ours", "--json"):
-        status, out, err = fph(*argv)
-        assert json.loads("\n".join(out))["domains"]["ours"]["driver"] == "arrays"
+        assert json.loads("\n".join(said(*argv)))["domains"]["ours"]["driver"] == "arrays"
 
 
 def test_estimate_of_several(host: FakeHost, fph: Any) -> None:
     """Rows and their sum; one that cannot be estimated has its line, and the others are shown."""
-    measured = {"status": "measured", "estimate": {**ESTIMATE, "round-time": 800}}
-    for name, first in ("a", {"status": "measuring"}), ("b", measured):
-        host.add(name).qemu(
-            calc_free_page_estimate={},
-            query_free_page_estimate=InTurn([first, measured]),
-        )
+    for name in "a", "b":
+        estimated(host, name, {"round-time": 800})
+    answers = host.domains["a"].answers
+    answers["query-free-page-estimate"].insert(0, {"status": "measuring"})
     host.add("stock")
     host.add("off", active=False)
     status, out, err = fph("estimate", "--all", "--bandwidth", "1Gbit")
     assert host.domains["a"].asked[0]["arguments"] == {"bandwidth": 125_000_000}
     assert [line.split()[0] for line in out] == ["DOMAIN", "a", "b", "all"]
-    assert re.split("  +", out[1]) == [
-        "a",
-        "1.0 GiB",
-        "400 MiB",
-        "524 MiB",
-        "100 MiB",
-        "10 %",
-        "0.8 s",
-    ]
-    assert re.split("  +", out[3])[1:] == [
-        "2.0 GiB",
-        "800 MiB",
-        "1.0 GiB",
-        "200 MiB",
-        "10 %",
-        "1.6 s",
-    ]
+    row = "a, 1.0 GiB, 400 MiB, 524 MiB, 100 MiB, 10 %, 0.8 s"
+    assert re.split("  +", out[1]) == row.split(", ")
+    total = "all, 2.0 GiB, 800 MiB, 1.0 GiB, 200 MiB, 10 %, 1.6 s"
+    assert re.split("  +", out[3]) == total.split(", ")
     assert status == 1
     assert err == [
         "fph: stock: its QEMU is a stock one, which has no estimate and skips no absent pages"
     ]
 
 
-def test_estimate_with_page_cache(host: FakeHost, fph: Any) -> None:
+def test_estimate_with_page_cache(host: FakeHost, said: Any) -> None:
     """A budget of page cache is handed on and has its column; a guest that frees none, its line."""
-    for name, more in ("a", {"cache-bytes": 60 << 20}), ("all", {}):
-        found = {"status": "measured", "estimate": {**ESTIMATE, **more}}
-        host.add(name).qemu(calc_free_page_estimate={}, query_free_page_estimate=found)
-    status, out, err = fph("estimate", "--all", "--cache", "2GiB")
-    assert (status, err) == (0, [])
-    assert host.domains["a"].asked[0]["arguments"] == {"cache": 2 << 30}
+    estimated(host, "a", {"cache-bytes": 60 * MIB})
+    estimated(host, "all", {})
+    out = said("estimate", "--all", "--cache", "2GiB")
+    assert host.domains["a"].asked[0]["arguments"] == {"cache": 2 * GIB}
     rows = [re.split("  +", line) for line in out]
     assert rows[0][3:6] == ["FREE", "TO SEND", "(CACHE)"]
-    assert [row[4:6] for row in rows[1:4]] == [
-        ["100 MiB", "60 MiB"],
-        ["100 MiB", "0 B"],
-        ["200 MiB", "60 MiB"],
-    ]
+    assert [row[4] for row in rows[1:4]] == ["100 MiB", "100 MiB", "200 MiB"]
+    assert [row[5] for row in rows[1:4]] == ["60 MiB", "0 B", "60 MiB"]
     assert out[4:] == ["all: its page cache stays: its balloon or its driver frees none"]
 
 
-def test_estimate_without_a_time(host: FakeHost, fph: Any) -> None:
+def test_estimate_without_a_time(host: FakeHost, said: Any) -> None:
     """Where a domain has no time, as if somebody else asked, there is no sum of times."""
-    for name, more in ("a", {"round-time": 800}), ("b", {}):
-        found = {"status": "measured", "estimate": {**ESTIMATE, **more}}
-        host.add(name).qemu(calc_free_page_estimate={}, query_free_page_estimate=found)
-    status, out, err = fph("estimate", "a", "b", "--bandwidth", "1Gbit")
-    assert (status, err) == (0, [])
+    estimated(host, "a", {"round-time": 800})
+    estimated(host, "b", {})
+    out = said("estimate", "a", "b", "--bandwidth", "1Gbit")
     assert [line.split()[-1] for line in out[1:]] == ["s", "-", "-"]
 
 
-def test_paused_domain_is_estimated_by_what_is_absent(host: FakeHost, fph: Any) -> None:
+def test_paused_domain_is_estimated_by_what_is_absent(host: FakeHost, said: Any) -> None:
     """What a stopped guest cannot say is said to be missing."""
-    domain = host.add("paused").qemu(
-        calc_free_page_estimate={},
-        query_free_page_estimate={
-            "status": "measured",
-            "estimate": {**ESTIMATE, "free-bytes": 0, "complete": False, "reason": "vm-stopped"},
-        },
-    )
-    domain.number = libvirt.VIR_DOMAIN_PAUSED
-    status, out, err = fph("estimate", "paused")
-    assert (status, err) == (0, [])
-    assert (
-        out[-1] == "paused: the guest is stopped and cannot be asked: only absent pages are known"
-    )
+    missing = {"free-bytes": 0, "complete": False, "reason": "vm-stopped"}
+    estimated(host, "paused", missing).number = libvirt.VIR_DOMAIN_PAUSED
+    why = "the guest is stopped and cannot be asked: only absent pages are known"
+    assert said("estimate", "paused")[-1] == f"paused: {why}"
 
 
-def test_enable_shows_and_writes(host: FakeHost, fph: Any, tmp_path: Path) -> None:
-    """Without --write nothing is defined; with it, what was shown; twice changes nothing."""
-    ours = fake_libvirt.make_emulator(tmp_path, "free-page-hint-arrays=<bool>")
-    domain = host.add("a", emulator=ours)
-    status, out, err = fph("enable", "--arrays", "a")
-    assert (status, err, host.defined) == (0, [], [])
-    assert out[-1] == "a: nothing was changed; --write defines it so"
-    added = [line[1:].strip() for line in out if line[0] == "+" and "property" in line]
-    assert len(added) == 2
-
-    status, written, err = fph("enable", "--arrays", "--all", "--write")
-    assert (status, err) == (0, [])
-    assert written[:-1] == out[:-1]
-    assert "shut it down and start it" in written[-1]
-    assert all(line in host.defined[0] for line in added)
-    domain.xml = host.defined[0]
-    status, out, err = fph("enable", "--arrays", "a", "--write")
-    assert (status, out, err) == (0, ["a: its definition is like that already"], [])
-    assert len(host.defined) == 1
-    assert fph("disable", "a", "--write")[0] == 0
-    assert "free-page-hint" not in host.defined[1]
+AS_ASKED = ["a: its definition is like that already"]
+NATIVE = "<memballoon model='virtio' freePageHinting='on' freePageHintArrays='on'/>"
 
 
 def changed(lines: List[str], sign: str) -> List[str]:
@@ -180,69 +137,83 @@ def changed(lines: List[str], sign: str) -> List[str]:
     return [line[1:].strip() for line in lines if line[0] == sign and line[:3] != sign * 3]
 
 
-NATIVE = "<memballoon model='virtio' freePageHinting='on' freePageHintArrays='on'/>"
+def test_enable_shows_and_writes(host: FakeHost, said: Any, tmp_path: Path) -> None:
+    """Without --write nothing is defined; with it, what was shown; twice changes nothing."""
+    ours = fake_libvirt.make_emulator(tmp_path, "free-page-hint-arrays=<bool>")
+    domain = host.add("a", emulator=ours)
+    out = said("enable", "--arrays", "a")
+    assert not host.defined
+    assert out[-1] == "a: nothing was changed; --write defines it so"
+    added = [line for line in changed(out, "+") if "property" in line]
+    assert len(added) == 2
+
+    written = said("enable", "--arrays", "--all", "--write")
+    assert written[:-1] == out[:-1]
+    assert "shut it down and start it" in written[-1]
+    assert all(line in host.defined[0] for line in added)
+    domain.xml = host.defined[0]
+    assert said("enable", "--arrays", "a", "--write") == AS_ASKED
+    assert len(host.defined) == 1
+    said("disable", "a", "--write")
+    assert "free-page-hint" not in host.defined[1]
 
 
-def test_attributes_of_a_libvirt_that_knows_hints(host: FakeHost, fph: Any, tmp_path: Path) -> None:
+def test_attributes_of_a_libvirt_that_knows_hints(
+    host: FakeHost, said: Any, tmp_path: Path
+) -> None:
     """Where libvirt has attributes for hints, they are what is shown, written, and taken away."""
     host.native = True
     ours = fake_libvirt.make_emulator(tmp_path, "free-page-hint-arrays=<bool>")
     domain = host.add("a", active=False, emulator=ours)
     off = domain.xml
-    status, out, err = fph("enable", "--arrays", "a")
-    assert (status, err, host.defined) == (0, [], [])
+    out = said("enable", "--arrays", "a")
+    assert not host.defined
     assert (changed(out, "+"), changed(out, "-")) == ([NATIVE], ["<memballoon model='virtio'/>"])
 
-    status, written, err = fph("enable", "--arrays", "a", "--write")
-    assert (status, err, written[:-1]) == (0, [], out[:-1])
+    assert said("enable", "--arrays", "a", "--write")[:-1] == out[:-1]
     domain.xml = host.defined[0]
-    status, out, err = fph("status", "a")
-    assert (status, err, out[1].split()[3]) == (0, [], "arrays")
+    assert said("status", "a")[1].split()[3] == "arrays"
     # Nothing has to be found out of what is as it was asked for: that may be read-only.
     host.inconvertible.append(DENIED)
-    status, out, err = fph("enable", "a", "--arrays", "--readonly")
-    assert (status, out, err) == (0, ["a: its definition is like that already"], [])
+    assert said("enable", "a", "--arrays", "--readonly") == AS_ASKED
 
-    assert fph("disable", "a", "--arrays", "--write")[0] == 0
+    said("disable", "a", "--arrays", "--write")
     assert host.defined[1] == domain.xml.replace(" freePageHintArrays='on'", "")
-    assert fph("disable", "a", "--write")[0] == 0
+    said("disable", "a", "--write")
     assert host.defined[2] == off
 
 
-def test_back_to_another_emulator(host: FakeHost, fph: Any) -> None:
+def test_back_to_another_emulator(host: FakeHost, said: Any) -> None:
     """Hints are switched off and another QEMU is named in one step; a second changes nothing."""
     domain = host.add("a", emulator="relative/qemu")
-    assert fph("enable", "a", "--arrays", "--write")[0] == 0
+    said("enable", "a", "--arrays", "--write")
     domain.xml = host.defined[0]
-    status, out, err = fph("disable", "a", "--emulator", "/usr/bin/qemu-system-x86_64", "--write")
-    assert (status, err) == (0, [])
+    back = ("disable", "a", "--emulator", "/usr/bin/qemu-system-x86_64")
+    out = said(*back, "--write")
     assert changed(out, "+")[0] == "<emulator>/usr/bin/qemu-system-x86_64</emulator>"
     domain.xml = host.defined[1]
     assert not re.search("free-?page", domain.xml, re.IGNORECASE)
-    again = fph("disable", "a", "--emulator", "/usr/bin/qemu-system-x86_64")[1]
-    assert again == ["a: its definition is like that already"]
+    assert said(*back) == AS_ASKED
 
 
-def test_override_stays_with_a_libvirt_that_knows_hints(host: FakeHost, fph: Any) -> None:
+def test_override_stays_with_a_libvirt_that_knows_hints(host: FakeHost, said: Any) -> None:
     """A domain with an override keeps it: arrays are added there, and off is off in both ways."""
     domain = host.add("a", emulator="relative/qemu")
     before = domain.xml
-    assert fph("enable", "a", "--write")[0] == 0
+    said("enable", "a", "--write")
     domain.xml = host.defined[0]
     host.native = True
-    assert fph("enable", "a")[1] == ["a: its definition is like that already"]
-    status, out, err = fph("enable", "a", "--arrays", "--write")
-    assert (status, err) == (0, [])
+    assert said("enable", "a") == AS_ASKED
+    out = said("enable", "a", "--arrays", "--write")
     (added,) = changed(out, "+")
     assert "qemu:property name='free-page-hint-arrays'" in added and not changed(out, "-")
 
     domain.xml = host.defined[1].replace("model='virtio'", NATIVE[12:-2])
-    status, out, err = fph("disable", "a", "--write")
-    assert (status, err) == (0, [])
+    said("disable", "a", "--write")
     assert not re.search("free-?page", host.defined[2], re.IGNORECASE)
     # After that, its hints are attributes.
     domain.xml = before
-    assert changed(fph("enable", "a", "--arrays")[1], "+") == [NATIVE]
+    assert changed(said("enable", "a", "--arrays"), "+") == [NATIVE]
 
 
 # ---- bad input: one line, an exit status, nothing changed ----------------------------------------
@@ -368,12 +339,11 @@ def test_libvirt_down(fph: Any, tmp_path: Path) -> None:
     assert len(err) == 1 and err[0].startswith(f"fph: no connection to {uri}: ")
 
 
-def test_status_through_a_read_only_connection(host: FakeHost, fph: Any) -> None:
+def test_status_through_a_read_only_connection(host: FakeHost, said: Any) -> None:
     """What the definition says is shown, and that QEMU was not asked."""
     host.add("a").qemu(query_migrate_capabilities=DENIED)
-    status, out, err = fph("status", "--readonly")
-    assert (status, err) == (0, [])
-    assert out[1].split() == ["a", "running", "no", "-", "-", "-", "-", "-"]
+    out = said("status", "--readonly")
+    assert out[1].split() == "a running no - - - - -".split()
     assert out[2].startswith("a: QEMU was not asked, the connection is read-only")
 
 
@@ -385,13 +355,7 @@ def test_figures_for_people() -> None:
     assert [show.duration(s) for s in (None, 0.51, 59.2, 59.6, 61, 3700)] == (
         ["-", "0.5 s", "59 s", "1 min 00 s", "1 min 01 s", "1 h 01 min"]
     )
-    rates = {
-        "1Gbit": 125_000_000,
-        "100MiB": 100 * MIB,
-        "1.5G": 1_500_000_000,
-        "7": 7,
-        "1KB/s": 1000,
-    }
+    rates = {"1Gbit": 125e6, "100MiB": 100 * MIB, "1.5G": 1.5e9, "7": 7, "1KB/s": 1000}
     assert {text: bandwidth(text) for text in rates} == rates
     for text in "", "0", "x", "1Tbit", "-1", "1 bits":
         with pytest.raises(ValueError):
