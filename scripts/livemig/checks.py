@@ -2,14 +2,16 @@
 """Checks and set-ups that several test files use."""
 
 import contextlib
+import os
 import re
+import subprocess
 import time
 from dataclasses import replace
 from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence
 
 import pytest
 
-from livemig import host, workload
+from livemig import host, paths, workload
 from livemig.errors import NotPossibleHere
 from livemig.guest import Guest
 from livemig.host import MIB
@@ -283,6 +285,18 @@ def assert_watched(guest: Guest) -> None:
     """Lockdep of the debug kernel looks on: it stops after its first complaint."""
     stats = guest.agent.run("cat /proc/lockdep_stats")
     assert re.search(r"debug_locks: +1$", stats, re.MULTILINE), stats
+
+
+def run_script(*command: Any, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run one of scripts/, or a program by its whole path; return what it did and said."""
+    return subprocess.run(
+        [str(word) for word in (paths.REPO / "scripts" / command[0], *command[1:])],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 @contextlib.contextmanager

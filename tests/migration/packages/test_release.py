@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a release consists of: packages, all series, checksums, texts that fit the code."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from typing import Iterator
 import pytest
 
 from livemig import paths
+from livemig.checks import run_script
 
 MAN = paths.REPO / "packaging" / "man"
 # Where settings have their names in our code: parameters of modules, properties of QEMU's objects
@@ -55,14 +55,7 @@ def repo_fixture(tmp_path: Path) -> Iterator[Path]:
 
 def run(repo: Path) -> "subprocess.CompletedProcess[str]":
     """Make a release."""
-    return subprocess.run(
-        [repo / "scripts" / "release"],
-        env={**os.environ, "FPH_CACHE": str(paths.cache_dir())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_script(repo / "scripts" / "release", FPH_CACHE=str(paths.cache_dir()))
 
 
 def test_release_is_complete(repo: Path) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """check-patches builds at each patch, and says at which it did not."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import List
 import pytest
 
 from livemig import paths
+from livemig.checks import run_script
 
 PATCH = """From: Somebody <somebody@localhost>
 Subject: [PATCH] patch {number}
@@ -56,13 +56,9 @@ class Project:
     def check(self, *options: str) -> "subprocess.CompletedProcess[str]":
         """Run check-patches; what the builds saw is in builds()."""
         self._log.write_text("")
-        return subprocess.run(
-            [self._directory / "scripts/check-patches", *options, "libvirt"],
-            env={**os.environ, "FPH_CACHE": str(self._directory / "cache"), "LOG": str(self._log)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        script = self._directory / "scripts/check-patches"
+        environment = {"FPH_CACHE": str(self._directory / "cache"), "LOG": str(self._log)}
+        return run_script(script, *options, "libvirt", **environment)
 
     def builds(self) -> List[str]:
         """The contents of the three files at each build of the last check."""

@@ -17,7 +17,7 @@ import pytest
 from livebench import demo
 from livebench.canned import IDLE, canned
 from livemig import guest, host, memory, paths, workload
-from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, assert_hints_used
+from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, assert_hints_used, run_script
 from livemig.errors import GuestError, MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -313,11 +313,11 @@ def test_medians_have_their_range() -> None:
     assert demo.with_range([5]) == "5"
 
 
-def test_too_little_memory(capfd: pytest.CaptureFixture[str]) -> None:
+def test_too_little_memory() -> None:
     """demo says how much memory it needs before it starts, not by failing in the middle."""
-    command = [str(paths.REPO / "scripts" / "demo"), "--mem", "100000G"]
-    assert subprocess.run(command, check=False, timeout=60).returncode != 0
-    assert re.search(r"needs \d+ MiB of memory, \d+ MiB are available", capfd.readouterr().err)
+    done = run_script("demo", "--mem", "100000G")
+    assert done.returncode != 0
+    assert re.search(r"needs \d+ MiB of memory, \d+ MiB are available", done.stderr)
 
 
 def test_memory_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,29 +332,25 @@ def test_memory_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert host.available_mib() == pytest.approx(expected, abs=expected // 10)
 
 
-def test_unwritable_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_output(tmp_path: Path) -> None:
     """demo says before the first run that it could not write its record."""
     (tmp_path / "file").touch()
-    command = [str(paths.REPO / "scripts" / "demo"), "--mem", "512M", "--out"]
     for out in tmp_path / "file" / "demo.json", tmp_path:
-        assert subprocess.run([*command, str(out)], check=False, timeout=60).returncode != 0
-        said = capfd.readouterr()
-        assert f"error: cannot write --out {out}" in said.err and not said.out
+        done = run_script("demo", "--mem", "512M", "--out", out)
+        assert done.returncode != 0
+        assert f"error: cannot write --out {out}" in done.stderr and not done.stdout
 
 
-def test_missing_build(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_build(tmp_path: Path) -> None:
     """A command that misses a build says which command makes it."""
     (tmp_path / "src").symlink_to(paths.cache_dir() / "src")
-    command = [str(paths.REPO / "scripts" / "demo")]
-    environment = {**os.environ, "FPH_CACHE": str(tmp_path)}
-    assert subprocess.run(command, env=environment, check=False, timeout=60).returncode != 0
-    assert "is missing: run scripts/build-" in capfd.readouterr().err
+    done = run_script("demo", FPH_CACHE=str(tmp_path))
+    assert done.returncode != 0
+    assert "is missing: run scripts/build-" in done.stderr
 
 
 @pytest.mark.parametrize("what", ["missing", "no-kernel", "short", "twice"])
-def test_unusable_guest_kernel(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], what: str
-) -> None:
+def test_unusable_guest_kernel(tmp_path: Path, what: str) -> None:
     """A guest kernel that cannot be used is refused in one line, by commands and by tests."""
     kernel = tmp_path / "kernel"
     good = paths.require(paths.cache_dir() / "kernel-stock" / "bzImage", "make kernel-stock")
@@ -365,17 +361,14 @@ def test_unusable_guest_kernel(
         "missing": ": No such file or directory",
         "twice": " and FPH_KERNEL are both set: unset one of them",
     }.get(what, " is not a bzImage of x86-64")
-    environment = {**os.environ, "FPH_GUEST_KERNEL": str(kernel)}
-    environment["FPH_KERNEL"] = "stock" if what == "twice" else ""
+    kernels = {"FPH_GUEST_KERNEL": str(kernel), "FPH_KERNEL": "stock" if what == "twice" else ""}
     for command, prefix in (
-        ([str(paths.REPO / "scripts" / "guest")], "guest: error: "),
-        (
-            [sys.executable, "-m", "pytest", str(UNIT_TESTS)],
-            "ERROR: ",
-        ),
+        (["guest"], "guest: error"),
+        ([sys.executable, "-m", "pytest", UNIT_TESTS], "ERROR"),
     ):
-        assert subprocess.run(command, env=environment, check=False, timeout=60).returncode != 0
-        assert capfd.readouterr().err.strip() == f"{prefix}FPH_GUEST_KERNEL={kernel}{why}"
+        done = run_script(*command, **kernels)
+        assert done.returncode != 0
+        assert done.stderr.strip() == f"{prefix}: FPH_GUEST_KERNEL={kernel}{why}"
 
 
 def test_another_guest_kernel(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

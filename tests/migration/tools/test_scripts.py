@@ -17,6 +17,7 @@ from livebench import demo
 from livebench.canned import canned
 from livebench.scenarios import Scenario
 from livemig import control, paths
+from livemig.checks import run_script
 from livemig.commands import guest
 from livemig.errors import MigrationError, MissingArtifact
 from livemig.modes import Mode
@@ -61,18 +62,6 @@ class Terminal:
         os.close(self._ours)
 
 
-def run(*command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run one of our scripts."""
-    return subprocess.run(
-        [str(SCRIPTS / command[0]), *command[1:]],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_guest_is_moved_under_its_user() -> None:
     """scripts/migrate moves the guest of scripts/guest; its shell goes on, whatever clients do."""
     if control.connect():
@@ -83,7 +72,7 @@ def test_guest_is_moved_under_its_user() -> None:
         terminal.type(b"x=42; echo first $((x + 1))\r")
         terminal.wait_for(b"first 43")
         for options in ([], ["--no-hints"]):
-            done = run("migrate", *options)
+            done = run_script("migrate", *options)
             assert done.returncode == 0, done.stderr
             assert ("disabled" in done.stdout) == bool(options)
             assert "total time:" in done.stdout
@@ -100,7 +89,7 @@ def test_guest_is_moved_under_its_user() -> None:
                     client.close()
                 terminal.type(f"echo rude{number} $((x + 3))\r".encode())
                 terminal.wait_for(f"rude{number} 45".encode())
-        refused = run("guest")
+        refused = run_script("guest")
         assert refused.returncode != 0
         assert "only one at a time" in refused.stderr
         terminal.type(QUIT)
@@ -133,15 +122,11 @@ def test_demo_writes_what_it_says(tmp_path: Path, measured: Dict[str, Any]) -> N
     """demo prints a line for each mode and writes an object for each run."""
     out = tmp_path / "demo.json"
     arguments = "--mem 1G --vcpus 2 --runs 2 --scenarios churn --modes none array-absent --out"
-    done = run("demo", *arguments.split(), str(out))
+    done = run_script("demo", *arguments.split(), out)
     assert done.returncode == 0, done.stderr
     runs = json.loads(out.read_text())
-    assert [(r["mode"], r["run"]) for r in runs] == [
-        ("none", 1),
-        ("array-absent", 1),
-        ("none", 2),
-        ("array-absent", 2),
-    ]
+    assert [r["mode"] for r in runs] == ["none", "array-absent"] * 2
+    assert [r["run"] for r in runs] == [1, 1, 2, 2]
     assert all(r["verified"] and r["checked_pages"] > r["verified_pages"] > 0 for r in runs)
     assert runs[1]["hinted_bytes"] > 0 and runs[0]["hinted_bytes"] == 0
     rows = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" yes")]
@@ -166,28 +151,26 @@ def test_demo_fails_when_memory_is_wrong(
     assert json.loads(out.read_text())[0]["verified"] is False
 
 
-@pytest.mark.parametrize("script", ["make-initramfs"])
-def test_made_once(script: str, tmp_path: Path) -> None:
+def test_made_once(tmp_path: Path) -> None:
     """An image is made once; a run that was killed leaves nothing that the next one trips over."""
-    first = run(script, FPH_CACHE=str(tmp_path))
+    cache = {"FPH_CACHE": str(tmp_path)}
+    first = run_script("make-initramfs", **cache)
     assert first.returncode == 0, first.stderr
     assert "made" in first.stdout
-    again = run(script, FPH_CACHE=str(tmp_path))
-    assert "up to date" in again.stdout
+    assert "up to date" in run_script("make-initramfs", **cache).stdout
 
     images = tmp_path / "images"
     stamp, image = images / "initramfs.cpio.gz.stamp", images / "initramfs.cpio.gz"
     before, files = image.read_bytes(), set(images.iterdir())
     # Make it again, and be killed on the way.
     stamp.unlink()
-    environment = {**os.environ, "FPH_CACHE": str(tmp_path)}
-    with subprocess.Popen([SCRIPTS / script], env=environment, start_new_session=True) as killed:
+    command = SCRIPTS / "make-initramfs"
+    with subprocess.Popen(command, env={**os.environ, **cache}, start_new_session=True) as killed:
         while set(images.iterdir()) <= files:
             assert killed.poll() is None, "it ended before it could be killed"
         os.killpg(killed.pid, signal.SIGKILL)
     assert not stamp.exists()
-    recovered = run(script, FPH_CACHE=str(tmp_path))
-    assert "made" in recovered.stdout
+    assert "made" in run_script("make-initramfs", **cache).stdout
     assert image.read_bytes() == before, "the same input makes another image"
     assert set(images.iterdir()) == files
 
@@ -201,7 +184,7 @@ def test_export_spares_what_it_did_not_write(tmp_path: Path, mine: bool) -> None
     kept.touch()
     if mine:
         (directory / "series").write_text("# base: qemu-10.0.0\n")
-    done = run("export-patches", str(tmp_path), "qemu")
+    done = run_script("export-patches", tmp_path, "qemu")
     if mine:
         assert done.returncode == 0, done.stderr
         assert not kept.exists() and list(directory.glob("0001-*.patch"))
@@ -220,7 +203,7 @@ SERIES = sorted(
 @pytest.mark.parametrize("tree, series", SERIES, ids=["-".join(pair) for pair in SERIES])
 def test_export_of_each_series(tmp_path: Path, tree: str, series: str) -> None:
     """The patches for each series of versions apply, and all new files are in them."""
-    done = run("export-patches", str(tmp_path), f"{tree}={series}")
+    done = run_script("export-patches", tmp_path, f"{tree}={series}")
     if "run scripts/fetch" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
