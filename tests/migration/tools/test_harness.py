@@ -39,32 +39,20 @@ class Memstamp:
     """A memstamp that runs on this machine, and a way into its memory."""
 
     def __init__(self, binary: Path, name: str):
-        self.command = [str(binary)]
-        self.name = name
+        self._binary = binary
+        self._name = name
         self.call("start", "1")
-        self.pid = self._server()
+        self.pid = int(subprocess.check_output(["pidof", binary]))
 
     def call(self, verb: str, *args: str) -> "subprocess.CompletedProcess[str]":
         """Run memstamp."""
         return subprocess.run(
-            [*self.command, verb, "--name", self.name, *args],
+            [self._binary, verb, "--name", self._name, *args],
             stdout=subprocess.PIPE if verb != "start" else subprocess.DEVNULL,
             text=True,
             timeout=60,
             check=False,
         )
-
-    def _server(self) -> int:
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    words = (entry / "cmdline").read_bytes().split(b"\0")
-                except OSError:
-                    # It has just ended.
-                    continue
-                if words[:1] == [self.command[0].encode()] and self.name.encode() in words:
-                    return int(entry.name)
-        raise AssertionError("memstamp does not run")
 
     def pages(self) -> Iterator[int]:
         """The addresses of the stamped pages."""
@@ -96,21 +84,16 @@ def test_memstamp_sees(memstamp: Memstamp, fault: str) -> None:
     """memstamp finds a page that is lost, swapped, old, torn or foreign, and names the fault."""
     first, second = list(memstamp.pages())[10:12]
     with memstamp.memory() as mem:
-        mem.seek(first)
-        page = bytearray(mem.read(PAGE))
-        if fault == "lost":
-            page = bytearray(PAGE)
-        elif fault == "swapped":
-            mem.seek(second)
-            page = bytearray(mem.read(PAGE))
-        elif fault == "old":
-            page[16:24] = bytes(8)
-        elif fault == "torn":
-            page[4000] ^= 1
-        elif fault == "foreign":
-            page[:] = b"x" * PAGE
-        mem.seek(first)
-        mem.write(page)
+        page, other = (os.pread(mem.fileno(), PAGE, address) for address in (first, second))
+        pages = {
+            "none": page,
+            "lost": bytes(PAGE),
+            "swapped": other,
+            "old": page[:16] + bytes(8) + page[24:],
+            "torn": page[:4000] + bytes([page[4000] ^ 1]) + page[4001:],
+            "foreign": b"x" * PAGE,
+        }
+        os.pwrite(mem.fileno(), pages[fault], first)
     done = memstamp.call("verify")
     assert "verified=256 " in done.stdout
     assert f" errors={int(fault != 'none')} " in done.stdout
