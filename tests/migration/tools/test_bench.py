@@ -28,9 +28,22 @@ def steps(runs: int = 2, modes: Tuple[str, ...] = ("legacy", "array", "floor")) 
     return plan.order([plan.Work(IDLE, modes, runs), plan.Work(SCENARIOS["idle-1g"], modes, 1)])
 
 
-def files(store: Store) -> List[str]:
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A store without a run."""
+    return Store(tmp_path)
+
+
+def save(store: Store, scenario: str, mode: str, *totals: float) -> None:
+    """Put runs into a store that took so long."""
+    for index, total in enumerate(totals, 1):
+        run = canned(SCENARIOS[scenario], MODES[mode], index, total)
+        store.save(SCENARIOS[scenario], MODES[mode], index, run)
+
+
+def files(store: Store) -> List[Path]:
     """What a store has on the disk."""
-    return sorted(str(p.relative_to(store.directory)) for p in store.directory.rglob("*.*"))
+    return list(store.directory.rglob("*.*"))
 
 
 def test_statistics_are_right() -> None:
@@ -68,9 +81,9 @@ def test_modes_are_interleaved() -> None:
     assert [mode for _, mode in turn] == "legacy array array legacy legacy array".split()
 
 
-def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was run is not run again, unless the build has changed or it is asked for."""
-    store, runner = Store(tmp_path), Runner()
+    runner = Runner()
     assert plan.carry_out(steps(1), store, False, runner) == 0
     assert len(runner.calls) == len(steps(1))
     plan.carry_out(steps(2), store, False, runner)
@@ -83,16 +96,15 @@ def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(runner.calls) == 2 * len(steps(2)) + len(steps(2, ("array",)))
 
 
-def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupted_run_leaves_nothing(store: Store) -> None:
     """Ctrl-C leaves the runs that were complete, no half file, and the rest for the next time."""
 
     def interrupt(call: int) -> None:
         if call == 3:
             raise KeyboardInterrupt
 
-    store, runner = Store(tmp_path), Runner(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        plan.carry_out(steps(), store, False, runner)
+        plan.carry_out(steps(), store, False, Runner(interrupt))
     assert len(files(store)) == 2
     with pytest.raises(TypeError):
         store.save(IDLE, MODES["array"], 9, {"not": {"JSON"}})
@@ -103,9 +115,8 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
     assert len(files(store)) == len(steps())
 
 
-def test_half_file_of_another_is_no_run(tmp_path: Path) -> None:
+def test_half_file_of_another_is_no_run(store: Store) -> None:
     """A file that is cut short, or is something else, counts as a run that was not made."""
-    store = Store(tmp_path)
     plan.carry_out(steps(1), store, False, Runner())
     path = store.path(IDLE, MODES["array"], 1)
     path.write_text(path.read_text()[:100])
@@ -116,14 +127,13 @@ def test_half_file_of_another_is_no_run(tmp_path: Path) -> None:
     assert {mode for _, mode, _ in again.calls} == {"array", "floor"}
 
 
-def test_failed_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_run_is_told(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that fails is one line, the others are made, and it is tried the next time."""
 
     def fail(call: int) -> None:
         if call == 2:
             raise LivemigError("the guest did not boot")
 
-    store = Store(tmp_path)
     assert plan.carry_out(steps(1), store, False, Runner(fail)) == 1
     assert len(store.runs()) == len(steps(1)) - 1
     errors = capsys.readouterr().err
@@ -133,15 +143,11 @@ def test_failed_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(again.calls) == 1
 
 
-def test_summary(tmp_path: Path) -> None:
+def test_summary(store: Store) -> None:
     """A row has what was agreed, with ratios of medians; targets are judged by them."""
-    store = Store(tmp_path)
-    for index, (legacy, array, least) in enumerate(
-        [(100, 20, 10), (200, 30, 20), (300, 90, 15)], 1
-    ):
-        for name, total in ("legacy", legacy), ("array", array), ("floor", least):
-            mode = MODES[name]
-            store.save(IDLE, mode, index, canned(IDLE, mode, index, total))
+    save(store, IDLE.name, "legacy", 100, 200, 300)
+    save(store, IDLE.name, "array", 20, 30, 90)
+    save(store, IDLE.name, "floor", 10, 20, 15)
     rows = summary.table(store.runs())
     assert all(list(row)[: len(ISSUE_FIELDS)] == ISSUE_FIELDS for row in rows)
     row = next(row for row in rows if row["mode"] == "array")
@@ -156,14 +162,11 @@ def test_summary(tmp_path: Path) -> None:
     assert Target(0.95, "legacy", at_least=True).reached(0.96)
 
 
-def test_report_is_one_file(tmp_path: Path) -> None:
+def test_report_is_one_file(store: Store, tmp_path: Path) -> None:
     """The report renders from runs of all kinds, holds its figures, and refers to nothing else."""
-    store = Store(tmp_path)
     for name in ("idle-1g", "idle-8g", "idle-64g", "freed-75-8g", "allocloop-4g", "idle-4g"):
-        for index in range(1, 5):
-            for mode in ("legacy", "stock-hints", "array", "floor"):
-                run = canned(SCENARIOS[name], MODES[mode], index, 150.0 + index * len(mode))
-                store.save(SCENARIOS[name], MODES[mode], index, run)
+        for mode in ("legacy", "stock-hints", "array", "floor"):
+            save(store, name, mode, *(150.0 + index * len(mode) for index in range(1, 5)))
     row = {"what": "walk", "value": 1.5, "unit": "ns", "digits": 1}
     target = {"target": "fast", "value": 1.5, "reached": True, "runs": 1}
     (tmp_path / "micro.json").write_text(json.dumps({"rows": [row], "targets": [target]}))
@@ -257,20 +260,13 @@ def test_floor_joins_runs() -> None:
     assert floor.join(runs) == {"pc.ram": [(0, 12), (20, 4)]}
 
 
-def test_compare(tmp_path: Path) -> None:
+def test_compare(store: Store, tmp_path: Path) -> None:
     """Two modes are compared in each scenario with runs of both, and over all of these together."""
-    store = Store(tmp_path)
-    totals = {
-        ("idle-8g", "array"): (1, 2, 3),
-        ("idle-8g", "legacy"): (50, 60, 70),
-        ("idle-1g", "array"): (4,),
-        ("idle-1g", "legacy"): (80,),
-        ("idle-2g", "array"): (1000,),
-    }
-    for (name, mode), values in totals.items():
-        for index, total in enumerate(values, 1):
-            run = canned(SCENARIOS[name], MODES[mode], index, total)
-            store.save(SCENARIOS[name], MODES[mode], index, run)
+    save(store, "idle-8g", "array", 1, 2, 3)
+    save(store, "idle-8g", "legacy", 50, 60, 70)
+    save(store, "idle-1g", "array", 4)
+    save(store, "idle-1g", "legacy", 80)
+    save(store, "idle-2g", "array", 1000)
     here = bench("compare", "array", "legacy", "--scenario", "idle*", "--out", str(tmp_path))
     assert here.stdout.splitlines() == [
         "idle-8g: array 3 runs, 2 (1.5-2.5); legacy 3 runs, 60 (55-65); 0.033",
