@@ -15,7 +15,7 @@ from livebench.scenarios import SCENARIOS, Scenario
 from livebench.store import Store, exported
 from livemig import host, workload
 from livemig.errors import NotEnoughMemory, NotPossibleHere
-from livemig.modes import MODES, RESTING, Mode
+from livemig.modes import MODES, RESTING
 from livemig.spec import GuestSpec
 
 SWAPPED = SCENARIOS["freed-50-4g-2cpu-swapped"]
@@ -195,34 +195,23 @@ def test_one_crowd(tmp_path: Path, measured: Dict[str, Any]) -> None:
         density.run(small(density.Crowd(limit_mib=1 << 30)), RESTING["plain"], 1, tmp_path)
 
 
-def rested(scenario: Scenario, mode: Mode, index: int, *series: float) -> Dict[str, Any]:
-    """A run as density.run() returns it."""
-    run = canned(scenario, mode, index, 1.0)
-    for name in "migration", "samples", "command_lines", "verified", "rss_mib":
-        del run[name]
-    run["series"] = [{"s": float(second), "mib": mib} for second, mib in enumerate(series)]
-    burst = scenario.workload
-    assert isinstance(burst, density.Burst)
-    # pylint: disable-next=protected-access
-    run["metrics"] = burst._after(run["series"], 100.0)
-    return run
-
-
 def test_memory_after_a_burst(tmp_path: Path) -> None:
     """The memory at its moments and the time until half of it is back; medians and ranges of it."""
     own = density.Burst(seconds=6)
     scenario = replace(density.SCENARIOS["burst-4g-2cpu"], workload=own)
-    runs = [
-        rested(scenario, RESTING["reporting"], index, 900, 850, 600, low, 200, 150, 100)
-        for index, low in ((1, 500), (2, 501))
-    ]
-    assert runs[0]["metrics"] == {
-        "rss_burst_mib": 900,
-        "rss_2s_mib": 600,
-        "rss_5s_mib": 150,
-        "rss_6s_mib": 100,
-        "half_s": 3,
-    }
+    runs = []
+    for index, low in (1, 500), (2, 501):
+        # As density.run() returns it
+        run = canned(scenario, RESTING["reporting"], index, 1.0)
+        for name in "migration", "samples", "command_lines", "verified", "rss_mib":
+            del run[name]
+        values = (900, 850, 600, low, 200, 150, 100)
+        run["series"] = [{"s": float(second), "mib": mib} for second, mib in enumerate(values)]
+        # pylint: disable-next=protected-access
+        run["metrics"] = own._after(run["series"], 100.0)
+        runs.append(run)
+    expected = {"rss_burst_mib": 900, "rss_2s_mib": 600, "rss_5s_mib": 150, "rss_6s_mib": 100}
+    assert runs[0]["metrics"] == {**expected, "half_s": 3}
     table = density.table(runs)[0]
     row = table["modes"]["reporting"]
     assert row["runs"] == 2 and row["spreads"]["half_s"] == [3.5, 3, 4]

@@ -50,20 +50,15 @@ def test_expected_end(samples: List[Sample], seconds: Any) -> None:
     assert expected_seconds(samples) == (seconds and pytest.approx(seconds))
 
 
+RAM = {"mbps": 800, "dirty-pages-rate": 256, "page-size": 4096, "dirty-sync-count": 2}
+
+
 def info(status: str, second: float, remaining: int, **more: Any) -> Dict[str, Any]:
     """An answer to query-migrate."""
     return {
         "status": status,
         "total-time": int(second * 1000),
-        "ram": {
-            "total": GIB,
-            "remaining": remaining * MIB,
-            "transferred": 5 * MIB,
-            "mbps": 800,
-            "dirty-pages-rate": 256,
-            "page-size": 4096,
-            "dirty-sync-count": 2,
-        },
+        "ram": {"total": GIB, "remaining": remaining * MIB, "transferred": 5 * MIB, **RAM},
         "free-page-hint": {"skipped-bytes": 400 * MIB, "redirtied-bytes": 10 * MIB},
         "absent-pages": {"absent-bytes": 110 * MIB},
         **more,
@@ -96,22 +91,14 @@ def watched(
     return status, json.loads(Path(base + ".json").read_text("utf-8")), out, err
 
 
-COMPLETED = {
-    "operation": 5,
-    "time_elapsed": 3000,
-    "downtime": 30,
-    "memory_processed": 9 * MIB,
-}
+COMPLETED = {"operation": 5, "time_elapsed": 3000, "downtime": 30, "memory_processed": 9 * MIB}
 
 
 def test_watch_to_the_end(host: FakeHost, fph: Any, tmp_path: Path) -> None:
     """What was seen is written and drawn; QEMU is gone, and libvirt knows the end."""
-    host.add("a").qemu(
-        query_migrate=InTurn(
-            [{}, info("active", 1, 500), info("active", 2, 100), info("active", 2.5, 50), GONE]
-        )
-    )
-    host.domains["a"].completed = {"type": 3, **COMPLETED}
+    looks = [info("active", 1, 500), info("active", 2, 100), info("active", 2.5, 50)]
+    domain = host.add("a").qemu(query_migrate=InTurn([{}, *looks, GONE]))
+    domain.completed = {"type": 3, **COMPLETED}
     status, record, out, err = watched(fph, tmp_path, "--wait", "9")
     assert (status, err) == (0, [])
     assert "end in 0.3 s" in out[-3] and "skipped 500 MiB" in out[-3] and "80 % sent" in out[-3]
@@ -126,7 +113,7 @@ def test_watch_to_the_end(host: FakeHost, fph: Any, tmp_path: Path) -> None:
 def test_watch_a_migration_that_fails(host: FakeHost, fph: Any, tmp_path: Path) -> None:
     """QEMU lives on and says why; the status of an earlier migration is not this one's."""
     old = info("cancelled", 7, 7)
-    failed = info("failed", 2, 300, **{"error-desc": "Unable to write to socket"})
+    failed = {**info("failed", 2, 300), "error-desc": "Unable to write to socket"}
     host.add("a").qemu(query_migrate=InTurn([old, old, info("active", 1, 500), failed]))
     status, record, out, err = watched(fph, tmp_path, "--wait", "9")
     assert (status, err) == (1, [])

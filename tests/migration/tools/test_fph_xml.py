@@ -67,8 +67,9 @@ class Case:
 
 PLAIN = f"<memballoon model='virtio'>\n      {ADDRESS}\n    </memballoon>"
 SET = PROPERTIES.replace("'true'", "'false'").replace("'bool'", "'string'")
+NEW = (XMLNS, ALIAS, OVERRIDE)
 CASES = {
-    "plain": Case(domain(PLAIN), (XMLNS, ALIAS, OVERRIDE)),
+    "plain": Case(domain(PLAIN), NEW),
     "empty element": Case(
         domain("<memballoon model='virtio'/>"),
         (XMLNS, f"'virtio'>{ALIAS}\n    </memballoon>", OVERRIDE),
@@ -79,12 +80,9 @@ CASES = {
         (XMLNS, f"model='virtio' >{ALIAS}\n    </memballoon>", OVERRIDE),
         ("model='virtio' />",),
     ),
-    "non-transitional": Case(
-        domain(PLAIN.replace("'virtio'", '"virtio-non-transitional"')), (XMLNS, ALIAS, OVERRIDE)
-    ),
+    "non-transitional": Case(domain(PLAIN.replace("'virtio'", '"virtio-non-transitional"')), NEW),
     "transitional, with reporting": Case(
-        domain(PLAIN.replace("'virtio'", "'virtio-transitional' freePageReporting='on'")),
-        (XMLNS, ALIAS, OVERRIDE),
+        domain(PLAIN.replace("'virtio'", "'virtio-transitional' freePageReporting='on'")), NEW
     ),
     "alias of its own": Case(domain(alias("ua-balloon0")), (XMLNS, OVERRIDE)),
     "alias that libvirt would forget": Case(
@@ -101,11 +99,7 @@ CASES = {
     ),
     "prefix of another namespace": Case(
         domain(PLAIN, space=" xmlns:qemu='urn:other'"),
-        (
-            XMLNS.replace(":qemu", ":qemu1"),
-            ALIAS,
-            OVERRIDE.replace("qemu:", "qemu1:"),
-        ),
+        (XMLNS.replace(":qemu", ":qemu1"), ALIAS, OVERRIDE.replace("qemu:", "qemu1:")),
     ),
     "override without prefix": Case(
         domain(PLAIN, f"\n  <override xmlns='{NAMESPACE}'>\n  </override>"),
@@ -276,12 +270,10 @@ def test_probe_is_of_the_same_kind() -> None:
 
 def test_properties_of_others_stay() -> None:
     """Another property of the balloon, and a comment, keep their place when hints go."""
-    kept = "\n        <!-- why -->\n        <qemu:property name='x' type='string' value='y'/>"
-    text = domain(alias("ua-balloon0"), OVERRIDE.replace(PROPERTIES, kept + PROPERTIES), XMLNS)
-    assert domainxml.disable(text) == text.replace(PROPERTIES, "")
     comment = "\n        <!-- why -->"
-    text = domain(alias("ua-balloon0"), OVERRIDE.replace(PROPERTIES, comment + PROPERTIES), XMLNS)
-    assert domainxml.disable(text) == text.replace(PROPERTIES, "")
+    for kept in comment, f"{comment}\n        <qemu:property name='x' type='string' value='y'/>":
+        text = domain(alias("ua-balloon0"), OVERRIDE.replace(PROPERTIES, kept + PROPERTIES), XMLNS)
+        assert domainxml.disable(text) == text.replace(PROPERTIES, "")
 
 
 def test_emulator_is_replaced() -> None:
@@ -332,17 +324,11 @@ def test_libvirt_finds_it_valid(tmp_path: Path) -> None:
     if not shutil.which("virt-xml-validate"):
         pytest.skip("virt-xml-validate is not installed: run scripts/install-deps libvirt")
     path = tmp_path / "domain.xml"
+    command = ["virt-xml-validate", path, "domain"]
     for name in "plain", "other prefix", "override without prefix", "hints without arrays":
-        for text in (
-            domainxml.enable(CASES[name].text, arrays=True),
-            domainxml.disable(domainxml.enable(CASES[name].text, arrays=True)),
-            domainxml.probe(CASES[name].text, attributes=False),
-        ):
+        enabled = domainxml.enable(CASES[name].text, arrays=True)
+        probe = domainxml.probe(CASES[name].text, attributes=False)
+        for text in enabled, domainxml.disable(enabled), probe:
             path.write_text(text.replace("ö", "o").replace("&amp;b&lt;", ""), "utf-8")
-            done = subprocess.run(
-                ["virt-xml-validate", str(path), "domain"],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr + text
