@@ -117,6 +117,16 @@ class DebianRoot:
         """Run apt-get, which must succeed."""
         return self.run(f"apt-get -q -y --no-install-recommends {shlex.join(arguments)}")
 
+    def kill_install(self, package: str, deb: str, moment: str) -> None:
+        """Begin to install a package, and kill that when a shell's command succeeds."""
+        # All of the namespace but the shell: apt, dpkg and what these run.
+        said = self.run(
+            f"apt-get -q -y install {deb} > /var/log/killed 2>&1 & until {moment}; do :; done;"
+            f" kill -KILL -1; dpkg -s {package} | grep Status"
+        )
+        # The premise: it was not done.
+        assert "install ok installed" not in said
+
     def start(self, shared: Iterable[Path], *command: str) -> "subprocess.CompletedProcess[str]":
         """Run a command that may leave processes, in this root, with some directories of outside.
 
