@@ -8,8 +8,9 @@ import base64
 import contextlib
 import re
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import pytest
 
@@ -27,10 +28,10 @@ pytestmark = pytest.mark.long
 
 MEM_MIB = 2048
 PACKAGE = "free-page-hint-dkms"
+APT = "DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends"
 # The guest has dkms build two modules. Under TCG, on a busy machine, all of this takes minutes.
 PATIENCE = 3600
 BOOT = 1200
-FEATURES = "cat /sys/bus/virtio/drivers/virtio_balloon/virtio*/features"
 VERSION = "/sys/module/virtio_balloon/version"
 # Of the package ovmf: firmware with Secure Boot, variables with an example's key, and that key.
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
@@ -41,38 +42,23 @@ CERTIFICATE = KEY.with_suffix(".pem")
 BLOCKS_BIT, ARRAYS_BIT, CACHE_BIT = 3, 23, 22
 
 
-def with_secure_boot(spec: GuestSpec, variables: Path) -> GuestSpec:
-    """A guest with UEFI and Secure Boot, which needs SMM to keep the variables safe."""
-    flash = "if=pflash,format=raw"
-    return spec.but(
-        machine="q35,smm=on",
-        args=(
-            *("-global", "driver=cfi.pflash01,property=secure,value=on"),
-            *("-drive", f"{flash},unit=0,readonly=on,file={FIRMWARE}"),
-            *("-drive", f"{flash},unit=1,file={variables}"),
-        ),
-    )
-
-
+@dataclass
 class Debian:
     """A Debian guest, booted again and again from one disk."""
 
-    def __init__(self, lab: Lab, suite: str, disk: Path, archive: Path):
-        self._lab = lab
-        self._suite = suite
-        self._disks = (disk, archive)
-        self._boots = 0
+    lab: Lab
+    suite: str
+    disk: Path
+    archive: Path
+    boots: int = 0
 
-    def _spec(self, cmdline: str, variables: Optional[Path]) -> GuestSpec:
-        software = stock_software(self._suite, *self._disks, cmdline)
+    def boot(self, cmdline: str = "", **machine: Any) -> Guest:
+        """Boot from the disk, on a machine that may be another one than usual."""
+        self.boots += 1
+        software = stock_software(self.suite, self.disk, self.archive, cmdline)
         balloon = f"{ARRAYS},free-page-hint-cache=on"
-        spec = GuestSpec(mem_mib=MEM_MIB, vcpus=2, software=software, balloon=balloon)
-        return with_secure_boot(spec, variables) if variables else spec
-
-    def boot(self, cmdline: str = "", variables: Optional[Path] = None) -> Guest:
-        """Boot from the disk, with Secure Boot if its variables are given."""
-        self._boots += 1
-        guest = self._lab.launch(self._spec(cmdline, variables), f"{self._suite}-{self._boots}")
+        spec = GuestSpec(mem_mib=MEM_MIB, vcpus=2, software=software, balloon=balloon, **machine)
+        guest = self.lab.launch(spec, f"{self.suite}-{self.boots}")
         guest.wait_ready(BOOT)
         # Drivers are loaded in the background.
         guest.agent.run("udevadm settle --timeout 900", BOOT)
@@ -87,20 +73,23 @@ class Debian:
     def migrate(self, guest: Guest) -> Tuple[Guest, Hints, Dict[str, int]]:
         """Migrate with memory that was written and freed; the guest verifies what it keeps.
 
-        Returns the guest, what became of its hints, and where its free memory was before.
+        Returns the guest, what became of its hints, and what was measured: also where its free
+        memory was before.
         """
         workload.dirty_and_free(guest, MEM_MIB // 2)
         workload.stamp(guest, 32)
-        free = {
+        measured = {
             "free_reported_bytes": workload.free_reported_bytes(guest),
             "free_bytes_on_cpus": bytes_on_cpus(guest),
         }
-        there = self._lab.incoming(guest.spec, f"{guest.name}-destination")
+        there = self.lab.incoming(guest.spec, f"{guest.name}-destination")
         result = migrate(guest, there, WITH_HINTS)
         assert_intact(there)
-        assert result.hints is not None
         guest.close()
-        return there, assert_hints_used(result, MEM_MIB // 4 * MIB), free
+        hints = assert_hints_used(result, MEM_MIB // 4 * MIB)
+        for name in "messages blocks hinted_bytes skipped_bytes redirtied_bytes".split():
+            measured[name] = getattr(hints, name)
+        return there, hints, {**measured, "ask_to_end_us": hints.ask_to_end}
 
 
 @pytest.fixture(scope="module", name="archive")
@@ -110,46 +99,16 @@ def archive_fixture() -> Iterator[Path]:
         yield made
 
 
-def features(guest: Guest) -> str:
-    """The feature bits that the guest's balloon driver has taken."""
-    return guest.agent.run(FEATURES)
-
-
 def speaks_arrays(guest: Guest) -> bool:
     """Whether the guest's driver is the package's, and took the feature of arrays.
 
     None takes that of page cache: only a kernel of its own can free some.
     """
-    bits = features(guest)
+    bits = guest.agent.run("cat /sys/bus/virtio/drivers/virtio_balloon/virtio*/features")
     assert (bits[BLOCKS_BIT], bits[CACHE_BIT]) == ("1", "0")
     arrays = bits[ARRAYS_BIT] == "1"
     assert (guest.agent.exec(f"test -e {VERSION}")[0] == 0) == arrays
     return arrays
-
-
-def told(hints: Hints, free: Dict[str, int]) -> Dict[str, int]:
-    """What a migration measured."""
-    return {
-        **free,
-        "messages": hints.messages,
-        "blocks": hints.blocks,
-        "hinted_bytes": hints.hinted_bytes,
-        "skipped_bytes": hints.skipped_bytes,
-        "redirtied_bytes": hints.redirtied_bytes,
-        "ask_to_end_us": hints.ask_to_end,
-    }
-
-
-def install(guest: Guest) -> str:
-    """What a user does, from an archive on a disk."""
-    guest.agent.run("echo 'deb [trusted=yes] file:/srv/archive ./' > /etc/apt/sources.list")
-    guest.agent.run(
-        "mkdir -p /srv/archive && mount -o ro /dev/vdb /srv/archive && apt-get -q update"
-    )
-    return guest.agent.run(
-        f"DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install {PACKAGE}",
-        timeout=PATIENCE,
-    )
 
 
 @contextlib.contextmanager
@@ -161,7 +120,10 @@ def installed_disk(lab: Lab, suite: str, archive: Path) -> Iterator[Path]:
         # The premises: it is as Debian ships it.
         assert guest.agent.run("grep -c CONFIG_INIT_ON_ALLOC_DEFAULT_ON=y /boot/config-$(uname -r)")
         assert not speaks_arrays(guest)
-        install(guest)
+        # What a user does, from an archive on a disk
+        guest.agent.run("echo 'deb [trusted=yes] file:/srv/archive ./' > /etc/apt/sources.list")
+        guest.agent.run("mkdir -p /srv/archive && mount -o ro /dev/vdb /srv/archive")
+        guest.agent.run(f"apt-get -q update && {APT} install {PACKAGE}", PATIENCE)
         # The driver that was loaded stays until it is loaded anew.
         assert not speaks_arrays(guest)
         debian.power_off(guest)
@@ -185,10 +147,10 @@ def debian_fixture(lab: Lab, archive: Path, installed: Tuple[str, Path]) -> Iter
         yield Debian(lab, suite, disk, archive)
 
 
-def balloon_to(guest: Guest, mib: int, wait: bool = True) -> None:
+def balloon_to(guest: Guest, mib: int) -> None:
     """Let the guest have so much memory."""
     guest.qmp("balloon", value=mib * MIB)
-    while wait and guest.qmp("query-balloon")["actual"] != mib * MIB:
+    while guest.qmp("query-balloon")["actual"] != mib * MIB:
         with contextlib.suppress(Exception):
             guest.wait_event(lambda event: event["event"] == "BALLOON_CHANGE", "balloon", 2)
 
@@ -199,21 +161,19 @@ def test_migrates_with_arrays_then_purged_with_blocks(
     """After a reboot it migrates with arrays, loses nothing, and after a purge as a stock guest."""
     guest = debian.boot()
     assert speaks_arrays(guest)
-    guest, hints, free = debian.migrate(guest)
-    measured["arrays"] = told(hints, free)
+    guest, hints, measured["arrays"] = debian.migrate(guest)
     assert hints.messages < hints.blocks / 10
     assert int(guest.agent.run("cat /sys/kernel/debug/virtio_balloon_hint/*/reports")) == 1
     for times in range(3):
         workload.dirty_and_free(guest, MEM_MIB // 2)
         measured[f"drained-{times}"] = drain_a_cpu(guest)
 
-    guest.agent.run(f"DEBIAN_FRONTEND=noninteractive apt-get -q -y purge {PACKAGE}", PATIENCE)
+    guest.agent.run(f"{APT} purge {PACKAGE}", PATIENCE)
     debian.power_off(guest)
     guest = debian.boot()
     assert not speaks_arrays(guest)
     assert guest.agent.exec("modinfo virtio_balloon_hint")[0]
-    guest, hints, free = debian.migrate(guest)
-    measured["blocks"] = told(hints, free)
+    guest, hints, measured["blocks"] = debian.migrate(guest)
     assert hints.messages >= hints.blocks
 
 
@@ -227,8 +187,7 @@ def test_newest_kernel_migrates_with_arrays(
         guest = debian.boot()
         assert guest.agent.run("uname -r").startswith("7.3.")
         assert speaks_arrays(guest)
-        _, hints, free = debian.migrate(guest)
-        measured["arrays"] = told(hints, free)
+        _, hints, measured["arrays"] = debian.migrate(guest)
         assert hints.messages < hints.blocks / 10
 
 
@@ -296,7 +255,14 @@ def test_secure_boot_takes_modules_of_a_trusted_key(debian: Debian) -> None:
     if not (FIRMWARE.exists() and KEY.exists()):
         pytest.skip("the firmware for Secure Boot is missing: make deps")
     with disk_copy(VARIABLES, paths.cache_dir()) as variables:
-        guest = debian.boot(variables=variables)
+        flash = "if=pflash,format=raw"
+        secure = (
+            *("-global", "driver=cfi.pflash01,property=secure,value=on"),
+            *("-drive", f"{flash},unit=0,readonly=on,file={FIRMWARE}"),
+            *("-drive", f"{flash},unit=1,file={variables}"),
+        )
+        # It needs SMM to keep the variables safe.
+        guest = debian.boot(machine="q35,smm=on", args=secure)
         # The premise: this is what Debian's kernels do then.
         assert "[integrity]" in guest.agent.run("cat /sys/kernel/security/lockdown")
         assert_fell_back(guest)
