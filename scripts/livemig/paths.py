@@ -12,7 +12,7 @@ that series of versions, such as ours-10.2.
 import os
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from livemig.errors import BadSetting, MissingArtifact
 
@@ -139,6 +139,12 @@ def stock_host(suite: str) -> Path:
     """The directory of a Debian host: see scripts/make-stock-host."""
     made = cache_dir() / "images" / f"stock-host-{suite}"
     return require(made / "stamp", "make stock-hosts").parent
+
+
+def all_series() -> List[Tuple[str, str]]:
+    """All series of patches: the tree that each is of, and its versions, such as 10.0."""
+    found = [REPO.glob(f"{tree}/patches/*") for tree in ("qemu", "kernel", "libvirt")]
+    return sorted((path.parts[-3], path.name) for some in found for path in some)
 
 
 def version() -> str:

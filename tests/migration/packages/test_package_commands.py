@@ -49,6 +49,13 @@ def commands(step: str) -> List[str]:
     return found
 
 
+def existing(parent: ElementTree.Element, path: str) -> ElementTree.Element:
+    """An element that must be there."""
+    element = parent.find(path)
+    assert element is not None
+    return element
+
+
 def disk(file: Path, target: str) -> ElementTree.Element:
     """A disk of the domain."""
     element = ElementTree.Element("disk", type="file", device="disk")
@@ -72,11 +79,8 @@ class ReadmeGuest(Guest):
             ("os/initrd", str(made / "initrd.img")),
             ("os/cmdline", "root=/dev/vda rw console=ttyS0 panic=-1 no_timer_check"),
         ):
-            element = domain.find(path)
-            assert element is not None
-            element.text = text
-        devices = domain.find("devices")
-        assert devices is not None
+            existing(domain, path).text = text
+        devices = existing(domain, "devices")
         # All that the tests' domain has of ours
         for parent, child in (
             (devices, "emulator"),
@@ -84,9 +88,7 @@ class ReadmeGuest(Guest):
             (domain, f"{{{QEMU_NAMESPACE}}}override"),
             (domain, f"{{{QEMU_NAMESPACE}}}commandline"),
         ):
-            element = parent.find(child)
-            assert element is not None
-            parent.remove(element)
+            parent.remove(existing(parent, child))
         for file, target in ((root, "vda"), (archive, "vdb")):
             devices.append(disk(file, target))
         snippet = re.search(r"```xml\n(.*?)```", readme_steps()[1], re.DOTALL)
@@ -105,9 +107,7 @@ class ReadmeGuest(Guest):
         """Run the README's command. The disk of the guest is shared, which libvirt cannot know."""
         (command,) = commands(readme_steps()[3])
         assert command == "virsh migrate --live DOMAIN qemu+ssh://other-host/system"
-        command = command.replace(
-            "qemu+ssh://other-host", f"qemu+tcp://host-{OTHER_HOST[self.host]}"
-        )
+        command = command.replace("ssh://other-host", f"tcp://host-{OTHER_HOST[self.host]}")
         command = command.replace("DOMAIN", f"--unsafe {self.name}")
         return self.hosts.call(self.host, *command.split(), *options)
 
@@ -150,8 +150,6 @@ def test_debian_migrates_with_arrays(guest: ReadmeGuest, measured: Dict[str, Any
     hints = assert_hints_used(result, MEM_MIB // 4 * MIB)
     # Arrays, not blocks
     assert hints.messages < hints.blocks / 10
-    measured["total_ms"] = result.total_ms
-    measured["sent_bytes"] = result.sent_bytes
-    measured["messages"] = hints.messages
-    measured["hinted_bytes"] = hints.hinted_bytes
-    measured["redirtied_bytes"] = hints.redirtied_bytes
+    measured.update(total_ms=result.total_ms, sent_bytes=result.sent_bytes)
+    for name in "messages hinted_bytes redirtied_bytes".split():
+        measured[name] = getattr(hints, name)

@@ -193,14 +193,7 @@ def test_export_spares_what_it_did_not_write(tmp_path: Path, mine: bool) -> None
         assert kept.exists()
 
 
-SERIES = sorted(
-    (tree, patches.name)
-    for tree in ("qemu", "kernel", "libvirt")
-    for patches in (paths.REPO / tree / "patches").iterdir()
-)
-
-
-@pytest.mark.parametrize("tree, series", SERIES, ids=["-".join(pair) for pair in SERIES])
+@pytest.mark.parametrize("tree, series", paths.all_series())
 def test_export_of_each_series(tmp_path: Path, tree: str, series: str) -> None:
     """The patches for each series of versions apply, and all new files are in them."""
     done = run_script("export-patches", tmp_path, f"{tree}={series}")
