@@ -2,9 +2,8 @@
 """check-patches builds at each patch, and says at which it did not."""
 
 import shutil
-import subprocess
 from pathlib import Path
-from typing import List
+from typing import Any
 
 import pytest
 
@@ -22,6 +21,12 @@ Of no use.
 -before
 +{text}
 """
+# A build notes what it sees; if it is told to, it fails from the patch on that changes this file.
+BUILDER = """#!/bin/bash
+cd "$FPH_CACHE/libvirt-check/src"
+cat file-* | paste -sd " " >>"$LOG"
+[ ! "$FAILS_AT" ] || grep before "file-$FAILS_AT"
+"""
 
 
 class Project:
@@ -31,7 +36,7 @@ class Project:
         self._directory = directory
         self._log = directory / "log"
         shutil.copytree(paths.REPO / "scripts", directory / "scripts", symlinks=True)
-        self._builder("true")
+        (directory / "scripts/build-libvirt").write_text(BUILDER)
         source = directory / "cache/src/libvirt-11.3.0"
         (source / "src/qemu").mkdir(parents=True)
         (source / "meson.build").write_text("  version: '11.3.0',\n")
@@ -49,25 +54,16 @@ class Project:
         patch = PATCH.format(number=number, text=text)
         (self._patches / f"{number}.patch").write_text(patch)
 
-    def fail_at(self, number: int) -> None:
-        """Let the build fail from a patch on."""
-        self._builder(f'grep before "$FPH_CACHE/libvirt-check/src/file-{number}"')
-
-    def check(self, *options: str) -> "subprocess.CompletedProcess[str]":
-        """Run check-patches; what the builds saw is in builds()."""
+    def check(self, *options: str, fails_at: str = "") -> Any:
+        """Run check-patches; return what it did, and the three files' contents at each build."""
         self._log.write_text("")
-        script = self._directory / "scripts/check-patches"
-        environment = {"FPH_CACHE": str(self._directory / "cache"), "LOG": str(self._log)}
-        return run_script(script, *options, "libvirt", **environment)
-
-    def builds(self) -> List[str]:
-        """The contents of the three files at each build of the last check."""
-        return self._log.read_text().splitlines()
-
-    def _builder(self, command: str) -> None:
-        source = '"$FPH_CACHE/libvirt-check/src"'
-        script = f'#!/bin/bash\ncat {source}/file-* | paste -sd " " >>"$LOG"\n{command}\n'
-        (self._directory / "scripts/build-libvirt").write_text(script)
+        done = run_script(
+            *(self._directory / "scripts/check-patches", *options, "libvirt"),
+            FPH_CACHE=str(self._directory / "cache"),
+            LOG=str(self._log),
+            FAILS_AT=fails_at,
+        )
+        return done, self._log.read_text().splitlines()
 
 
 @pytest.fixture
@@ -78,12 +74,12 @@ def project(tmp_path: Path) -> Project:
 
 def test_built_once_at_each_patch(project: Project) -> None:
     """Each patch is built, and what an earlier run has built is not built again."""
-    done = project.check("--build")
+    done, builds = project.check("--build")
     assert done.returncode == 0, done.stderr
-    assert project.builds() == ["after before before", "after after before", "after after after"]
+    assert builds == ["after before before", "after after before", "after after after"]
     assert "3 built, 0 built before, 0 not built" in done.stdout
-    again = project.check("--build")
-    assert project.builds() == []
+    again, builds = project.check("--build")
+    assert not builds
     assert "0 built, 3 built before, 0 not built" in again.stdout
 
 
@@ -91,26 +87,25 @@ def test_built_from_the_changed_patch_on(project: Project) -> None:
     """A changed patch is built again, and so are those on top of it; not those below."""
     project.check("--build")
     project.write(2, "other")
-    done = project.check("--build")
-    assert project.builds() == ["after other before", "after other after"]
+    done, builds = project.check("--build")
+    assert builds == ["after other before", "after other after"]
     assert "2 built, 1 built before, 0 not built" in done.stdout
 
 
 def test_failed_build_is_tried_again(project: Project) -> None:
     """A patch that does not build ends the check, and the next one finds that again."""
-    project.fail_at(2)
     for _ in range(2):
-        done = project.check("--build")
+        done, builds = project.check("--build", fails_at="2")
         assert done.returncode != 0
         assert "applies" not in done.stdout
-        assert project.builds()[-1] == "after after before"
+        assert builds[-1] == "after after before"
 
 
 def test_what_was_not_built_is_named(project: Project) -> None:
     """Out of time, the patches are still applied, and those that were not built are named."""
-    done = project.check("--build", "--minutes", "0")
+    done, builds = project.check("--build", "--minutes", "0")
     assert done.returncode == 0, done.stderr
-    assert project.builds() == []
+    assert not builds
     assert "every patch applies" in done.stdout
     assert "0 built, 0 built before, 3 not built" in done.stdout
     assert done.stdout.count("not built: libvirt: 000") == 3
@@ -118,7 +113,6 @@ def test_what_was_not_built_is_named(project: Project) -> None:
 
 def test_only_what_has_tests_is_tested(project: Project) -> None:
     """libvirt's and the kernel's patches are refused, before anything is built."""
-    done = project.check("--test")
-    assert done.returncode != 0
+    done, builds = project.check("--test")
+    assert done.returncode != 0 and not builds
     assert "--test is for the patches of qemu" in done.stderr and done.stderr.count("\n") == 1
-    assert project.builds() == []
