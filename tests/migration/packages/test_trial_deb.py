@@ -10,7 +10,7 @@ import pytest
 
 from livemig import paths
 from livemig.debian_root import DebianRoot, host_root
-from livemig.hosts_in_root import HostsInRoot, InstalledGuest, hosts_in_root
+from livemig.hosts_in_root import InstalledGuest, hosts_in_root
 
 pytestmark = pytest.mark.long
 
@@ -150,26 +150,20 @@ def test_killed_install_can_be_resumed(root: DebianRoot, moment: str) -> None:
     assert files(root) == before
 
 
-@pytest.fixture(name="hosts")
-def hosts_fixture(root: DebianRoot) -> Iterator[HostsInRoot]:
-    """Two such hosts with Debian's QEMU."""
+def test_migrates_beside_debians_qemu(root: DebianRoot, measured: Dict[str, Any]) -> None:
+    """libvirt migrates with hints beside Debian's QEMU, which stays as it is; a purge is clean."""
     root.apt("install", "qemu-system-x86")
     with hosts_in_root(root, paths.kernel_image("ours"), paths.initramfs()) as hosts:
-        yield hosts
+        before = set(hosts.run("a", FILES).splitlines())
+        said = hosts.run("a", INSTALL)
+        assert "0 upgraded, 1 newly installed, 0 to remove" in said
+        # Nothing else was changed.
+        assert not before - set(hosts.run("a", FILES).splitlines())
+        assert hosts.run("a", f"dpkg --verify qemu-system-x86 {PACKAGE}") == ""
 
+        with InstalledGuest(hosts, "trial", PROGRAM) as guest:
+            measured.update(guest.migrates_with_hints())
 
-def test_migrates_beside_debians_qemu(hosts: HostsInRoot, measured: Dict[str, Any]) -> None:
-    """libvirt migrates with hints beside Debian's QEMU, which stays as it is; a purge is clean."""
-    before = set(hosts.run("a", FILES).splitlines())
-    said = hosts.run("a", INSTALL)
-    assert "0 upgraded, 1 newly installed, 0 to remove" in said
-    # Nothing else was changed.
-    assert not before - set(hosts.run("a", FILES).splitlines())
-    assert hosts.run("a", f"dpkg --verify qemu-system-x86 {PACKAGE}") == ""
-
-    with InstalledGuest(hosts, "trial", PROGRAM) as guest:
-        measured.update(guest.migrates_with_hints())
-
-    hosts.run("a", f"DEBIAN_FRONTEND=noninteractive apt-get -q -y purge {PACKAGE}")
-    assert set(hosts.run("a", FILES).splitlines()) == before
-    assert hosts.call("a", PROGRAM, "--version").returncode
+        hosts.run("a", f"DEBIAN_FRONTEND=noninteractive apt-get -q -y purge {PACKAGE}")
+        assert set(hosts.run("a", FILES).splitlines()) == before
+        assert hosts.call("a", PROGRAM, "--version").returncode

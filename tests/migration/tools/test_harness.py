@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Iterator
@@ -17,7 +16,7 @@ import pytest
 from livebench import demo
 from livebench.canned import IDLE, canned
 from livemig import guest, host, memory, paths, workload
-from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, assert_hints_used, run_script
+from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, assert_hints_used, run_script, wait_for
 from livemig.errors import GuestError, MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -267,11 +266,7 @@ def test_no_qemu_is_left(tmp_path: Path, number: int) -> None:
         assert process.wait(60) != 0
     assert bool(list(tmp_path.glob("place-*"))) == (number == signal.SIGKILL)
     # A process that has ended has no program, even where nobody takes note of its end.
-    program = Path(f"/proc/{pid}/exe")
-    deadline = time.monotonic() + 60
-    while program.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not program.exists()
+    wait_for(lambda: not Path(f"/proc/{pid}/exe").exists(), "a QEMU is left", 60)
 
 
 def test_record_has_the_fields_that_were_agreed() -> None:

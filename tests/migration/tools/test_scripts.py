@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Dict
 
@@ -35,7 +36,7 @@ RUDE = (b'{"capabilities": {}}\n', b"nonsense\n", b"[1]\n", b'{"unknown": 1}\n',
 class Terminal:
     """A command on a terminal of its own."""
 
-    def __init__(self, *command: str):
+    def __init__(self, *command: Any):
         self._ours, theirs = pty.openpty()
         # pylint: disable=consider-using-with  # ended by close()
         self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
@@ -66,8 +67,7 @@ def test_guest_is_moved_under_its_user() -> None:
     """scripts/migrate moves the guest of scripts/guest; its shell goes on, whatever clients do."""
     if control.connect():
         pytest.skip("a guest of scripts/guest runs on this machine")
-    terminal = Terminal(str(SCRIPTS / "guest"), "--mem", "512M")
-    try:
+    with closing(Terminal(SCRIPTS / "guest", "--mem", "512M")) as terminal:
         terminal.wait_for(b"/root # ")
         terminal.type(b"x=42; echo first $((x + 1))\r")
         terminal.wait_for(b"first 43")
@@ -94,8 +94,6 @@ def test_guest_is_moved_under_its_user() -> None:
         assert "only one at a time" in refused.stderr
         terminal.type(QUIT)
         assert terminal.process.wait(60) == 0
-    finally:
-        terminal.close()
 
 
 def test_failed_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,20 +202,11 @@ def test_export_of_each_series(tmp_path: Path, tree: str, series: str) -> None:
     assert out.name in (tree, f"{tree}-{series}")
     base, *names = (out / "series").read_text().splitlines()
     assert f"-{series}." in base
-    hooks = [
-        line
-        for line in (paths.REPO / tree / "patches" / series / "series").read_text().splitlines()
-        if not line.startswith("#")
-    ]
-    assert len(names) == len(hooks) > 0
-    added = {
-        line
-        for name in names
-        for line in (out / name).read_text().splitlines()
-        if line.startswith("+++ b/")
-    }
+    hooks = (paths.REPO / tree / "patches" / series / "series").read_text().splitlines()
+    assert len(names) == len([line for line in hooks if not line.startswith("#")]) > 0
+    added = "".join((out / name).read_text() for name in names).splitlines()
     ours = [p.relative_to(paths.REPO / tree) for p in (paths.REPO / tree).rglob("*") if p.is_file()]
-    assert {f"+++ b/{path}" for path in ours if path.parts[0] != "patches"} <= added
+    assert {f"+++ b/{path}" for path in ours if path.parts[0] != "patches"} <= set(added)
 
 
 def test_builds_of_a_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
