@@ -26,6 +26,9 @@ host = fake_libvirt.host_fixture
 fph = fake_libvirt.fph_fixture
 
 
+COMPLETED = {"status": "completed"}
+
+
 @pytest.fixture
 def said(fph: Callable[..., Tuple[int, List[str], List[str]]]) -> Callable[..., List[str]]:
     """Runs the tool, which must succeed and complain of nothing; returns its output."""
@@ -49,20 +52,13 @@ def estimated(host: FakeHost, name: str, more: Mapping[str, Any]) -> FakeDomain:
 
 def test_status_of_all_kinds(host: FakeHost, said: Any) -> None:
     """Each domain has its row, whatever its QEMU, and a line for what calls for one."""
-    host.add("ours").says(status_answers("arrays", "arrays"))
+    skipped = {"free-page-hint": {"skipped-bytes": 5 * MIB, "redirtied-bytes": MIB}}
+    failed = {"status": "failed", "ram": {}, "absent-pages": {"absent-bytes": MIB}, **skipped}
+    host.add("ours").says({**status_answers("arrays", "arrays"), "query-migrate": failed})
     host.add("stock").says(status_answers("no", "no", ours=False))
-    host.add("asleep").says(status_answers("blocks", "none"))
-    host.domains["asleep"].qemu(query_migrate={"status": "completed"})
+    host.add("asleep").says({**status_answers("blocks", "none"), "query-migrate": COMPLETED})
     host.add("off", active=False)
     host.add("balloonless", model="none", active=False)
-    host.domains["ours"].qemu(
-        query_migrate={
-            "status": "failed",
-            "ram": {},
-            "free-page-hint": {"skipped-bytes": 5 * MIB, "redirtied-bytes": MIB},
-            "absent-pages": {"absent-bytes": MIB},
-        }
-    )
     out = said("status")
     rows = {line.split()[0]: line.split()[1:] for line in out[:6]}
     assert rows["ours"] == "running arrays arrays on on failed 5 MiB".split()
@@ -245,7 +241,6 @@ def failure(desc: str) -> Dict[str, Any]:
 
 
 BUSY = failure("an estimate is being made already")
-COMPLETED = {"status": "completed"}
 INVALID = error(libvirt.VIR_ERR_XML_INVALID_SCHEMA, "XML document failed\n to validate")
 UNKNOWN = error(libvirt.VIR_ERR_INVALID_ARG, "could not find\n capabilities")
 # What is wrong with the libvirt, or with its domain "a", whose QEMU cannot be run from here.

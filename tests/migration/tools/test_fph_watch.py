@@ -82,24 +82,30 @@ def test_samples_mean_the_same_from_qemu_and_from_libvirt() -> None:
     assert from_job(job) == replace(sample, skipped=None)
 
 
-def watched(
-    fph: Any, tmp_path: Path, *options: str
-) -> Tuple[int, Dict[str, Any], List[str], List[str]]:
-    """Watch a domain; returns the status, the JSON that was written, the output and the errors."""
-    base = str(tmp_path / "seen")
-    status, out, err = fph("watch", "a", "--interval", "0", "-o", base, *options)
-    return status, json.loads(Path(base + ".json").read_text("utf-8")), out, err
+@pytest.fixture
+def watched(host: FakeHost, fph: Any, tmp_path: Path) -> Any:
+    """Watches a domain "a" whose QEMU answers so in turn.
+
+    Returns the exit status, the JSON that was written, the output and the errors.
+    """
+
+    def watch(answers: List[Any], *options: str, **state: Any) -> Tuple[int, Any, Any, Any]:
+        vars(host.add("a").qemu(query_migrate=InTurn(answers))).update(state)
+        base = str(tmp_path / "seen")
+        status, out, err = fph("watch", "a", "--interval", "0", "-o", base, *options)
+        return status, json.loads(Path(base + ".json").read_text("utf-8")), out, err
+
+    return watch
 
 
 COMPLETED = {"operation": 5, "time_elapsed": 3000, "downtime": 30, "memory_processed": 9 * MIB}
 
 
-def test_watch_to_the_end(host: FakeHost, fph: Any, tmp_path: Path) -> None:
+def test_watch_to_the_end(watched: Any, tmp_path: Path) -> None:
     """What was seen is written and drawn; QEMU is gone, and libvirt knows the end."""
     looks = [info("active", 1, 500), info("active", 2, 100), info("active", 2.5, 50)]
-    domain = host.add("a").qemu(query_migrate=InTurn([{}, *looks, GONE]))
-    domain.completed = {"type": 3, **COMPLETED}
-    status, record, out, err = watched(fph, tmp_path, "--wait", "9")
+    end = {"type": 3, **COMPLETED}
+    status, record, out, err = watched([{}, *looks, GONE], "--wait", "9", completed=end)
     assert (status, err) == (0, [])
     assert "end in 0.3 s" in out[-3] and "skipped 500 MiB" in out[-3] and "80 % sent" in out[-3]
     assert out[-2] == (
@@ -110,12 +116,12 @@ def test_watch_to_the_end(host: FakeHost, fph: Any, tmp_path: Path) -> None:
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_watch_a_migration_that_fails(host: FakeHost, fph: Any, tmp_path: Path) -> None:
+def test_watch_a_migration_that_fails(watched: Any) -> None:
     """QEMU lives on and says why; the status of an earlier migration is not this one's."""
     old = info("cancelled", 7, 7)
     failed = {**info("failed", 2, 300), "error-desc": "Unable to write to socket"}
-    host.add("a").qemu(query_migrate=InTurn([old, old, info("active", 1, 500), failed]))
-    status, record, out, err = watched(fph, tmp_path, "--wait", "9")
+    answers = [old, old, info("active", 1, 500), failed]
+    status, record, out, err = watched(answers, "--wait", "9")
     assert (status, err) == (1, [])
     assert out[-2].startswith("a: failed in 2.0 s")
     assert out[-2].endswith(": Unable to write to socket")
@@ -123,46 +129,44 @@ def test_watch_a_migration_that_fails(host: FakeHost, fph: Any, tmp_path: Path) 
 
 
 def test_watch_keeps_what_was_seen_when_the_connection_is_lost(
-    host: FakeHost, fph: Any, tmp_path: Path
+    host: FakeHost, watched: Any, tmp_path: Path
 ) -> None:
     """The connection breaks half way: one line, and the files have what was seen until then."""
     answers = [info("active", 1, 500), info("active", 2, 400), host.cut]
-    host.add("a").qemu(query_migrate=InTurn(answers))
-    status, record, _, err = watched(fph, tmp_path)
+    status, record, _, err = watched(answers)
     assert status == 3
     assert err == ["fph: a: the connection to qemu:///fake was lost: client socket is closed"]
     assert record["status"] == "lost" and len(record["samples"]) == 2
     assert (tmp_path / "seen.png").exists()
 
 
-def test_watching_can_be_ended(host: FakeHost, fph: Any, tmp_path: Path) -> None:
+def test_watching_can_be_ended(host: FakeHost, watched: Any) -> None:
     """Ctrl-C ends the watching, not the migration; what was seen is kept."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     answers = [info("active", 1, 500), info("active", 2, 400), interrupt]
-    host.add("a").qemu(query_migrate=InTurn(answers))
-    status, record, out, err = watched(fph, tmp_path)
+    status, record, out, err = watched(answers)
     assert (status, err) == (130, ["fph: interrupted"])
     assert out[-2].endswith("it goes on, and was not watched to its end")
     assert len(record["samples"]) == 2
     assert {request["execute"] for request in host.domains["a"].asked} == {"query-migrate"}
 
 
-def test_watch_through_a_read_only_connection(host: FakeHost, fph: Any, tmp_path: Path) -> None:
+def test_watch_through_a_read_only_connection(watched: Any) -> None:
     """libvirt's own figures are followed, without what was skipped."""
-    domain = host.add("a").qemu(query_migrate=DENIED)
     job = {"type": 2, "operation": 5, "memory_total": GIB, "time_elapsed": 100}
-    domain.jobs = [{"type": 0}, {**job, "memory_remaining": 7}, {"type": 0}]
-    domain.completed = {"type": 3, **COMPLETED}
-    status, record, out, err = watched(fph, tmp_path, "--readonly", "--wait", "9")
+    jobs = [{"type": 0}, {**job, "memory_remaining": 7}, {"type": 0}]
+    end = {"type": 3, **COMPLETED}
+    options = ("--readonly", "--wait", "9")
+    status, record, out, err = watched([DENIED], *options, jobs=jobs, completed=end)
     assert (status, err) == (0, [])
     assert record["samples"][0]["remaining"] == 7 and record["skipped"] is None
     assert "skipped" not in out[-2]
 
 
-def test_event_is_heard_when_no_look_was_in_time(host: FakeHost, fph: Any, tmp_path: Path) -> None:
+def test_event_is_heard_when_no_look_was_in_time(host: FakeHost, watched: Any) -> None:
     """Events say what was skipped and how it ended, where both was over between two looks.
 
     The domain was transient, so that libvirt knows nothing of it any more.
@@ -174,8 +178,7 @@ def test_event_is_heard_when_no_look_was_in_time(host: FakeHost, fph: Any, tmp_p
         host.listeners["end"](None, None, dict(COMPLETED), None)
         return error(libvirt.VIR_ERR_NO_DOMAIN, "Domain not found")
 
-    host.add("a").qemu(query_migrate=InTurn([{}, over]))
-    status, record, out, err = watched(fph, tmp_path, "--wait", "9")
+    status, record, out, err = watched([{}, over], "--wait", "9")
     assert status == 0 and record["skipped"] == 2 * MIB
     assert any(line.endswith("sent, 2 MiB skipped") for line in out)
     assert err == ["fph: a: no picture: the migration was over before it was looked at twice"]
@@ -200,21 +203,19 @@ def test_progress_fits_the_terminal() -> None:
         assert width == 40 or line[len(shorter) :].startswith("  ")
 
 
-class Monitor:
-    """QEMU's end of a QMP socket, for one client; what it writes after a line is read, in turn."""
+def serve(path: Path, *answers: Any) -> None:
+    """Be QEMU's end of a QMP socket, for one client; what is written after each line, in turn."""
+    server = socket.create_server(str(path), family=socket.AF_UNIX)
 
-    def __init__(self, path: Path, *answers: Any):
-        self._server = socket.create_server(str(path), family=socket.AF_UNIX)
-        self._answers = answers
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        with self._server, self._server.accept()[0] as client, client.makefile("rw") as stream:
-            for answer in self._answers:
+    def answer_all() -> None:
+        with server, server.accept()[0] as client, client.makefile("rw") as stream:
+            for answer in answers:
                 for message in answer if isinstance(answer, list) else [answer]:
                     stream.write(json.dumps(message) + "\n")
                 stream.flush()
                 stream.readline()
+
+    threading.Thread(target=answer_all, daemon=True).start()
 
 
 GREETING = {"QMP": {"version": {}, "capabilities": []}}
@@ -227,7 +228,7 @@ def test_watch_a_qemu_without_libvirt(host: FakeHost, fph: Any, tmp_path: Path) 
     seen = [{"return": info("active", 1, 300)}, {"return": info("active", 2, 200)}]
     over = {"return": info("completed", 3, 0, downtime=20)}
     path = tmp_path / "qmp"
-    Monitor(path, GREETING, EMPTY, EMPTY, [event, seen[0]], seen[1], over)
+    serve(path, GREETING, EMPTY, EMPTY, [event, seen[0]], seen[1], over)
     status, out, err = fph("watch", "--qmp", str(path), "--interval", "0", "--wait", "9")
     assert (status, err) == (0, [])
     assert out[0] == f"{path}  waits for a migration"
@@ -239,7 +240,7 @@ def test_watch_a_qemu_without_libvirt(host: FakeHost, fph: Any, tmp_path: Path) 
 def test_watch_a_qemu_that_ends(fph: Any, tmp_path: Path) -> None:
     """QEMU is gone in the middle: that is said, and that it is not known how it ended."""
     path = tmp_path / "qmp"
-    Monitor(path, GREETING, EMPTY, {"return": info("active", 1, 300)})
+    serve(path, GREETING, EMPTY, {"return": info("active", 1, 300)})
     status, out, err = fph("watch", "--qmp", str(path), "--interval", "0")
     assert (status, err) == (1, [])
     assert out[-1].startswith(f"{path}: gone, ") and out[-1].endswith(": QEMU has ended")
@@ -255,7 +256,7 @@ def test_sockets_that_are_no_monitor(
         ("silent", [[]], "no answer; is somebody connected to it?"),
         ("closed", [], "QEMU has ended"),
     ):
-        Monitor(tmp_path / name, *answers)
+        serve(tmp_path / name, *answers)
         status, out, err = fph("watch", "--qmp", str(tmp_path / name))
         assert (status, out) == (1 if name == "closed" else 3, [])
         assert err == [f"fph: {tmp_path / name}: {line}"]
