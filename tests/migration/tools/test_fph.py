@@ -125,6 +125,7 @@ def test_paused_domain_is_estimated_by_what_is_absent(host: FakeHost, said: Any)
 
 
 AS_ASKED = ["a: its definition is like that already"]
+BALLOON = "<memballoon model='virtio'/>"
 NATIVE = "<memballoon model='virtio' freePageHinting='on' freePageHintArrays='on'/>"
 
 
@@ -164,7 +165,7 @@ def test_attributes_of_a_libvirt_that_knows_hints(
     off = domain.xml
     out = said("enable", "--arrays", "a")
     assert not host.defined
-    assert (changed(out, "+"), changed(out, "-")) == ([NATIVE], ["<memballoon model='virtio'/>"])
+    assert (changed(out, "+"), changed(out, "-")) == ([NATIVE], [BALLOON])
 
     assert said("enable", "--arrays", "a", "--write")[:-1] == out[:-1]
     domain.xml = host.defined[0]
@@ -245,9 +246,7 @@ INVALID = error(libvirt.VIR_ERR_XML_INVALID_SCHEMA, "XML document failed\n to va
 UNKNOWN = error(libvirt.VIR_ERR_INVALID_ARG, "could not find\n capabilities")
 # What is wrong with the libvirt, or with its domain "a", whose QEMU cannot be run from here.
 PREPARED: Dict[str, Callable[[FakeHost, FakeDomain], Any]] = {
-    "no balloon": lambda _, a: vars(a).update(
-        xml=a.xml.replace("<memballoon model='virtio'/>", "")
-    ),
+    "no balloon": lambda _, a: vars(a).update(xml=a.xml.replace(BALLOON, "")),
     "model none": lambda host, _: host.add("a", model="none"),
     "stock emulator": lambda host, _: host.add("a", emulator="/bin/true"),
     "no emulator": lambda host, _: host.add("a", emulator="/nowhere/qemu"),

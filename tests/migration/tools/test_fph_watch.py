@@ -69,17 +69,10 @@ def test_samples_mean_the_same_from_qemu_and_from_libvirt() -> None:
     """Bytes, and bytes per second; only QEMU knows what was skipped."""
     sample = from_qmp(info("active", 1.5, 100))
     assert sample == Sample(1.5, "active", GIB, 100 * MIB, 5 * MIB, 1e8, MIB, 2, 500 * MIB)
-    job = {
-        "time_elapsed": 1500,
-        "memory_total": GIB,
-        "memory_remaining": 100 * MIB,
-        "memory_processed": 5 * MIB,
-        "memory_bps": int(1e8),
-        "memory_dirty_rate": 256,
-        "memory_page_size": 4096,
-        "memory_iteration": 2,
-    }
-    assert from_job(job) == replace(sample, skipped=None)
+    names = "total remaining processed bps dirty_rate page_size iteration".split()
+    values = (GIB, 100 * MIB, 5 * MIB, int(1e8), 256, 4096, 2)
+    job = {f"memory_{name}": value for name, value in zip(names, values)}
+    assert from_job({"time_elapsed": 1500, **job}) == replace(sample, skipped=None)
 
 
 @pytest.fixture
