@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import Iterator
 
 import numpy as np
 import pytest
@@ -37,16 +37,16 @@ ISSUE_FIELDS = (
 class Memstamp:
     """A memstamp that runs on this machine, and a way into its memory."""
 
-    def __init__(self, binary: Path, name: str):
+    def __init__(self, binary: Path):
         self._binary = binary
-        self._name = name
         self.call("start", "1")
         self.pid = int(subprocess.check_output(["pidof", binary]))
+        self.memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR)
 
     def call(self, verb: str, *args: str) -> "subprocess.CompletedProcess[str]":
         """Run memstamp."""
         return subprocess.run(
-            [self._binary, verb, "--name", self._name, *args],
+            [self._binary, verb, "--name", f"test-{os.getpid()}", *args],
             stdout=subprocess.PIPE if verb != "start" else subprocess.DEVNULL,
             text=True,
             timeout=60,
@@ -55,26 +55,21 @@ class Memstamp:
 
     def pages(self) -> Iterator[int]:
         """The addresses of the stamped pages."""
-        with open(f"/proc/{self.pid}/maps", encoding="ascii") as maps, self.memory() as mem:
-            for line in maps:
-                match = re.match(r"([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 *$", line)
-                start, end = (int(text, 16) for text in match.groups()) if match else (0, 0)
-                for address in range(start, end, PAGE):
-                    mem.seek(address)
-                    if mem.read(8) == MAGIC:
-                        yield address
-
-    def memory(self) -> BinaryIO:
-        """The memory of the server, as a file."""
-        return open(f"/proc/{self.pid}/mem", "r+b", buffering=0)
+        maps = Path(f"/proc/{self.pid}/maps").read_text("ascii")
+        anonymous = r"^([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0 *$"
+        for start, end in re.findall(anonymous, maps, re.MULTILINE):
+            for address in range(int(start, 16), int(end, 16), PAGE):
+                if os.pread(self.memory, len(MAGIC), address) == MAGIC:
+                    yield address
 
 
 @pytest.fixture
 def memstamp(tmp_path: Path) -> Iterator[Memstamp]:
     """A memstamp with 256 pages."""
     subprocess.run([paths.REPO / "scripts" / "guest-programs", tmp_path], check=True)
-    stamp = Memstamp(tmp_path / "memstamp", f"test-{os.getpid()}")
+    stamp = Memstamp(tmp_path / "memstamp")
     yield stamp
+    os.close(stamp.memory)
     stamp.call("stop")
 
 
@@ -82,17 +77,16 @@ def memstamp(tmp_path: Path) -> Iterator[Memstamp]:
 def test_memstamp_sees(memstamp: Memstamp, fault: str) -> None:
     """memstamp finds a page that is lost, swapped, old, torn or foreign, and names the fault."""
     first, second = list(memstamp.pages())[10:12]
-    with memstamp.memory() as mem:
-        page, other = (os.pread(mem.fileno(), PAGE, address) for address in (first, second))
-        pages = {
-            "none": page,
-            "lost": bytes(PAGE),
-            "swapped": other,
-            "old": page[:16] + bytes(8) + page[24:],
-            "torn": page[:4000] + bytes([page[4000] ^ 1]) + page[4001:],
-            "foreign": b"x" * PAGE,
-        }
-        os.pwrite(mem.fileno(), pages[fault], first)
+    page, other = (os.pread(memstamp.memory, PAGE, address) for address in (first, second))
+    pages = {
+        "none": page,
+        "lost": bytes(PAGE),
+        "swapped": other,
+        "old": page[:16] + bytes(8) + page[24:],
+        "torn": page[:4000] + bytes([page[4000] ^ 1]) + page[4001:],
+        "foreign": b"x" * PAGE,
+    }
+    os.pwrite(memstamp.memory, pages[fault], first)
     done = memstamp.call("verify")
     assert "verified=256 " in done.stdout
     assert f" errors={int(fault != 'none')} " in done.stdout
