@@ -31,6 +31,9 @@ STAMPED_MIB = 64
 # Under TCG, on a busy machine
 BOOT = 1200
 PATIENCE = 3600
+DISK = """<disk type='file' device='disk'>
+  <driver name='qemu' type='raw' cache='none'/><source file='{}'/><target dev='{}' bus='virtio'/>
+</disk>"""
 
 
 def readme_steps() -> List[str]:
@@ -53,15 +56,6 @@ def existing(parent: ElementTree.Element, path: str) -> ElementTree.Element:
     """An element that must be there."""
     element = parent.find(path)
     assert element is not None
-    return element
-
-
-def disk(file: Path, target: str) -> ElementTree.Element:
-    """A disk of the domain."""
-    element = ElementTree.Element("disk", type="file", device="disk")
-    ElementTree.SubElement(element, "driver", name="qemu", type="raw", cache="none")
-    ElementTree.SubElement(element, "source", file=str(file))
-    ElementTree.SubElement(element, "target", dev=target, bus="virtio")
     return element
 
 
@@ -90,7 +84,7 @@ class ReadmeGuest(Guest):
         ):
             parent.remove(existing(parent, child))
         for file, target in ((root, "vda"), (archive, "vdb")):
-            devices.append(disk(file, target))
+            devices.append(ElementTree.fromstring(DISK.format(file, target)))
         snippet = re.search(r"```xml\n(.*?)```", readme_steps()[1], re.DOTALL)
         assert snippet
         wrapped = f"<x xmlns:qemu='{QEMU_NAMESPACE}'>{snippet[1]}</x>"

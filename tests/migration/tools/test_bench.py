@@ -299,9 +299,8 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
 
 def test_one_run(tmp_path: Path) -> None:
     """A small guest is booted, moved, checked and reported, and not a second time."""
-    arguments = ["run", "--scenario", "idle-8g", "--mode", "array", "--mem", "512M", "--vcpus", "1"]
-    arguments += ["--runs", "1", "--out", str(tmp_path)]
-    done = bench(*arguments)
+    command = f"run --scenario idle-8g --mode array --mem 512M --vcpus 1 --runs 1 --out {tmp_path}"
+    done = bench(*command.split())
     assert done.returncode == 0, done.stderr
     (run,) = Store(tmp_path).runs()
     assert run["verified"] and run["metrics"]["hint_blocks"] > 0 and run["samples"][0]
@@ -309,7 +308,7 @@ def test_one_run(tmp_path: Path) -> None:
     clocks = {fact["clocksource"] for fact in run["guest_before"] + run["guest_after"]}
     assert clocks in ({"tsc"}, {"kvm-clock"})
     assert str(Path.home()) not in json.dumps(run)
-    assert "1 of 1 runs are there already" in bench(*arguments).stdout
+    assert "1 of 1 runs are there already" in bench(*command.split()).stdout
 
 
 @pytest.mark.parametrize("scenario", ["postcopy-freed-8g-round0", "postcopy-idle-4g-memfd"])

@@ -20,12 +20,9 @@ def test_documents_quote_what_was_measured() -> None:
 
 def test_a_stale_figure_is_found(tmp_path: Path) -> None:
     """A document that says something else is named, with what it should say."""
-    quote = {
-        "doc": "page.md",
-        "from": ["modes.json.xz"],
-        "scenario": "idle-8g",
-        "text": "{array} ms, {array / legacy} of {legacy quartiles}, {array runs} runs",
-    }
+    text = "{array} ms, {array / legacy} of {legacy quartiles}, {array runs} runs"
+    runs = {"from": ["modes.json.xz"], "scenario": "idle-8g"}
+    quote = {"doc": "page.md", "text": text, **runs}
     right = "**106** ms, 0.22 of 490\n(442–618), 3 runs"
     data = tmp_path / "quotes.json"
     data.write_text(json.dumps([quote]), "utf-8")

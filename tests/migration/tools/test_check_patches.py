@@ -57,12 +57,9 @@ class Project:
     def check(self, *options: str, fails_at: str = "") -> Any:
         """Run check-patches; return what it did, and the three files' contents at each build."""
         self._log.write_text("")
-        done = run_script(
-            *(self._directory / "scripts/check-patches", *options, "libvirt"),
-            FPH_CACHE=str(self._directory / "cache"),
-            LOG=str(self._log),
-            FAILS_AT=fails_at,
-        )
+        script = self._directory / "scripts/check-patches"
+        environment = {"FPH_CACHE": str(self._directory / "cache"), "LOG": str(self._log)}
+        done = run_script(script, *options, "libvirt", FAILS_AT=fails_at, **environment)
         return done, self._log.read_text().splitlines()
 
 

@@ -84,11 +84,10 @@ def test_estimate_of_several(host: FakeHost, fph: Any) -> None:
     host.add("off", active=False)
     status, out, err = fph("estimate", "--all", "--bandwidth", "1Gbit")
     assert host.domains["a"].asked[0]["arguments"] == {"bandwidth": 125_000_000}
-    assert [line.split()[0] for line in out] == ["DOMAIN", "a", "b", "all"]
-    row = "a, 1.0 GiB, 400 MiB, 524 MiB, 100 MiB, 10 %, 0.8 s"
-    assert re.split("  +", out[1]) == row.split(", ")
-    total = "all, 2.0 GiB, 800 MiB, 1.0 GiB, 200 MiB, 10 %, 1.6 s"
-    assert re.split("  +", out[3]) == total.split(", ")
+    rows = [re.split("  +", line) for line in out]
+    assert [row[0] for row in rows] == ["DOMAIN", "a", "b", "all"]
+    assert rows[1] == "a, 1.0 GiB, 400 MiB, 524 MiB, 100 MiB, 10 %, 0.8 s".split(", ")
+    assert rows[3] == "all, 2.0 GiB, 800 MiB, 1.0 GiB, 200 MiB, 10 %, 1.6 s".split(", ")
     assert status == 1
     assert err == [
         "fph: stock: its QEMU is a stock one, which has no estimate and skips no absent pages"
@@ -343,12 +342,11 @@ def test_status_through_a_read_only_connection(host: FakeHost, said: Any) -> Non
 
 def test_figures_for_people() -> None:
     """Sizes, times and rates as people write them."""
-    assert [show.size(n) for n in (None, 0, 1023, 1024, 5 * GIB, 200 * GIB)] == (
-        ["-", "0 B", "1023 B", "1 KiB", "5.0 GiB", "200 GiB"]
-    )
-    assert [show.duration(s) for s in (None, 0.51, 59.2, 59.6, 61, 3700)] == (
-        ["-", "0.5 s", "59 s", "1 min 00 s", "1 min 01 s", "1 h 01 min"]
-    )
+    sizes = {0: "0 B", 1023: "1023 B", 1024: "1 KiB", 5 * GIB: "5.0 GiB", 200 * GIB: "200 GiB"}
+    assert {n: show.size(n) for n in sizes} == sizes
+    times = {0.51: "0.5 s", 59.2: "59 s", 59.6: "1 min 00 s", 61: "1 min 01 s", 3700: "1 h 01 min"}
+    assert {s: show.duration(s) for s in times} == times
+    assert show.size(None) == show.duration(None) == "-"
     rates = {"1Gbit": 125e6, "100MiB": 100 * MIB, "1.5G": 1.5e9, "7": 7, "1KB/s": 1000}
     assert {text: bandwidth(text) for text in rates} == rates
     for text in "", "0", "x", "1Tbit", "-1", "1 bits":
