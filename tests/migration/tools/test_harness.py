@@ -39,19 +39,15 @@ class Memstamp:
 
     def __init__(self, binary: Path):
         self._binary = binary
-        self.call("start", "1")
+        self._name = ("--name", f"test-{os.getpid()}")
+        # What it starts holds its output open.
+        subprocess.run([binary, "start", *self._name, "1"], stdout=subprocess.DEVNULL, check=True)
         self.pid = int(subprocess.check_output(["pidof", binary]))
         self.memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR)
 
-    def call(self, verb: str, *args: str) -> "subprocess.CompletedProcess[str]":
+    def call(self, verb: str) -> "subprocess.CompletedProcess[str]":
         """Run memstamp."""
-        return subprocess.run(
-            [self._binary, verb, "--name", f"test-{os.getpid()}", *args],
-            stdout=subprocess.PIPE if verb != "start" else subprocess.DEVNULL,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return run_script(self._binary, verb, *self._name)
 
     def pages(self) -> Iterator[int]:
         """The addresses of the stamped pages."""
