@@ -38,6 +38,7 @@ FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
 VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd")
 KEY = Path("/usr/share/ovmf/PkKek-1-snakeoil.key")
 CERTIFICATE = KEY.with_suffix(".pem")
+SIGNING = b"mok_signing_key=/root/key\nmok_certificate=/root/key.der\n"
 # The feature bits of both kinds of hints, and of page cache, from the left.
 BLOCKS_BIT, ARRAYS_BIT, CACHE_BIT = 3, 23, 22
 
@@ -233,11 +234,6 @@ def drain_a_cpu(guest: Guest) -> Dict[str, int]:
     return measured
 
 
-def put(guest: Guest, data: bytes, file: str) -> None:
-    """Write a small file in the guest."""
-    guest.agent.run(f"echo {base64.b64encode(data).decode()} | base64 -d > {file}")
-
-
 def openssl(*arguments: str) -> bytes:
     """What openssl prints."""
     return subprocess.run(["openssl", *arguments], stdout=subprocess.PIPE, check=True).stdout
@@ -267,10 +263,12 @@ def test_secure_boot_takes_modules_of_a_trusted_key(debian: Debian) -> None:
         assert "[integrity]" in guest.agent.run("cat /sys/kernel/security/lockdown")
         assert_fell_back(guest)
 
-        put(guest, openssl("pkey", "-in", str(KEY), "-passin", "pass:snakeoil"), "/root/key")
-        put(guest, openssl("x509", "-in", str(CERTIFICATE), "-outform", "DER"), "/root/key.der")
-        settings = b"mok_signing_key=/root/key\nmok_certificate=/root/key.der\n"
-        put(guest, settings, "/etc/dkms/framework.conf.d/key.conf")
+        for file, data in (
+            ("/root/key", openssl("pkey", "-in", str(KEY), "-passin", "pass:snakeoil")),
+            ("/root/key.der", openssl("x509", "-in", str(CERTIFICATE), "-outform", "DER")),
+            ("/etc/dkms/framework.conf.d/key.conf", SIGNING),
+        ):
+            guest.agent.run(f"echo {base64.b64encode(data).decode()} | base64 -d > {file}")
         guest.agent.run(f"dpkg-reconfigure -f noninteractive {PACKAGE}", PATIENCE)
         guest.agent.run("modprobe -r virtio_balloon && modprobe virtio_balloon")
         assert speaks_arrays(guest)

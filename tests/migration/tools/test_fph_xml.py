@@ -240,9 +240,8 @@ def test_attributes_that_are_there() -> None:
 def test_override_has_the_last_word(value: str, offered: str) -> None:
     """QEMU is started with what is overridden, whatever the attributes say; disable ends both."""
     other = {"no": "on", "arrays": "off"}[offered]
-    balloon = alias("ua-balloon0").replace(
-        "'virtio'", f"'virtio' {ON}".replace("'on'", f"'{other}'")
-    )
+    attribute = ON.replace("'on'", f"'{other}'")
+    balloon = alias("ua-balloon0").replace("'virtio'", f"'virtio' {attribute}")
     text = domain(balloon, OVERRIDE.replace("'true'", f"'{value}'"), XMLNS)
     assert domainxml.read(text).offered == offered
     enabled = domainxml.enable(text, arrays=True, attributes=True)
@@ -278,11 +277,10 @@ def test_properties_of_others_stay() -> None:
 
 def test_emulator_is_replaced() -> None:
     """Another emulator goes where the old one was, and only if it is another one."""
+    plain = domainxml.enable(domain(PLAIN), True)
     text = domainxml.enable(domain(PLAIN), True, "/opt/a&b/qemu")
     assert domainxml.read(text).emulator == "/opt/a&b/qemu"
-    assert text.replace("/opt/a&amp;b/qemu", "/usr/bin/qemu-system-x86_64") == domainxml.enable(
-        domain(PLAIN), True
-    )
+    assert text.replace("/opt/a&amp;b/qemu", "/usr/bin/qemu-system-x86_64") == plain
     assert domainxml.enable(text, True, "/opt/a&b/qemu") == text
     without = domain(PLAIN).replace("<emulator>/usr/bin/qemu-system-x86_64</emulator>", "")
     assert domainxml.read(domainxml.enable(without, True, "/opt/q")).emulator == "/opt/q"
