@@ -47,17 +47,12 @@ def repo_fixture(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
-def run(repo: Path) -> "subprocess.CompletedProcess[str]":
-    """Make a release."""
-    return run_script(repo / "scripts" / "release", FPH_CACHE=str(paths.cache_dir()))
-
-
 def test_release_is_complete(repo: Path) -> None:
     """Each file of a release has its checksum, and each patch its line in a cover letter.
 
     A series whose base is not there is left out, which is said.
     """
-    done = run(repo)
+    done = run_script(repo / "scripts" / "release", FPH_CACHE=str(paths.cache_dir()))
     assert done.returncode == 0, done.stderr
     release = repo / "out" / "release"
     sums = (release / "SHA256SUMS").read_text("ascii")
@@ -117,7 +112,7 @@ def test_release_refuses_what_is_not_whole(repo: Path, wrong: str, message: str)
     else:
         changes = repo / "CHANGELOG.md"
         changes.write_text(changes.read_text().replace(f"## {paths.version()} ", "## 99.9 "))
-    done = run(repo)
+    done = run_script(repo / "scripts" / "release", FPH_CACHE=str(paths.cache_dir()))
     assert done.returncode == 1
     assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not list((repo / "out" / "release").glob("SHA256SUMS*"))
