@@ -14,7 +14,11 @@ from livemig.workload import refaults
 
 # Of the files on the disk: 0, 1, ...
 FILE_MIB = 64
-MOUNT = "mkdir -p /mnt && mount -o ro /dev/vda /mnt"
+
+
+def mount(guest: Guest, disk: str) -> None:
+    """Mount the disk that has the files."""
+    guest.agent.run(f"mkdir -p /mnt && mount -o ro /dev/{disk} /mnt")
 
 
 def file_names(begin: int, end: int) -> str:
@@ -31,7 +35,6 @@ def read_once(guest: Guest, names: str) -> None:
     guest.agent.run(f"({loop}) 2> /run/read || (cat /run/read; false)", timeout=600)
 
 
-@dataclass(frozen=True)
 class PageCache(Workload):
     """Memory full of files that were read."""
 
@@ -43,14 +46,17 @@ class PageCache(Workload):
     def used_mib(self, mem_mib: int) -> int:
         return mem_mib
 
-    def prepare(self, guest: Guest) -> None:
-        guest.agent.run(MOUNT)
+    def read(self, guest: Guest) -> None:
+        """Fill the page cache."""
         files = guest.spec.mem_mib // FILE_MIB
         read_once(guest, f"$(ls /mnt/[0-9]* | head -n {files})")
+
+    def prepare(self, guest: Guest) -> None:
+        mount(guest, "vda")
+        self.read(guest)
         super().prepare(guest)
 
 
-@dataclass(frozen=True)
 class XfsPageCache(PageCache):
     """The same on a file system whose page cache has large folios in Linux 6.12 already."""
 
@@ -60,34 +66,41 @@ class XfsPageCache(PageCache):
     kernel: ClassVar[str] = "xfs"
 
 
-@dataclass(frozen=True)
-class HotAndCold(Working):
-    """Files that are read again and again, beside many that were read once."""
+class Refaulting(PageCache):
+    """Files that are wanted again: those that had to be read again are counted."""
 
-    name: ClassVar[str] = "hotcold"
-    data_disk: ClassVar[str] = "pagecache.ext4"
     guess: ClassVar[int] = 60
-
-    HOT_FILES: ClassVar[int] = 6
     # What is left to the rest: then nothing has to be evicted before the migration.
     SPARE_MIB: ClassVar[int] = 512
+
+    def files(self, guest: Guest) -> int:
+        """How many there are: nothing has to be evicted for them."""
+        return (guest.spec.mem_mib - self.SPARE_MIB) // FILE_MIB
+
+    def start(self, guest: Guest, console: Console) -> None:
+        super().start(guest, console)
+        guest.agent.run(f"echo {refaults(guest)} > /run/refaults")
+
+    def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
+        result = super().finish(guest, console, span)
+        result["refaulted_pages"] = refaults(guest) - int(guest.agent.run("cat /run/refaults"))
+        return result
+
+
+class HotAndCold(Refaulting, Working):
+    """Files that are read again and again, beside many that were read once."""
+
+    HOT_FILES: ClassVar[int] = 6
     AFTER_SECONDS: ClassVar[float] = 10
+    name: ClassVar[str] = "hotcold"
+    about: ClassVar[
+        str
+    ] = f"{HOT_FILES * FILE_MIB} MiB of files are read again and again, the others were read once"
 
-    @property
-    def about(self) -> str:
-        hot = self.HOT_FILES * FILE_MIB
-        return f"{hot} MiB of files are read again and again, the others were read once"
-
-    def used_mib(self, mem_mib: int) -> int:
-        return mem_mib
-
-    def prepare(self, guest: Guest) -> None:
-        guest.agent.run(MOUNT)
-        files = (guest.spec.mem_mib - self.SPARE_MIB) // FILE_MIB
+    def read(self, guest: Guest) -> None:
         hot = file_names(0, self.HOT_FILES)
         guest.agent.run(f"cat {hot} {hot} > /dev/null", timeout=600)
-        read_once(guest, file_names(self.HOT_FILES, files))
-        super().prepare(guest)
+        read_once(guest, file_names(self.HOT_FILES, self.files(guest)))
 
     def command(self) -> str:
         names = file_names(0, self.HOT_FILES)
@@ -98,10 +111,6 @@ class HotAndCold(Working):
     def points(self, console: Console) -> List[Point]:
         return [Point(when, float(match[1])) for when, match in console.matches(r"^hot (\d+)")]
 
-    def start(self, guest: Guest, console: Console) -> None:
-        super().start(guest, console)
-        guest.agent.run(f"echo {refaults(guest)} > /run/refaults")
-
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
         time.sleep(max(span.end + self.AFTER_SECONDS + 1.5 - time.monotonic(), 0))
         result = super().finish(guest, console, span)
@@ -110,12 +119,11 @@ class HotAndCold(Working):
         after = throughput.rate(points, span.end, span.end + self.AFTER_SECONDS)
         result["after10_rate"] = after
         result["after10_kept"] = after / before if after and before else None
-        result["refaulted_pages"] = refaults(guest) - int(guest.agent.run("cat /run/refaults"))
         return result
 
 
 @dataclass(frozen=True)
-class WantedAgain(PageCache):
+class WantedAgain(Refaulting):
     """Files that were read once, and are wanted after the migration, one after the other, twice.
 
     The first time they are read from the disk, as far as their cache was freed. The second time is
@@ -125,9 +133,7 @@ class WantedAgain(PageCache):
     # What the destination's disk gives, in bytes per second; 0: as much as it can.
     limit: int = 0
 
-    SPARE_MIB: ClassVar[int] = 512
     SECONDS: ClassVar[int] = 600
-    guess: ClassVar[int] = 60
 
     @property
     def name(self) -> str:
@@ -138,15 +144,8 @@ class WantedAgain(PageCache):
         disk = f" from a disk of {self.limit // 10**6} MB/s" if self.limit else ""
         return f"files were read once, and are read again after the migration{disk}"
 
-    def files(self, guest: Guest) -> int:
-        """How many there are: nothing has to be evicted for them."""
-        return (guest.spec.mem_mib - self.SPARE_MIB) // FILE_MIB
-
-    def prepare(self, guest: Guest) -> None:
-        guest.agent.run(MOUNT)
+    def read(self, guest: Guest) -> None:
         read_once(guest, file_names(0, self.files(guest)))
-        Workload.prepare(self, guest)
-        guest.agent.run(f"echo {refaults(guest)} > /run/refaults")
 
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
         if self.limit:
@@ -164,44 +163,24 @@ class WantedAgain(PageCache):
         begun, _ = console.wait("^again begin", guest, self.SECONDS)
         first, _ = console.wait(line, guest, self.SECONDS, count=files)
         second, _ = console.wait(line, guest, self.SECONDS, count=2 * files)
-        return {
-            "again_s": first - begun,
-            "cached_s": second - first,
-            "refaulted_pages": refaults(guest) - int(guest.agent.run("cat /run/refaults")),
-        }
+        timing = {"again_s": first - begun, "cached_s": second - first}
+        return {**timing, **super().finish(guest, console, span)}
 
 
 @dataclass(frozen=True)
-class MappedHot(Sysbench):
+class MappedHot(Refaulting, Sysbench):
     """A program that has mapped its files, as databases do, beside files that were read once."""
 
+    COLD_FILES: ClassVar[int] = 24
     name: ClassVar[str] = "mappedcold"
+    about: ClassVar[str] = (
+        "files are mapped, read and written all the time; "
+        f"{COLD_FILES * FILE_MIB} MiB of others were read once"
+    )
     test: str = "mmap"
-    data_disk: ClassVar[str] = "pagecache.ext4"
     guess: ClassVar[int] = 120
 
-    COLD_FILES: ClassVar[int] = 24
-
-    @property
-    def about(self) -> str:
-        cold = self.COLD_FILES * FILE_MIB
-        return (
-            f"files are mapped, read and written all the time; {cold} MiB of others were read once"
-        )
-
-    def used_mib(self, mem_mib: int) -> int:
-        return mem_mib
-
     def prepare(self, guest: Guest) -> None:
-        super().prepare(guest)
-        guest.agent.run(MOUNT.replace("vda", "vdb"))
+        Sysbench.prepare(self, guest)
+        mount(guest, "vdb")
         read_once(guest, file_names(0, self.COLD_FILES))
-
-    def start(self, guest: Guest, console: Console) -> None:
-        super().start(guest, console)
-        guest.agent.run(f"echo {refaults(guest)} > /run/refaults")
-
-    def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
-        result = super().finish(guest, console, span)
-        result["refaulted_pages"] = refaults(guest) - int(guest.agent.run("cat /run/refaults"))
-        return result
