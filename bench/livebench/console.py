@@ -7,19 +7,20 @@ says about its work is put in order by the moment at which it arrives here.
 
 import re
 import time
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Tuple
 
 from livemig.errors import GuestError
 from livemig.guest import Guest
 
-Line = Tuple[float, str]
+# When a line came, and what of it matched.
+Match = Tuple[float, "re.Match[str]"]
 
 
 class Console:
     """The lines of one guest, wherever it is at the time."""
 
     def __init__(self) -> None:
-        self.lines: List[Line] = []
+        self.lines: List[Tuple[float, str]] = []
 
     def listener(self) -> Callable[[str], None]:
         """What takes the text of one QEMU; a line may come in pieces."""
@@ -33,20 +34,12 @@ class Console:
 
         return take
 
-    def matches(self, pattern: str, since: int = 0) -> List[Tuple[float, "re.Match[str]"]]:
-        """The lines in which a pattern is found, from a line number on."""
-        regex = re.compile(pattern)
-        found = [(when, regex.search(line)) for when, line in self.lines[since:]]
+    def matches(self, pattern: str) -> List[Match]:
+        """The lines in which a pattern is found."""
+        found = [(when, re.search(pattern, line)) for when, line in list(self.lines)]
         return [(when, match) for when, match in found if match]
 
-    def find(self, pattern: str, since: int = 0) -> Optional[Tuple[float, "re.Match[str]"]]:
-        """The first of them."""
-        found = self.matches(pattern, since)
-        return found[0] if found else None
-
-    def wait(
-        self, pattern: str, guest: Guest, timeout: float, count: int = 1
-    ) -> Tuple[float, "re.Match[str]"]:
+    def wait(self, pattern: str, guest: Guest, timeout: float, count: int = 1) -> Match:
         """Wait until so many lines match, the last of which came from this guest."""
         deadline = time.monotonic() + timeout
         while len(found := self.matches(pattern)) < count:

@@ -7,13 +7,13 @@ it; and how many guests that burst now and then fit into a host.
 
 import contextlib
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, ClassVar, Dict, Iterator, List, Sequence
 
 from livebench import engine, hostinfo, summary, throughput, workloads
 from livebench.console import Console
-from livebench.scenarios import GIB, Scenario
+from livebench.scenarios import GIB, Scenario, short
 from livebench.statistics import Spread
 from livebench.store import Store
 from livebench.workloads import QEMU_MIB, Workload
@@ -35,7 +35,7 @@ class Resting(Workload):
 
     def watched_mib(self, scenario: Scenario) -> int:
         """The host's memory that it takes at most."""
-        raise NotImplementedError
+        return scenario.mem_mib + QEMU_MIB
 
 
 def _moments(seconds: int) -> Iterator[int]:
@@ -48,7 +48,11 @@ def _moments(seconds: int) -> Iterator[int]:
 class Burst(Resting):
     """A guest writes to much of its memory and frees it; then a program allocates in a loop."""
 
-    name: ClassVar[str] = "burst"
+    NAME: ClassVar[str] = "burst"
+    ABOUT: ClassVar[str] = (
+        "{0.percent} % are written and freed, and nothing happens for {0.seconds} s; "
+        "then a program takes {0.LOOP_SHARE:.0%} and gives it back, again and again"
+    )
     percent: int = 75
     # How long it is watched after the burst, and in the loop.
     seconds: int = 60
@@ -60,16 +64,6 @@ class Burst(Resting):
     REST_SECONDS: ClassVar[int] = 10
     guess: ClassVar[int] = 150
 
-    @property
-    def about(self) -> str:
-        return (
-            f"{self.percent} % are written and freed, and nothing happens for {self.seconds} s; "
-            f"then a program takes {self.LOOP_SHARE:.0%} and gives it back, again and again"
-        )
-
-    def watched_mib(self, scenario: Scenario) -> int:
-        return scenario.mem_mib + QEMU_MIB
-
     def measure(self, scenario: Scenario, mode: Mode, logs: Path) -> Record:
         console = Console()
         spec = engine.guest_spec(scenario, mode)
@@ -79,13 +73,11 @@ class Burst(Resting):
             values = {"rss_before_mib": host.process_mib(guest.pid)}
             workload.dirty_and_free(guest, scenario.mem_mib * self.percent // 100)
             cpu = hostinfo.cpu_seconds(guest.pid)
-            series = [asdict(sample) for sample in watch([guest], self.seconds)]
+            series = watch([guest], self.seconds)
             values["rest_cpu_s"] = hostinfo.cpu_seconds(guest.pid) - cpu
             values.update(self._after(series, values["rss_before_mib"]))
             values.update(self._loop(guest, console))
-            trouble = guest.kernel_trouble()
-        if trouble:
-            raise LivemigError(f"the guest's kernel complains: {trouble[0]}")
+            check_kernels([guest])
         return {"metrics": values, "series": series}
 
     def _after(self, series: Sequence[Dict[str, float]], before: float) -> Dict[str, float]:
@@ -103,7 +95,7 @@ class Burst(Resting):
         """How fast a program allocates meanwhile, and what the guest has of the host then."""
         hold = int(guest.spec.mem_mib * self.LOOP_SHARE)
         workloads.on_console(guest, f"allocloop {self.loop_seconds} {hold}")
-        rss = [sample.mib for sample in watch([guest], self.loop_seconds)]
+        rss = [sample["mib"] for sample in watch([guest], self.loop_seconds)]
         console.wait(r"alloc done ops=\d+", guest, 60)
         points = workloads.alloc_points(console)
         first, last = points[0].when, points[-1].when
@@ -126,6 +118,10 @@ class Crowd(Resting):
     memory of all stayed within the limit, for as long as it took until the next one came.
     """
 
+    ABOUT: ClassVar[str] = (
+        "bursts of {0.burst_mib} MiB once in {0.PERIOD_SECONDS} s: how many of them fit "
+        "into {0.limit_mib} MiB"
+    )
     limit_mib: int = 6 * GIB
     burst_mib: int = 384
 
@@ -137,19 +133,11 @@ class Crowd(Resting):
 
     @property
     def name(self) -> str:
-        whole = self.limit_mib % GIB == 0
-        return f"crowd-{self.limit_mib // GIB}g" if whole else f"crowd-{self.limit_mib}m"
-
-    @property
-    def about(self) -> str:
-        return (
-            f"bursts of {self.burst_mib} MiB once in {self.PERIOD_SECONDS} s: how many of them fit "
-            f"into {self.limit_mib} MiB"
-        )
+        return f"crowd-{short(self.limit_mib)}"
 
     def watched_mib(self, scenario: Scenario) -> int:
         # The last one is one too many.
-        return self.limit_mib + scenario.mem_mib + QEMU_MIB
+        return self.limit_mib + super().watched_mib(scenario)
 
     def measure(self, scenario: Scenario, mode: Mode, logs: Path) -> Record:
         spec = engine.guest_spec(scenario, mode)
@@ -165,7 +153,7 @@ class Crowd(Resting):
                 guests[-1].wait_ready()
                 burst = f"dirtyfree {self.burst_mib}; sleep {self.PERIOD_SECONDS}"
                 guests[-1].agent.run(f"(while :; do {burst}; done) > /dev/null 2>&1 &")
-                samples = [sample.mib for sample in watch(guests, self.PACE_SECONDS)]
+                samples = [sample["mib"] for sample in watch(guests, self.PACE_SECONDS)]
                 series.append(
                     {
                         "s": round(time.monotonic() - begin, 1),
@@ -174,9 +162,7 @@ class Crowd(Resting):
                         "mib": sum(samples) / len(samples),
                     }
                 )
-            trouble = [line for guest in guests for line in guest.kernel_trouble()]
-        if trouble:
-            raise LivemigError(f"a guest's kernel complains: {trouble[0]}")
+            check_kernels(guests)
         fit = series[:-1]
         values = {"guests": float(len(fit))}
         if fit:
@@ -185,34 +171,29 @@ class Crowd(Resting):
         return {"metrics": values, "series": series}
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The memory of guests at a time."""
-
-    # The names that the series of a run have.
-    s: float  # pylint: disable=invalid-name
-    mib: float
+def check_kernels(guests: Sequence[Guest]) -> None:
+    """Stop if a guest's kernel complains."""
+    trouble = [line for guest in guests for line in guest.kernel_trouble()]
+    if trouble:
+        raise LivemigError(f"a guest's kernel complains: {trouble[0]}")
 
 
-def watch(guests: Sequence[Guest], seconds: float) -> List[Sample]:
+def watch(guests: Sequence[Guest], seconds: float) -> List[Dict[str, float]]:
     """What guests, with their QEMUs, have of the host's memory: their own, not what they share."""
     begin = time.monotonic()
-    samples: List[Sample] = []
-    while not samples or samples[-1].s < seconds:
+    samples: List[Dict[str, float]] = []
+    while not samples or samples[-1]["s"] < seconds:
         # What no file holds: there is that once for each QEMU.
         mib = sum(host.process_mib(guest.pid, "RssAnon", "RssShmem") for guest in guests)
-        samples.append(Sample(round(time.monotonic() - begin, 2), round(mib, 1)))
+        samples.append({"s": round(time.monotonic() - begin, 2), "mib": round(mib, 1)})
         time.sleep(SAMPLE_SECONDS)
     return samples
 
 
 _ALONE = ("plain", "reporting", "reporting-0")
-
-_DECLARED: Tuple[Scenario, ...] = (
-    Scenario(Burst(), tuple(RESTING), runs=3, mem_mib=4 * GIB, vcpus=2),
-    Scenario(Crowd(), _ALONE, runs=3, mem_mib=GIB // 2, vcpus=1),
-)
-SCENARIOS: Dict[str, Scenario] = {scenario.name: scenario for scenario in _DECLARED}
+_BURST = Scenario(Burst(), tuple(RESTING), runs=3, mem_mib=4 * GIB, vcpus=2)
+_CROWD = Scenario(Crowd(), _ALONE, runs=3, mem_mib=GIB // 2, vcpus=1)
+SCENARIOS: Dict[str, Scenario] = {scenario.name: scenario for scenario in (_BURST, _CROWD)}
 
 
 def limited(scenario: Scenario, limit_mib: int) -> Scenario:

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
-from livebench import floor, hostinfo, postcopy, swap, workloads
+from livebench import floor, hostinfo, postcopy, swap
 from livebench.console import Console
 from livebench.disks import attached
 from livebench.scenarios import Scenario
@@ -180,6 +180,7 @@ def settle(guest: Guest) -> float:
 def guest_facts(guest: Guest) -> Dict[str, Any]:
     """What the guest says of its memory, of its hints and of its clock."""
     blocks = workload.buddyinfo(guest)
+    pages = [count << order for order, count in enumerate(blocks)]
     info = workload.meminfo(guest)
     files = guest.agent.run(
         f"for f in {DEBUGFS}/*/*; do [ ! -e $f ] || echo ${{f##*/}} $(cat $f); done;"
@@ -187,8 +188,8 @@ def guest_facts(guest: Guest) -> Dict[str, Any]:
     )
     return {
         "free_blocks": blocks,
-        "max_order_share": workloads.max_order_share(blocks),
-        "free_max_order_mib": blocks[-1] * workload.MAX_ORDER_PAGES // 256,
+        "max_order_share": pages[-1] / sum(pages),
+        "free_max_order_mib": pages[-1] // 256,
         "meminfo_mib": {key: info[key] for key in ("MemTotal", "MemFree", "MemAvailable")},
         "hint": {line.split()[0]: int(line.split()[1]) for line in files.split("\n") if line},
         "kernel": guest.agent.run("uname -r").strip(),

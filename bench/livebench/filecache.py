@@ -38,8 +38,8 @@ def read_once(guest: Guest, names: str) -> None:
 class PageCache(Workload):
     """Memory full of files that were read."""
 
-    name: ClassVar[str] = "pagecache"
-    about: ClassVar[str] = "the page cache is full of files"
+    NAME: ClassVar[str] = "pagecache"
+    ABOUT: ClassVar[str] = "the page cache is full of files"
     data_disk: ClassVar[str] = "pagecache.ext4"
     guess: ClassVar[int] = 30
 
@@ -60,8 +60,8 @@ class PageCache(Workload):
 class XfsPageCache(PageCache):
     """The same on a file system whose page cache has large folios in Linux 6.12 already."""
 
-    name: ClassVar[str] = "pagecache-xfs"
-    about: ClassVar[str] = "the page cache is full of files of XFS"
+    NAME: ClassVar[str] = "pagecache-xfs"
+    ABOUT: ClassVar[str] = "the page cache is full of files of XFS"
     data_disk: ClassVar[str] = "pagecache.xfs"
     kernel: ClassVar[str] = "xfs"
 
@@ -92,7 +92,7 @@ class HotAndCold(Refaulting, Working):
 
     HOT_FILES: ClassVar[int] = 6
     AFTER_SECONDS: ClassVar[float] = 10
-    name: ClassVar[str] = "hotcold"
+    NAME: ClassVar[str] = "hotcold"
     about: ClassVar[
         str
     ] = f"{HOT_FILES * FILE_MIB} MiB of files are read again and again, the others were read once"
@@ -172,8 +172,8 @@ class MappedHot(Refaulting, Sysbench):
     """A program that has mapped its files, as databases do, beside files that were read once."""
 
     COLD_FILES: ClassVar[int] = 24
-    name: ClassVar[str] = "mappedcold"
-    about: ClassVar[str] = (
+    NAME: ClassVar[str] = "mappedcold"
+    ABOUT: ClassVar[str] = (
         "files are mapped, read and written all the time; "
         f"{COLD_FILES * FILE_MIB} MiB of others were read once"
     )

@@ -42,6 +42,11 @@ POSTCOPY = ("legacy", "none", "array")
 ZEROING = ("legacy", "stock-hints", "stock-driver", "array", "absent", "stock-driver-absent")
 
 
+def short(mib: int) -> str:
+    """A size in a name."""
+    return f"{mib}m" if mib % GIB else f"{mib // GIB}g"
+
+
 @dataclass(frozen=True)
 class Target:
     """What a mode has to show: a metric, at most (at least) so many times that of another.
@@ -105,45 +110,43 @@ class Scenario:
     @property
     def name(self) -> str:
         """Made from the values."""
-        whole = self.mem_mib % GIB == 0
         parts = ["postcopy"] if self.postcopy is not None else []
-        parts += [self.workload.name, f"{self.mem_mib // GIB}g" if whole else f"{self.mem_mib}m"]
+        parts += [self.workload.name, short(self.mem_mib)]
         parts += [f"{self.vcpus}cpu"] if self.vcpus != 4 else []
-        parts += [f"{self.gbit}gbit"] if self.gbit else []
-        parts += [f"multifd{self.multifd}"] if self.multifd else []
-        parts += [self.compression] if self.compression else []
-        parts += [f"{self.guests}guests"] if self.guests != 1 else []
-        parts += ["round0"] if self.postcopy == 0 else []
-        parts += [self.backend] if self.backend != "ram" else []
-        parts += ["init_on_alloc"] if self.init_on_alloc else []
-        parts += [f"order{self.reporting_order}"] if self.reporting_order is not None else []
-        parts += [] if self.huge_pages else ["small"]
-        parts += ["swapped"] if self.swapped else []
-        return "-".join(parts)
+        return "-".join(parts + [word for word, _ in self._special() if word])
 
     @property
     def about(self) -> str:
         """One line for people."""
-        text = f"{self.mem_mib} MiB, {self.vcpus} vCPUs, {self.workload.about}"
+        usual = f"{self.mem_mib} MiB, {self.vcpus} vCPUs, {self.workload.about}"
+        return "; ".join([usual, *(text for _, text in self._special())])
+
+    def _special(self) -> Iterator[Tuple[str, str]]:
+        """What is not as usual: how its name says so, and for people."""
         if self.gbit:
-            text += f"; {self.gbit} Gbit/s"
+            yield f"{self.gbit}gbit", f"{self.gbit} Gbit/s"
         if self.multifd:
-            text += f"; multifd, {self.multifd} channel{'s' if self.multifd > 1 else ''}"
-        if self.compression:
-            text += f", {self.compression}"
+            word = f"multifd{self.multifd}"
+            text = f"multifd, {self.multifd} channel{'s' if self.multifd > 1 else ''}"
+            if self.compression:
+                word, text = f"{word}-{self.compression}", f"{text}, {self.compression}"
+            yield word, text
+        if self.guests > 1:
+            yield f"{self.guests}guests", f"{self.guests} guests at once"
         if self.postcopy is not None:
-            text += f"; switched to postcopy right after round {self.postcopy}"
+            word = "" if self.postcopy else "round0"
+            yield word, f"switched to postcopy right after round {self.postcopy}"
         if self.backend != "ram":
-            text += f"; memory-backend-{self.backend}"
+            yield self.backend, f"memory-backend-{self.backend}"
         if self.init_on_alloc:
-            text += "; init_on_alloc=1"
+            yield "init_on_alloc", "init_on_alloc=1"
         if self.reporting_order is not None:
-            text += f"; blocks are reported from order {self.reporting_order} on"
+            order = self.reporting_order
+            yield f"order{order}", f"blocks are reported from order {order} on"
         if not self.huge_pages:
-            text += "; no transparent huge pages"
+            yield "small", "no transparent huge pages"
         if self.swapped:
-            text += "; the host has swapped it out"
-        return text + (f"; {self.guests} guests at once" if self.guests > 1 else "")
+            yield "swapped", "the host has swapped it out"
 
     @property
     def host_mib(self) -> Tuple[int, int]:

@@ -3,7 +3,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar, Dict, List, Mapping, Optional, Tuple
+from typing import Any, ClassVar, Dict, List, Mapping, Tuple
 
 from livebench import orders, throughput
 from livebench.console import Console
@@ -31,6 +31,9 @@ ALLOC_LINE = r"alloc ms=\d+ ops=(\d+) p50=\d+ p99=(\d+) max=(\d+)$"
 class Workload:
     """Nothing: the guest has booted and is idle. The base of all others."""
 
+    # What the properties below say, with values of the workload, {0.VALUE}.
+    NAME: ClassVar[str] = "idle"
+    ABOUT: ClassVar[str] = "idle after boot"
     # The names of the memory that the guest checks at the destination.
     stamps: ClassVar[Tuple[str, ...]] = ("default",)
     # Boots Debian from its disk, in place of busybox.
@@ -53,12 +56,12 @@ class Workload:
     @property
     def name(self) -> str:
         """What the scenario's name begins with."""
-        return "idle"
+        return self.NAME.format(self)
 
     @property
     def about(self) -> str:
         """One line for people."""
-        return "idle after boot"
+        return self.ABOUT.format(self)
 
     def used_mib(self, mem_mib: int) -> int:
         """Memory that it takes from the host, beyond what a booted guest does."""
@@ -88,21 +91,14 @@ class Workload:
 Idle = Workload
 
 
-@dataclass(frozen=True)
 class Bookworm(Workload):
     """Debian 12 has booted and is idle; its kernel zeroes what it allocates."""
 
+    NAME: ClassVar[str] = "{0.suite}"
+    ABOUT: ClassVar[str] = "Debian {0.suite} as it comes, idle after boot"
     suite: ClassVar[str] = "bookworm"
     boot_seconds: ClassVar[int] = 600
     guess: ClassVar[int] = 90
-
-    @property
-    def name(self) -> str:
-        return self.suite
-
-    @property
-    def about(self) -> str:
-        return f"Debian {self.suite} as it comes, idle after boot"
 
     def prepare(self, guest: Guest) -> None:
         # Whether well or not: something can have failed that is not ours.
@@ -115,16 +111,10 @@ class Bookworm(Workload):
 class Freed(Workload):
     """Memory that was written and is free again."""
 
+    NAME: ClassVar[str] = "freed-{0.percent}"
+    ABOUT: ClassVar[str] = "{0.percent} % of the memory were written and freed"
     percent: int = 75
     guess: ClassVar[int] = 12
-
-    @property
-    def name(self) -> str:
-        return f"freed-{self.percent}"
-
-    @property
-    def about(self) -> str:
-        return f"{self.percent} % of the memory were written and freed"
 
     def used_mib(self, mem_mib: int) -> int:
         return mem_mib * self.percent // 100
@@ -134,12 +124,12 @@ class Freed(Workload):
         super().prepare(guest)
 
 
-@dataclass(frozen=True)
 class Churn(Workload):
     """Memory that is rewritten all the time, and some that is taken and given back."""
 
-    name: ClassVar[str] = "churn"
-    about: ClassVar[str] = "memory is rewritten, freed and taken back all the time"
+    NAME: ClassVar[str] = "churn"
+    ABOUT: ClassVar[str] = "memory is rewritten, freed and taken back all the time"
+    stamps: ClassVar[Tuple[str, ...]] = ("default", "churn")
     MIB: ClassVar[int] = 64
     REALLOC_MIB: ClassVar[int] = 128
 
@@ -150,24 +140,16 @@ class Churn(Workload):
         super().prepare(guest)
         workload.stamp(guest, self.MIB, churn=True, realloc_mib=self.REALLOC_MIB, name="churn")
 
-    stamps: ClassVar[Tuple[str, ...]] = ("default", "churn")
-
 
 @dataclass(frozen=True)
 class Held(Workload):
     """Memory that is in use, but for a share of it."""
 
+    NAME: ClassVar[str] = "free-{0.free_percent}"
+    ABOUT: ClassVar[str] = "{0.free_percent} % of the memory are free, the rest holds data"
     free_percent: int = 0
     stamps: ClassVar[Tuple[str, ...]] = ("default", "held")
     guess: ClassVar[int] = 15
-
-    @property
-    def name(self) -> str:
-        return f"free-{self.free_percent}"
-
-    @property
-    def about(self) -> str:
-        return f"{self.free_percent} % of the memory are free, the rest holds data"
 
     def used_mib(self, mem_mib: int) -> int:
         return mem_mib * (100 - self.free_percent) // 100
@@ -184,14 +166,13 @@ class Held(Workload):
 class Alternate(Workload):
     """Of a share of the memory, every second page holds data and the others are free."""
 
+    NAME: ClassVar[str] = "alternate"
+    ABOUT: ClassVar[
+        str
+    ] = "of {0.percent} % of the memory, every second page holds data, the rest is free"
     percent: int = 75
-    name: ClassVar[str] = "alternate"
     stamps: ClassVar[Tuple[str, ...]] = ("default", "held")
     guess: ClassVar[int] = 50
-
-    @property
-    def about(self) -> str:
-        return f"of {self.percent} % of the memory, every second page holds data, the rest is free"
 
     def used_mib(self, mem_mib: int) -> int:
         return mem_mib * self.percent // 100
@@ -252,13 +233,13 @@ class Compile(Workload):
         if not self.to_the_end:
             return {}
         ended, match = console.wait(r"compile end (\d+)", guest, self.SECONDS)
-        begun = console.find("compile begin")
+        begun = console.matches("compile begin")
         if match[1] != "0" or not begun:
             raise GuestError(
                 f"{guest.name}: the kernel did not compile: make ended with {match[1]}"
             )
         points = [Point(when, 1) for when, _ in console.matches(self.OBJECT)]
-        return {"compile_s": ended - begun[0], **throughput.judge(points, span)}
+        return {"compile_s": ended - begun[0][0], **throughput.judge(points, span)}
 
 
 @dataclass(frozen=True)
@@ -346,6 +327,9 @@ def alloc_points(console: Console) -> List[Point]:
 class AllocLoop(Working):
     """Takes memory and gives it back."""
 
+    ABOUT: ClassVar[
+        str
+    ] = "a program takes {0.share:.0%} of the memory and gives it back, again and again"
     # Of the guest's memory. QEMU can only finish if a link carries what the loop writes anew in
     # the downtime limit.
     share: float = 0.25
@@ -353,10 +337,6 @@ class AllocLoop(Working):
     @property
     def name(self) -> str:
         return "allocloop" if self.share == 0.25 else f"allocloop-{self.share:.0%}".rstrip("%")
-
-    @property
-    def about(self) -> str:
-        return f"a program takes {self.share:.0%} of the memory and gives it back, again and again"
 
     def used_mib(self, mem_mib: int) -> int:
         return int(mem_mib * self.share)
@@ -462,16 +442,10 @@ SYSBENCH: Mapping[str, SysbenchTest] = {
 class Sysbench(Working):
     """One of sysbench's tests."""
 
+    NAME: ClassVar[str] = "sysbench-{0.test}"
+    ABOUT: ClassVar[str] = "sysbench's test {0.test} goes on"
     test: str = "cpu"
     debian: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        return f"sysbench-{self.test}"
-
-    @property
-    def about(self) -> str:
-        return f"sysbench's test {self.test} goes on"
 
     def used_mib(self, mem_mib: int) -> int:
         return SYSBENCH[self.test].used_mib
@@ -497,9 +471,3 @@ class Sysbench(Working):
 def on_console(guest: Guest, command: str) -> None:
     """Start a command that writes to the console, and let it run."""
     guest.agent.run(f"setsid sh -c '{command}' > /dev/ttyS0 2>&1 &")
-
-
-def max_order_share(blocks: List[int]) -> Optional[float]:
-    """How much of the free memory is in blocks of the largest order."""
-    pages: Tuple[int, ...] = tuple(count << order for order, count in enumerate(blocks))
-    return pages[-1] / sum(pages) if sum(pages) else None
