@@ -175,105 +175,71 @@ def _against(legacy: float, stock: float, floor: Optional[float] = None) -> Tupl
 
 def _declared() -> Iterator[Scenario]:
     # The 2018 table's first row: 1757 to 284 ms.
-    yield Scenario(
-        Idle(),
-        (*ALL, *SETTLED),
-        runs=10,
-        targets=(*_against(0.28, 0.8, 1.15), Target(0.35, "legacy", "absent")),
-        quick=QUICK,
-    )
+    targets = (*_against(0.28, 0.8, 1.15), Target(0.35, "legacy", "absent"))
+    yield Scenario(Idle(), (*ALL, *SETTLED), runs=10, targets=targets, quick=QUICK)
     # Its second row: 2528 to 1402 ms.
-    yield Scenario(
-        Compile(),
-        runs=10,
-        targets=_against(0.56, 1.0),
-        quick=("legacy", "stock-hints", "array"),
-    )
+    quick = ("legacy", "stock-hints", "array")
+    yield Scenario(Compile(), runs=10, targets=_against(0.56, 1.0), quick=quick)
     # And how long the compilation takes: 5:12 and 5:06.
-    yield Scenario(
-        Compile(to_the_end=True),
-        modes=(*WATCHED, "array-cache"),
-        targets=(Target(1.02, "legacy", metric="compile_s"),),
-    )
+    targets = (Target(1.02, "legacy", metric="compile_s"),)
+    yield Scenario(Compile(to_the_end=True), (*WATCHED, "array-cache"), targets=targets)
 
     # Memory that was written and freed is what only hints can skip.
     for percent in (25, 50):
         yield Scenario(Freed(percent), (*ALL, *SETTLED), targets=(Target(1.10, "floor"),))
-    yield Scenario(
-        Freed(75),
-        (*ALL, *SETTLED),
-        targets=(
-            *_against(0.05, 0.5, 1.10),
-            Target(0.35, "stock-reporting", "absent-reporting"),
-            Target(1.3, "array", "absent-reporting"),
-        ),
+    targets = (
+        *_against(0.05, 0.5, 1.10),
+        Target(0.35, "stock-reporting", "absent-reporting"),
+        Target(1.3, "array", "absent-reporting"),
     )
+    yield Scenario(Freed(75), (*ALL, *SETTLED), targets=targets)
 
     # How much is free. At 0 %, asking is all cost, and so is looking for what is absent.
-    for percent in (0, 25, 50, 75, 95):
-        targets = (Target(1.02, "legacy"), SCAN) if percent == 0 else ()
-        modes = (*MAIN, "none", *(ABSENT if percent == 0 else ()))
-        yield Scenario(Held(percent), modes, mem_mib=4 * GIB, vcpus=2, targets=targets)
+    targets = (Target(1.02, "legacy"), SCAN)
+    yield Scenario(Held(0), (*MAIN, "none", *ABSENT), mem_mib=4 * GIB, vcpus=2, targets=targets)
+    for percent in (25, 50, 75, 95):
+        yield Scenario(Held(percent), (*MAIN, "none"), mem_mib=4 * GIB, vcpus=2)
 
     yield from _page_cache()
-    yield Scenario(Fragmented(), modes=MAIN, runs=3, mem_mib=2 * GIB)
-    yield Scenario(Fragmented(minutes=60), modes=("array",), runs=1, mem_mib=640)
+    yield Scenario(Fragmented(), MAIN, runs=3, mem_mib=2 * GIB)
+    yield Scenario(Fragmented(minutes=60), ("array",), runs=1, mem_mib=640)
 
     # What the guest loses while it is moved. Over a slow link, stock hints keep its free memory
     # for seconds.
+    targets = (Target(0.95, "legacy", metric="window_kept", at_least=True),)
     for loop, gbit in ((AllocLoop(), 0), (AllocLoop(0.05), 1)):
-        yield Scenario(
-            loop,
-            modes=WATCHED,
-            mem_mib=4 * GIB,
-            gbit=gbit,
-            targets=(Target(0.95, "legacy", metric="window_kept", at_least=True),),
-        )
+        yield Scenario(loop, WATCHED, mem_mib=4 * GIB, gbit=gbit, targets=targets)
+    targets = (Target(0.98, "legacy", metric="window_kept", at_least=True),)
     for test in SYSBENCH:
-        yield Scenario(
-            Sysbench(test),
-            modes=WATCHED,
-            runs=3,
-            mem_mib=2 * GIB,
-            targets=(Target(0.98, "legacy", metric="window_kept", at_least=True),),
-        )
+        yield Scenario(Sysbench(test), WATCHED, runs=3, mem_mib=2 * GIB, targets=targets)
 
     # How the cost grows with the guest; 8 GiB is above.
     for gib in (1, 2, 4, 16, 32):
         quick = QUICK if gib == 1 else ()
         yield Scenario(Idle(), (*MAIN, *ABSENT), mem_mib=gib * GIB, quick=quick)
-    yield Scenario(
-        Idle(),
-        (*MAIN, *ABSENT),
-        mem_mib=64 * GIB,
-        targets=(
-            *_against(0.22, 0.75, 1.15),
-            Target(50, metric="ask_to_end_ms"),
-            Target(0.2, "legacy", "absent"),
-            Target(5, mode="absent", metric="scan_ms"),
-        ),
-        quick=QUICK,
+    targets = (
+        *_against(0.22, 0.75, 1.15),
+        Target(50, metric="ask_to_end_ms"),
+        Target(0.2, "legacy", "absent"),
+        Target(5, mode="absent", metric="scan_ms"),
     )
+    yield Scenario(Idle(), (*MAIN, *ABSENT), mem_mib=64 * GIB, targets=targets, quick=QUICK)
 
     # Slow links make what is not sent worth more; memory was written and freed.
-    for gbit in (1, 10, 25):
-        yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=2 * GIB, gbit=gbit)
-    yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=2 * GIB)
+    for gbit in (1, 10, 25, 0):
+        yield Scenario(Freed(50), MAIN, runs=3, mem_mib=2 * GIB, gbit=gbit)
 
     # More channels send faster what there is to send.
-    for channels in (1, 2, 4):
-        yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=4 * GIB, multifd=channels)
-    yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=4 * GIB)
+    for channels in (1, 2, 4, 0):
+        yield Scenario(Freed(50), MAIN, runs=3, mem_mib=4 * GIB, multifd=channels)
 
     # A host that is evacuated: small guests leave all at once.
     for guests in (2, 4, 8):
-        yield Scenario(Freed(50), modes=MAIN, runs=3, mem_mib=GIB // 2, vcpus=1, guests=guests)
+        yield Scenario(Freed(50), MAIN, runs=3, mem_mib=GIB // 2, vcpus=1, guests=guests)
 
     # Postcopy: while the guest runs at the destination already, hints should cost nothing.
-    targets = (
-        Target(1.05, "none", metric="postcopy_ms"),
-        Target(1.05, "none", metric="rss_destination_after_mib"),
-    )
+    metrics = ("postcopy_ms", "rss_destination_after_mib")
+    targets = tuple(Target(1.05, "none", metric=metric) for metric in metrics)
     for percent in (0, 75):
         for after in (1, 0):
             yield Scenario(Touching(percent), POSTCOPY, runs=3, postcopy=after, targets=targets)
@@ -287,28 +253,18 @@ def _declared() -> Iterator[Scenario]:
         Target(1.1, "absent", "stock-driver-absent"),
         Target(64, mode="stock-driver-absent", metric="rss_source_growth_mib"),
     )
-    for workload, gib in ((Idle(), 2), (Idle(), 8), (Freed(75), 8)):
-        yield Scenario(
-            workload,
-            ZEROING,
-            mem_mib=gib * GIB,
-            init_on_alloc=True,
-            targets=targets if gib == 2 else (),
-        )
+    yield Scenario(Idle(), ZEROING, mem_mib=2 * GIB, init_on_alloc=True, targets=targets)
+    for workload in (Idle(), Freed(75)):
+        yield Scenario(workload, ZEROING, init_on_alloc=True)
 
     # And a guest that people have, without and with the guest package.
-    yield Scenario(
-        Bookworm(),
-        ("legacy", "stock-hints", "array", "absent", "array-absent"),
-        runs=3,
-        mem_mib=4 * GIB,
-        vcpus=2,
-        targets=(
-            Target(0.5, "stock-hints"),
-            Target(0, metric="redirtied_mib"),
-            Target(16, metric="rss_source_growth_mib"),
-        ),
+    modes = ("legacy", "stock-hints", "array", *ABSENT)
+    targets = (
+        Target(0.5, "stock-hints"),
+        Target(0, metric="redirtied_mib"),
+        Target(16, metric="rss_source_growth_mib"),
     )
+    yield Scenario(Bookworm(), modes, runs=3, mem_mib=4 * GIB, vcpus=2, targets=targets)
 
     yield from _absent()
 
@@ -318,59 +274,28 @@ def _page_cache() -> Iterator[Scenario]:
     full = tuple(
         Target(0.35, "legacy", "array-cache", metric) for metric in ("total_ms", "sent_mib")
     )
-    yield Scenario(
-        PageCache(),
-        modes=(*MAIN, "array-cache-768m", "array-cache"),
-        mem_mib=3 * GIB,
-        targets=full,
-    )
-    yield Scenario(
-        XfsPageCache(),
-        modes=("legacy", "array-cache"),
-        runs=3,
-        mem_mib=3 * GIB,
-        targets=full,
-    )
+    caches = ("array-cache-768m", "array-cache")
+    mib = 3 * GIB
+    yield Scenario(PageCache(), (*MAIN, *caches), mem_mib=mib, targets=full)
+    yield Scenario(XfsPageCache(), ("legacy", "array-cache"), runs=3, mem_mib=mib, targets=full)
     # What has to be freed takes longer than to send it where nothing limits the link.
+    modes = ("legacy", "array", "array-cache")
     for gbit in (1, 10):
-        modes = ("legacy", "array", "array-cache")
-        yield Scenario(PageCache(), modes, runs=3, mem_mib=3 * GIB, gbit=gbit)
-    yield Scenario(
-        HotAndCold(),
-        modes=("legacy", "array", "array-cache"),
-        runs=3,
-        mem_mib=3 * GIB,
-        targets=(Target(0.95, "legacy", "array-cache", "after10_rate", at_least=True),),
-    )
-    yield Scenario(
-        MappedHot(),
-        modes=("legacy", "array", "array-cache"),
-        runs=3,
-        mem_mib=3 * GIB,
-        targets=(Target(0.95, "legacy", "array-cache", "window_kept", at_least=True),),
-    )
+        yield Scenario(PageCache(), modes, runs=3, mem_mib=mib, gbit=gbit)
+    for workload, metric in ((HotAndCold(), "after10_rate"), (MappedHot(), "window_kept")):
+        targets = (Target(0.95, "legacy", "array-cache", metric, at_least=True),)
+        yield Scenario(workload, modes, runs=3, mem_mib=mib, targets=targets)
     # What it costs if the cache that was freed is wanted again at once.
     for limit in (0, 100 * 10**6):
-        yield Scenario(
-            WantedAgain(limit=limit),
-            modes=("legacy", "array", "array-cache-768m", "array-cache"),
-            runs=3,
-            mem_mib=3 * GIB,
-        )
+        yield Scenario(WantedAgain(limit=limit), ("legacy", "array", *caches), runs=3, mem_mib=mib)
 
 
 def _absent() -> Iterator[Scenario]:
     # What is left of a large idle guest is its memmap, which compresses.
-    for channels, compression in ((0, ""), (2, "zlib"), (2, "zstd")):
-        yield Scenario(
-            Idle(),
-            ("legacy", "array", *ABSENT),
-            runs=3,
-            mem_mib=64 * GIB,
-            gbit=1,
-            multifd=channels,
-            compression=compression,
-        )
+    usual = Scenario(Idle(), ("legacy", "array", *ABSENT), runs=3, mem_mib=64 * GIB, gbit=1)
+    yield usual
+    for compression in ("zlib", "zstd"):
+        yield replace(usual, multifd=2, compression=compression)
 
     # The worst that a scan can meet: every second page is absent. Only the guest can give single
     # pages back.
@@ -388,21 +313,17 @@ def _absent() -> Iterator[Scenario]:
         )
 
     # A scan must swap in what it looks at; who knows that it is free need not look.
+    targets = tuple(
+        target
+        for mode in ("array", "array-absent")
+        for target in (
+            Target(0.5, "legacy", mode),
+            Target(1, mode=mode, metric="swapped_in_share"),
+        )
+    )
+    modes = ("legacy", "stock-hints", "array", *ABSENT)
     yield Scenario(
-        Freed(50),
-        ("legacy", "stock-hints", "array", *ABSENT),
-        runs=3,
-        mem_mib=4 * GIB,
-        vcpus=2,
-        swapped=True,
-        targets=tuple(
-            target
-            for mode in ("array", "array-absent")
-            for target in (
-                Target(0.5, "legacy", mode),
-                Target(1, mode=mode, metric="swapped_in_share"),
-            )
-        ),
+        Freed(50), modes, runs=3, mem_mib=4 * GIB, vcpus=2, swapped=True, targets=targets
     )
 
 
