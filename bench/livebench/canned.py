@@ -2,10 +2,11 @@
 """Runs that nobody measured, for tests of what is made of runs."""
 
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from livebench import engine
+from livebench import engine, hostinfo
 from livebench.scenarios import SCENARIOS, Scenario
 from livemig import paths
 from livemig.modes import Mode
@@ -15,14 +16,17 @@ IDLE = SCENARIOS["idle-8g"]
 
 def canned(scenario: Scenario, mode: Mode, index: int, total_ms: float) -> Dict[str, Any]:
     """A run as engine.run() returns it."""
-    raw = {"status": "completed", "total-time": total_ms, "downtime": 5}
-    raw["ram"] = {"transferred": 1 << 27, "normal": 30000, "duplicate": 40000}
-    raw["ram"]["dirty-sync-count"] = 3
+    ram = {"transferred": 1 << 27, "normal": 30000, "duplicate": 40000, "dirty-sync-count": 3}
+    raw = {"status": "completed", "total-time": total_ms, "downtime": 5, "ram": ram}
     if mode.name == "array":
         raw["free-page-hint"] = {"state": "ended", "messages": 1, "blocks": 9, "ask-to-end": 9000}
     series = [{"when": t / 10, "ops": 9.0, "p99_us": 30.0} for t in range(-60, 100)]
     phase = {"rate": 90.0, "kept": 1.0, "p99_us": 30.0, "worst_p99_us": 31.0}
     work = {"before": phase, "during": phase, "window": phase, "series": series}
+    samples = [
+        {"ms": ms, "round": 1 + ms // 60, "normal": ms, "zero": ms, "sent": 0, "left": 0}
+        for ms in range(0, int(total_ms), 50)
+    ]
     facts = {
         "meminfo_mib": {"MemFree": 7000},
         "free_blocks": [*[0] * 10, 1725],
@@ -32,36 +36,15 @@ def canned(scenario: Scenario, mode: Mode, index: int, total_ms: float) -> Dict[
     run: Dict[str, Any] = {
         "format": engine.FORMAT,
         "date": "2025-01-01T00:00:00+00:00",
-        "scenario": {
-            "name": scenario.name,
-            "about": scenario.about,
-            "workload": {"name": scenario.workload.name},
-            "mem_mib": scenario.mem_mib,
-            "vcpus": scenario.vcpus,
-            "guests": scenario.guests,
-            "gbit": scenario.gbit,
-            "multifd": scenario.multifd,
-        },
-        "mode": {"name": mode.name, "floor": mode.floor},
+        "scenario": engine.described(scenario),
+        "mode": asdict(mode),
         "index": index,
-        "host": {
-            "cpu": "a processor",
-            "cpus": 2,
-            "memory_mib": 1000,
-            "kernel": "6.1",
-            "load": [0.5, 0.5, 0.5],
-            "hypervisor": True,
-        },
+        "host": hostinfo.facts(),
         "versions": {"qemu": "QEMU", "qemu_stamp": "", "kernel_stamp": "", "commit": "abc"},
         "command_lines": {"source": ["qemu"], "destination": ["qemu"]},
         "migration": [raw],
         "all_ms": total_ms,
-        "samples": [
-            [
-                {"ms": ms, "round": 1 + ms // 60, "normal": ms, "zero": ms, "sent": 0, "left": 0}
-                for ms in range(0, int(total_ms), 50)
-            ]
-        ],
+        "samples": [samples],
         "guest_before": [facts],
         "guest_after": [facts],
         "rss_mib": {

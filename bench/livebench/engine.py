@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from livebench import floor, hostinfo, postcopy, swap
 from livebench.console import Console
@@ -18,6 +18,7 @@ from livebench.throughput import Span
 from livemig import host, migration, paths, workload
 from livemig.errors import LivemigError
 from livemig.guest import Guest
+from livemig.host import MIB
 from livemig.migration import MigrationResult
 from livemig.modes import ORDER, Mode
 from livemig.spec import DOWNTIME_LIMIT_MS, UNLIMITED, GuestSpec, MigrationSpec
@@ -27,7 +28,6 @@ FORMAT = 2
 # guest under TCG takes its TSC for unstable and reads the HPET from then on: ten times as slow for
 # a program that looks at the clock all the time, and another machine than the run before had.
 CMDLINE = ("no_timer_check", "tsc=nowatchdog")
-INIT_ON_ALLOC = "init_on_alloc=1"
 CLOCKSOURCE = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
 # How often a migration is looked at: more often at first, where a short one would be over.
 SAMPLE_SECONDS = 0.05
@@ -54,24 +54,15 @@ FIGURES = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pair:
     """A guest and where it goes."""
 
-    spec: GuestSpec
     source: Guest
+    there: Guest
     console: Console
     # Where its source can be swapped to, if that is wanted.
-    room: Optional[swap.Room] = None
-    destination: Optional[Guest] = None
-    command_lines: Optional[Dict[str, List[str]]] = None
-
-    @property
-    def there(self) -> Guest:
-        """The destination, once there is one."""
-        if not self.destination:
-            raise LivemigError(f"{self.source.name} has no destination yet")
-        return self.destination
+    room: Optional[swap.Room]
 
 
 def check_memory(scenario: Scenario) -> None:
@@ -85,11 +76,12 @@ def migration_spec(scenario: Scenario, mode: Mode) -> MigrationSpec:
         "max-bandwidth": scenario.gbit * 10**9 // 8 or UNLIMITED,
         "downtime-limit": DOWNTIME_LIMIT_MS,
     }
+    common = {}
     if scenario.multifd:
         parameters["multifd-channels"] = scenario.multifd
+        common["multifd"] = True
     if scenario.compression:
         parameters["multifd-compression"] = scenario.compression
-    common = {"multifd": True} if scenario.multifd else {}
     if scenario.postcopy is not None:
         parameters.update(postcopy.parameters(scenario.postcopy))
         common["postcopy-ram"] = True
@@ -101,7 +93,7 @@ def guest_spec(scenario: Scenario, mode: Mode) -> GuestSpec:
     """The guests of a scenario, but for their disks."""
     words = list(CMDLINE)
     if scenario.init_on_alloc:
-        words.append(INIT_ON_ALLOC)
+        words.append("init_on_alloc=1")
     if scenario.reporting_order is not None:
         words.append(f"{ORDER}={scenario.reporting_order}")
     return mode.spec(
@@ -135,34 +127,31 @@ def _booted(scenario: Scenario, mode: Mode, logs: Path) -> Iterator[List[Pair]]:
     with contextlib.ExitStack() as stack:
         # It goes when the guests have ended: else all would be swapped in for it.
         room = stack.enter_context(swap.room(scenario.host_mib[0])) if scenario.swapped else None
-        pairs = []
+        # What each is, without what is only for its source.
+        sources: List[Tuple[GuestSpec, Guest, Console]] = []
         for number in range(scenario.guests):
             own = stack.enter_context(attached(spec, scenario.workload))
             console = Console()
-            launched = floor.traced(own) if mode.floor else own
+            launched = own.but(trace=floor.EVENTS) if mode.floor else own
             if room:
                 launched = launched.but(wrapper=(*launched.wrapper, *room.wrapper))
             source = kind(launched, f"source-{number}", logs=logs, listener=console.listener())
-            pairs.append(Pair(own, stack.enter_context(source), console, room))
-        for pair in pairs:
-            pair.source.wait_ready(scenario.workload.boot_seconds)
-        for pair in pairs:
-            scenario.workload.prepare(pair.source)
-        for number, pair in enumerate(pairs):
-            pair.destination = stack.enter_context(
-                Guest(
-                    pair.spec,
-                    f"destination-{number}",
-                    logs=logs,
-                    incoming=True,
-                    running=not mode.floor,
-                    listener=pair.console.listener(),
-                )
+            sources.append((own, stack.enter_context(source), console))
+        for _, source, _ in sources:
+            source.wait_ready(scenario.workload.boot_seconds)
+        for _, source, _ in sources:
+            scenario.workload.prepare(source)
+        pairs = []
+        for number, (own, source, console) in enumerate(sources):
+            there = Guest(
+                own,
+                f"destination-{number}",
+                logs=logs,
+                incoming=True,
+                running=not mode.floor,
+                listener=console.listener(),
             )
-            pair.command_lines = {
-                "source": _command_line(pair.source),
-                "destination": _command_line(pair.there),
-            }
+            pairs.append(Pair(source, stack.enter_context(there), console, room))
         yield pairs
 
 
@@ -198,14 +187,13 @@ def guest_facts(guest: Guest) -> Dict[str, Any]:
 
 
 def _sample(result: MigrationResult, since: float) -> Dict[str, Any]:
-    ram = result.raw.get("ram", {})
     return {
         "ms": round((time.monotonic() - since) * 1000),
         "round": result.rounds,
         "normal": result.normal_pages,
         "zero": result.zero_pages,
         "sent": result.sent_bytes,
-        "left": ram.get("remaining", 0),
+        "left": result.raw.get("ram", {}).get("remaining", 0),
     }
 
 
@@ -230,11 +218,11 @@ def _move(pairs: List[Pair], spec: MigrationSpec, after_round: Optional[int]) ->
         for number in list(running):
             result = migration.query(pairs[number].source)
             samples[number].append(_sample(result, begin))
-            if after_round is not None and number not in switched:
-                if postcopy.due(after_round, result):
-                    switch = time.monotonic()
-                    pairs[number].source.qmp("migrate-start-postcopy")
-                    switched[number] = result
+            waiting = after_round is not None and number not in switched
+            if waiting and postcopy.due(after_round, result):
+                switch = time.monotonic()
+                pairs[number].source.qmp("migrate-start-postcopy")
+                switched[number] = result
             if result.status in migration.ENDED:
                 running.remove(number)
                 ended = time.monotonic()
@@ -244,10 +232,9 @@ def _move(pairs: List[Pair], spec: MigrationSpec, after_round: Optional[int]) ->
                 raise LivemigError(f"the migration does not end within {TIMEOUT_SECONDS} s")
             early = seconds < FIRST_SECONDS or (after_round is not None and not switched)
             time.sleep(FIRST_SAMPLE_SECONDS if early else SAMPLE_SECONDS)
-    results = [migration.finish(pair.source, pair.there) for pair in pairs]
     return {
         "span": Span(begin, ended, switch),
-        "results": results,
+        "results": [migration.finish(pair.source, pair.there) for pair in pairs],
         "samples": samples,
         "all_ms": round((ended - begin) * 1000),
         "postcopy": [
@@ -264,9 +251,15 @@ def _rss(pairs: List[Pair]) -> Dict[str, float]:
     }
 
 
-def _verify(scenario: Scenario, pairs: List[Pair]) -> List[workload.Verdict]:
-    """What the guests say about their memory at their destinations."""
-    return [workload.verify(p.there, name) for p in pairs for name in scenario.workload.stamps]
+def described(scenario: Scenario) -> Dict[str, Any]:
+    """A scenario as its runs have it."""
+    own = scenario.workload
+    return {
+        **asdict(scenario),
+        "name": scenario.name,
+        "about": scenario.about,
+        "workload": {"name": own.name, **asdict(own)},
+    }
 
 
 def header(scenario: Scenario, mode: Mode, index: int) -> Dict[str, Any]:
@@ -274,12 +267,7 @@ def header(scenario: Scenario, mode: Mode, index: int) -> Dict[str, Any]:
     return {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "scenario": {
-            **asdict(scenario),
-            "name": scenario.name,
-            "about": scenario.about,
-            "workload": {"name": scenario.workload.name, **asdict(scenario.workload)},
-        },
+        "scenario": described(scenario),
         "mode": asdict(mode),
         "index": index,
         "host": hostinfo.facts(),
@@ -301,16 +289,10 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any
         # Until the destinations want it: what is free grows cold.
         with host.warmed(max(scenario.host_mib)):
             time.sleep(scenario.workload.lead)
-            record["swapped"] = [
-                asdict(pair.room.swap_out(pair.source)) for pair in pairs if pair.room
-            ]
+            record["swapped"] = [pair.room.swap_out(pair.source) for pair in pairs if pair.room]
             rss_before = _rss(pairs)
             if mode.floor:
-                record["floor"] = [
-                    floor.compute(pair.source)
-                    for pair in pairs
-                    if isinstance(pair.source, floor.FloorGuest)
-                ]
+                record["floor"] = [floor.compute(pair.source) for pair in pairs]
         swapped_in = swap.pages_in()
         moved = _move(pairs, migration_spec(scenario, mode), scenario.postcopy)
         record["swapped_in_pages"] = swap.pages_in() - swapped_in
@@ -322,19 +304,22 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any
             record["workload"] = [
                 scenario.workload.finish(pair.there, pair.console, moved["span"]) for pair in pairs
             ]
-            verdicts = _verify(scenario, pairs)
+            stamps = scenario.workload.stamps
+            verdicts = [workload.verify(pair.there, name) for pair in pairs for name in stamps]
             wrong = [verdict.first for verdict in verdicts if not verdict.good]
             record["verified_pages"] = sum(verdict.pages for verdict in verdicts)
             record["checked_pages"] = sum(verdict.checked for verdict in verdicts)
             record["guest_after"] = [guest_facts(pair.there) for pair in pairs]
         for pair in pairs:
             wrong += pair.source.kernel_trouble() + pair.there.kernel_trouble()
-        record["command_lines"] = pairs[0].command_lines
-        record["parameters"] = pairs[0].source.qmp("query-migrate-parameters")
+        source, there = pairs[0].source, pairs[0].there
+        record["command_lines"] = {
+            "source": _command_line(source),
+            "destination": _command_line(there),
+        }
+        record["parameters"] = source.qmp("query-migrate-parameters")
     record["migration"] = [result.raw for result in moved["results"]]
-    record["samples"] = moved["samples"]
-    record["all_ms"] = moved["all_ms"]
-    record["postcopy"] = moved["postcopy"]
+    record.update({name: moved[name] for name in ("samples", "all_ms", "postcopy")})
     # Nothing runs at the floor's destination.
     record["verified"] = None if mode.floor else not wrong
     record["wrong"] = wrong
@@ -349,13 +334,21 @@ def _total(record: Dict[str, Any]) -> int:
     return int(raw[0]["total-time"]) if len(raw) == 1 else int(record["all_ms"])
 
 
+def _whole_mib(record: Dict[str, Any]) -> int:
+    """The size of all guests."""
+    return int(record["scenario"]["guests"] * record["scenario"]["mem_mib"])
+
+
+def _free_mib(record: Dict[str, Any]) -> int:
+    return sum(facts["meminfo_mib"]["MemFree"] for facts in record["guest_before"])
+
+
 def _swap_metrics(record: Dict[str, Any]) -> Dict[str, float]:
     """What the host swapped in during the migration; reading ahead counts."""
     if not record.get("swapped"):
         return {}
-    swapped_in = record["swapped_in_pages"] * mmap.PAGESIZE / 2**20
-    free = sum(facts["meminfo_mib"]["MemFree"] for facts in record["guest_before"])
-    used = record["scenario"]["guests"] * record["scenario"]["mem_mib"] - free
+    swapped_in = record["swapped_in_pages"] * mmap.PAGESIZE / MIB
+    used = _whole_mib(record) - _free_mib(record)
     return {
         "swapped_out_mib": sum(where["swapped_mib"] for where in record["swapped"]),
         "swapped_in_mib": swapped_in,
@@ -369,16 +362,15 @@ def _absent_metrics(record: Dict[str, Any], results: List[MigrationResult]) -> D
     found = [result.absent for result in results if result.absent and result.absent.scan_time]
     if not found:
         return {}
-    absent = sum(item.absent_bytes for item in found) / 2**20
+    absent = sum(item.absent_bytes for item in found) / MIB
     scan = max(item.scan_time for item in found) / 1000
     hints = [result.hints for result in results if result.hints]
-    whole = record["scenario"]["guests"] * record["scenario"]["mem_mib"]
     return {
         "absent_mib": absent,
-        "absent_share": absent / whole,
+        "absent_share": absent / _whole_mib(record),
         "scan_ms": scan,
         "scan_share": scan / _total(record) if _total(record) else 0,
-        "redirtied_mib": sum(hint.redirtied_bytes for hint in hints) / 2**20,
+        "redirtied_mib": sum(hint.redirtied_bytes for hint in hints) / MIB,
     }
 
 
@@ -388,20 +380,19 @@ def metrics(record: Dict[str, Any]) -> Dict[str, float]:
     values: Dict[str, Optional[float]] = {
         "total_ms": _total(record),
         "downtime_ms": max(result.downtime_ms for result in results),
-        "sent_mib": sum(result.sent_bytes for result in results) / 2**20,
+        "sent_mib": sum(result.sent_bytes for result in results) / MIB,
         "normal_pages": sum(result.normal_pages for result in results),
         "zero_pages": sum(result.zero_pages for result in results),
         "rounds": max(result.rounds for result in results),
-        "free_mib": sum(facts["meminfo_mib"]["MemFree"] for facts in record["guest_before"]),
+        "free_mib": _free_mib(record),
         "free_max_order_mib": sum(facts["free_max_order_mib"] for facts in record["guest_before"]),
         "memfd_destination_after_mib": record.get("memfd_mib"),
     }
     for outcome in record.get("postcopy", [])[:1]:
         values.update(outcome)
     rss = record["rss_mib"]
-    for when in "before", "after":
-        for side, mib in rss[when].items():
-            values[f"rss_{side}_{when}_mib"] = mib
+    for when, sides in rss.items():
+        values.update({f"rss_{side}_{when}_mib": mib for side, mib in sides.items()})
     values["rss_source_growth_mib"] = rss["after"]["source"] - rss["before"]["source"]
     values.update(_swap_metrics(record))
     values.update(_absent_metrics(record, results))
@@ -411,14 +402,14 @@ def metrics(record: Dict[str, Any]) -> Dict[str, float]:
             arm_ms=max(hint.arm_time for hint in hints) / 1000,
             ask_to_first_ms=max(hint.ask_to_first for hint in hints) / 1000,
             ask_to_end_ms=max(hint.ask_to_end for hint in hints) / 1000,
-            hinted_mib=sum(hint.hinted_bytes for hint in hints) / 2**20,
-            redirtied_mib=sum(hint.redirtied_bytes for hint in hints) / 2**20,
-            requested_mib=sum(hint.requested_bytes for hint in hints) / 2**20,
+            hinted_mib=sum(hint.hinted_bytes for hint in hints) / MIB,
+            redirtied_mib=sum(hint.redirtied_bytes for hint in hints) / MIB,
+            requested_mib=sum(hint.requested_bytes for hint in hints) / MIB,
             hint_blocks=sum(hint.blocks for hint in hints),
             # One bit for each page, while the migration runs.
-            qemu_hint_mib=record["scenario"]["guests"] * record["scenario"]["mem_mib"] / 4096 / 8,
+            qemu_hint_mib=_whole_mib(record) / 4096 / 8,
         )
-        if freed := sum(hint.cache_freed_bytes for hint in hints) / 2**20:
+        if freed := sum(hint.cache_freed_bytes for hint in hints) / MIB:
             time_ms = max(hint.cache_time for hint in hints) / 1000
             values.update(
                 cache_freed_mib=freed,
@@ -433,9 +424,8 @@ def metrics(record: Dict[str, Any]) -> Dict[str, float]:
         walks = [hint["last_ns"] for hint in after if "last_ns" in hint]
         values["walk_ms"] = max(walks) / 1e6 if walks else None
     for result in record.get("workload", [])[:1]:
-        for name in FIGURES:
-            values[name] = result.get(name)
+        values.update({name: result.get(name) for name in FIGURES})
         for phase in "before", "during", "after", "window":
-            for name, value in result.get(phase, {}).items():
-                values[f"{phase}_{name}"] = value
+            found = result.get(phase, {})
+            values.update({f"{phase}_{name}": value for name, value in found.items()})
     return {name: round(value, 4) for name, value in values.items() if value is not None}

@@ -18,12 +18,11 @@ from typing import Dict, List, Tuple
 
 from livemig.errors import LivemigError
 from livemig.guest import Guest
-from livemig.migration import Hints, query, set_capabilities, status_is
-from livemig.spec import GuestSpec
+from livemig.migration import Hints, cancel, query, set_capabilities
 
 HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
-# What is traced: each run of pages, and the end.
-EVENTS = ("free_page_hint_apply", "free_page_hint_end")
+# What the source of a measured migration traces: each run of pages, and the end.
+EVENTS = "free_page_hint_apply free_page_hint_end"
 APPLY = re.compile(
     r"^free_page_hint_apply block '([^']*)' first (0x[0-9a-f]+) pages (0x[0-9a-f]+)$", re.MULTILINE
 )
@@ -36,13 +35,11 @@ BYTES_PER_SECOND = 1000
 Runs = Dict[str, List[Tuple[int, int]]]
 
 
-def traced(spec: GuestSpec) -> GuestSpec:
-    """A copy of a spec that a FloorGuest can be made of."""
-    return spec.but(trace=EVENTS[0], args=(*spec.args, "-trace", EVENTS[1]))
-
-
 class FloorGuest(Guest):
-    """A guest whose migrations exclude the pages that the file `floor` names, once it exists."""
+    """A guest whose migrations exclude the pages that the file `floor` names, once it exists.
+
+    Its spec traces EVENTS.
+    """
 
     @property
     def floor(self) -> Path:
@@ -96,8 +93,7 @@ def _ask_only(guest: Guest) -> Hints:
         if time.monotonic() > deadline:
             raise LivemigError(f"{guest.name}: the guest did not report its free pages")
         time.sleep(0.005)
-    guest.qmp("migrate_cancel")
-    guest.wait_event(status_is("cancelled", "completed", "failed"), "end of the asking", 60)
+    cancel(guest)
     guest.qmp(
         "migrate-set-parameters",
         max_bandwidth=before["max-bandwidth"],
@@ -106,8 +102,9 @@ def _ask_only(guest: Guest) -> Hints:
     return hints
 
 
-def compute(guest: FloorGuest) -> Dict[str, int]:
-    """Make the file of a guest; returns how much is in it."""
+def compute(guest: Guest) -> Dict[str, int]:
+    """Make the file of a guest, a FloorGuest; returns how much is in it."""
+    assert isinstance(guest, FloorGuest)
     order = guest.agent.run(f"cat {HINT_ORDER}").strip()
     guest.agent.run(f"echo 0 > {HINT_ORDER}")
     hints = _ask_only(guest)
@@ -115,7 +112,7 @@ def compute(guest: FloorGuest) -> Dict[str, int]:
     if hints.state != "ended" or hints.reason:
         raise LivemigError(f"{guest.name}: no set of free pages: {hints.reason or hints.state}")
     runs = join(_traced(guest.trace_log))
-    for event in EVENTS:
+    for event in EVENTS.split():
         guest.qmp("trace-event-set-state", name=event, enable=False)
     lines = [f"{block} {first} {pages}" for block, own in runs.items() for first, pages in own]
     if any(" " in block for block in runs) or not lines:

@@ -3,13 +3,11 @@
 
 from typing import Any, Callable, Dict
 
+from livebench.floor import BYTES_PER_SECOND
 from livemig.errors import LivemigError
 from livemig.guest import Event, Guest
 from livemig.migration import ENDED, MigrationResult, status_is
 
-# A migration at this rate stands still after its first pages. It is set in tenths of a second, and
-# nothing per tenth would be no limit.
-BYTES_PER_SECOND = 1000
 # Round 1 would be the last one if what is left then could be sent within this.
 DOWNTIME_LIMIT_MS = 1
 WAIT_SECONDS = 60

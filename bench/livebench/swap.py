@@ -8,7 +8,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Tuple
+from typing import Dict, Iterator, Tuple
 
 from livemig import host, memory, paths
 from livemig.errors import LivemigError, NotPossibleHere
@@ -86,56 +86,46 @@ def _space(mib: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Residence:
-    """Where a guest's memory is, as far as the host has any."""
-
-    resident_mib: float
-    swapped_mib: float
-
-
-@dataclass(frozen=True)
 class Room:
     """A control group whose processes can be swapped out."""
 
     directory: Path
-    version: int
+    # The file that takes memory from them, and what is written to it for as much as goes.
+    file: str
+    text: str
 
     @property
     def wrapper(self) -> Tuple[str, ...]:
         """Starts a guest in it (see GuestSpec)."""
         return ("sh", "-c", f'echo 0 > "{self.directory}/cgroup.procs" && exec "$@"', "sh")
 
-    def _reclaim(self) -> None:
-        """Take as much memory from its processes as goes."""
-        name, text = ("memory.force_empty", "0") if self.version == 1 else ("memory.reclaim", "1T")
-        # It ends with an error if something is left, as it always is of programs that run.
-        with contextlib.suppress(OSError):
-            (self.directory / name).write_text(text, encoding="ascii")
-
-    def swap_out(self, guest: Guest) -> Residence:
+    def swap_out(self, guest: Guest) -> Dict[str, float]:
         """Swap out all of a guest's RAM that is populated, and nothing of it stays cached.
 
         MADV_PAGEOUT would leave it in the cache of swapped pages, where reading is for nothing.
         """
         for _ in range(ATTEMPTS):
-            self._reclaim()
+            # It ends with an error if something is left, as it always is of programs that run.
+            with contextlib.suppress(OSError):
+                (self.directory / self.file).write_text(self.text, encoding="ascii")
             used = memory.usage(guest)
-            where = Residence(used["Rss"] / MIB, used["Swap"] / MIB)
-            if where.swapped_mib >= ENOUGH * (where.resident_mib + where.swapped_mib):
-                return where
+            resident, swapped = used["Rss"] / MIB, used["Swap"] / MIB
+            if swapped >= ENOUGH * (resident + swapped):
+                return {"resident_mib": resident, "swapped_mib": swapped}
             time.sleep(ATTEMPT_SECONDS)
         raise LivemigError(
-            f"{guest.name}: the host has swapped {where.swapped_mib:.0f} MiB of its memory out and "
-            f"keeps {where.resident_mib:.0f}"
+            f"{guest.name}: the host has swapped {swapped:.0f} MiB of its memory out and "
+            f"keeps {resident:.0f}"
         )
 
 
 @contextlib.contextmanager
 def _group() -> Iterator[Room]:
     """A new control group, until the context ends. Its processes must have ended then."""
-    for directory, version, file in (
-        (host.CGROUPS / "memory", 1, "memory.force_empty"),
-        (host.CGROUPS, 2, "memory.reclaim"),
+    # Versions 1 and 2.
+    for directory, file, text in (
+        (host.CGROUPS / "memory", "memory.force_empty", "0"),
+        (host.CGROUPS, "memory.reclaim", "1T"),
     ):
         # What was killed may have left one of this name.
         group = directory / "livemig-swap"
@@ -147,7 +137,7 @@ def _group() -> Iterator[Room]:
     else:
         raise NotPossibleHere("there is no control group for memory to be had")
     try:
-        yield Room(group, version)
+        yield Room(group, file, text)
     finally:
         group.rmdir()
 
@@ -164,7 +154,5 @@ def room(mib: int) -> Iterator[Room]:
 
 def pages_in() -> int:
     """How many pages the host has read from its swap space since it booted."""
-    for line in Path("/proc/vmstat").read_text(encoding="utf-8").splitlines():
-        if line.startswith("pswpin "):
-            return int(line.split()[1])
-    return 0
+    counters = Path("/proc/vmstat").read_text(encoding="utf-8").splitlines()
+    return int(dict(line.split() for line in counters).get("pswpin", 0))
