@@ -88,12 +88,9 @@ def describe(run: Dict[str, Any]) -> str:
     values = run["metrics"]
     if "total_ms" not in values:
         return ", ".join(f"{name} {value:.0f}" for name, value in list(values.items())[:3])
-    text = f"{values['total_ms']:.0f} ms, {values['sent_mib']:.0f} MiB sent"
-    if run["verified"] is None:
-        return text
-    return text + (
-        ", verified" if run["verified"] else ", NOT VERIFIED: " + "; ".join(run["wrong"])
-    )
+    found = {None: "", True: ", verified", False: f", NOT VERIFIED: {'; '.join(run['wrong'])}"}
+    moved = f"{values['total_ms']:.0f} ms, {values['sent_mib']:.0f} MiB sent"
+    return moved + found[run["verified"]]
 
 
 def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner = engine.run) -> int:
@@ -104,11 +101,11 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
     clock = Clock()
     missing = []
     for step in steps:
-        if fresh or not store.has(step.scenario, step.mode, step.index):
-            missing.append(step)
-        else:
-            run = store.read(store.path(step.scenario, step.mode, step.index))
+        run = {} if fresh else store.made(step.scenario, step.mode, step.index)
+        if run:
             clock.note(step, run["seconds"])
+        else:
+            missing.append(step)
     if len(missing) < len(steps):
         print(f"bench: {len(steps) - len(missing)} of {len(steps)} runs are there already")
     failed = 0

@@ -6,7 +6,7 @@ import json
 import lzma
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping
+from typing import Any, Dict, List, Mapping
 
 from livebench import engine, hostinfo
 from livebench.scenarios import Scenario
@@ -28,12 +28,16 @@ def write(path: Path, text: str) -> None:
         new.unlink(missing_ok=True)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """The same, for what can be said in JSON; one item of the outermost level per line."""
+def as_json(data: Any) -> str:
+    """JSON, with one item of a list per line."""
     if isinstance(data, list):
-        write(path, "[\n" + ",\n".join(json.dumps(item) for item in data) + "\n]\n")
-    else:
-        write(path, json.dumps(data) + "\n")
+        return "[\n" + ",\n".join(json.dumps(item) for item in data) + "\n]\n"
+    return json.dumps(data) + "\n"
+
+
+def write_json(path: Path, data: Any) -> None:
+    """The same, for what can be said in JSON."""
+    write(path, as_json(data))
 
 
 def key(scenario: Scenario, mode: Mode) -> str:
@@ -50,6 +54,10 @@ def key(scenario: Scenario, mode: Mode) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _usable(run: Any) -> bool:
+    return isinstance(run, dict) and run.get("format") == engine.FORMAT
+
+
 def exported(path: Path) -> List[Dict[str, Any]]:
     """The runs of a file that an export has written."""
     try:
@@ -58,7 +66,7 @@ def exported(path: Path) -> List[Dict[str, Any]]:
         raise LivemigError(f"{path}: {err.strerror}") from err
     except (lzma.LZMAError, ValueError) as err:
         raise LivemigError(f"{path} is no file of runs: see bench/bench export") from err
-    found = [run for run in runs if isinstance(run, dict) and run.get("format") == engine.FORMAT]
+    found = [run for run in runs if _usable(run)]
     if not found:
         raise LivemigError(f"{path} has no runs of this format ({engine.FORMAT})")
     return found
@@ -74,19 +82,19 @@ class Store:
         """Where a run is, or will be."""
         return self.directory / "runs" / scenario.name / f"{mode.name}-{index}.json"
 
-    def has(self, scenario: Scenario, mode: Mode, index: int) -> bool:
-        """Whether a run was made, of the builds that there are now."""
-        path = self.path(scenario, mode, index)
-        return path.exists() and self.read(path).get("key") == key(scenario, mode)
+    def made(self, scenario: Scenario, mode: Mode, index: int) -> Dict[str, Any]:
+        """A run that was made of the builds that there are now; nothing if there is none."""
+        run = self._read(self.path(scenario, mode, index))
+        return run if run.get("key") == key(scenario, mode) else {}
 
     @staticmethod
-    def read(path: Path) -> Dict[str, Any]:
+    def _read(path: Path) -> Dict[str, Any]:
         """One run; nothing if it is of no use."""
         try:
             run: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (FileNotFoundError, ValueError):
             return {}
-        return run if isinstance(run, dict) and run.get("format") == engine.FORMAT else {}
+        return run if _usable(run) else {}
 
     def save(self, scenario: Scenario, mode: Mode, index: int, run: Mapping[str, Any]) -> None:
         """Keep a run."""
@@ -94,10 +102,5 @@ class Store:
 
     def runs(self) -> List[Dict[str, Any]]:
         """All that there are."""
-        return list(self._runs())
-
-    def _runs(self) -> Iterator[Dict[str, Any]]:
-        for path in sorted(self.directory.glob("runs/*/*.json")):
-            run = self.read(path)
-            if run:
-                yield run
+        found = map(self._read, sorted(self.directory.glob("runs/*/*.json")))
+        return [run for run in found if run]
