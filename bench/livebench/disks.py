@@ -3,7 +3,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import ContextManager, Iterator, Tuple
+from typing import ContextManager, Iterator
 
 from livebench.workloads import Workload
 from livemig import paths
@@ -24,6 +24,11 @@ def _system(suite: str, packaged: bool) -> ContextManager[Path]:
         raise NotPossibleHere(str(err)) from err
 
 
+def data_image(workload: Workload) -> Path:
+    """The disk with a workload's data."""
+    return paths.require(paths.cache_dir() / "bench" / workload.data_disk, "bench/make-images")
+
+
 @contextlib.contextmanager
 def attached(spec: GuestSpec, workload: Workload) -> Iterator[GuestSpec]:
     """A guest with the disks that a workload needs, as long as the block lasts."""
@@ -37,13 +42,11 @@ def attached(spec: GuestSpec, workload: Workload) -> Iterator[GuestSpec]:
         if workload.kernel:
             spec = spec.but(kernel=workload.kernel)
         if workload.data_disk:
-            image = paths.require(
-                paths.cache_dir() / "bench" / workload.data_disk, "bench/make-images"
-            )
+            image = data_image(workload)
             # Read-only, both sides may have the one file open.
             mode = "readonly=on"
             if workload.data_writable:
                 image, mode = stack.enter_context(disk_copy(image)), "cache=writeback"
-            drive: Tuple[str, ...] = ("-drive", f"file={image},format=raw,if=none,id=data,{mode}")
+            drive = ("-drive", f"file={image},format=raw,if=none,id=data,{mode}")
             spec = spec.but(args=(*spec.args, *drive, "-device", "virtio-blk-pci,drive=data"))
         yield spec

@@ -5,10 +5,11 @@ import argparse
 import lzma
 import shutil
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from livebench import arming, density, estimates, micro, plan, quotes, report, statistics, store
 from livebench import summary
+from livebench.disks import data_image
 from livebench.scenarios import SCENARIOS, Scenario, matching
 from livebench.store import Store
 from livemig import paths
@@ -21,6 +22,11 @@ ARMING_MIB = 2048
 MICRO_MIB = 64 * 1024
 ESTIMATES_MIB = 2048
 ESTIMATES_PAIRS = 5
+# Kinds of arguments.
+COUNT: Mapping[str, Any] = {"type": int, "metavar": "N"}
+SIZE: Mapping[str, Any] = {"type": size_mib, "metavar": "SIZE"}
+DIRECTORY: Mapping[str, Any] = {"type": Path, "metavar": "DIR"}
+FILES: Mapping[str, Any] = {"type": Path, "metavar": "FILE", "nargs": "+"}
 # What an export into this repository may have.
 EXPORT_MIB = 2
 
@@ -69,34 +75,29 @@ def check_built(todo: Sequence[plan.Work], modes: Mapping[str, Mode] = MODES) ->
         if scenario.workload.kernel:
             paths.kernel_image(scenario.workload.kernel)
         if scenario.workload.data_disk:
-            paths.require(
-                paths.cache_dir() / "bench" / scenario.workload.data_disk, "bench/make-images"
-            )
+            data_image(scenario.workload)
 
 
-def _report(runs: Store) -> None:
-    page = report.make(runs)
+def _report(directory: Path) -> bool:
+    """Make the report, if there is anything to report."""
+    page = report.make(Store(directory))
     if page:
         print(f"bench: {page}, and summary.json beside it")
-
-
-def _micro_once(args: argparse.Namespace) -> None:
-    if args.fresh or not (args.out / "micro.json").exists():
-        print("bench: micro-benchmarks")
-        micro.run(MICRO_MIB, 4, args.out)
+    return bool(page)
 
 
 def command_run(args: argparse.Namespace) -> int:
     """Make the runs that are missing, then the report."""
     todo = work(args)
     check_built(todo)
-    runs = Store(args.out)
     try:
-        failed = plan.carry_out(plan.order(todo), runs, args.fresh)
-        if not (args.scenario or args.mode or args.quick or args.mem):
-            _micro_once(args)
+        failed = plan.carry_out(plan.order(todo), Store(args.out), args.fresh)
+        whole = not (args.scenario or args.mode or args.quick or args.mem)
+        if whole and (args.fresh or not (args.out / "micro.json").exists()):
+            print("bench: micro-benchmarks")
+            micro.run(MICRO_MIB, 4, args.out)
     finally:
-        _report(runs)
+        _report(args.out)
     if failed:
         print(f"bench: {failed} runs failed; the same command tries them again")
     return 1 if failed else 0
@@ -114,20 +115,18 @@ def command_density(args: argparse.Namespace) -> int:
         if modes:
             todo.append(plan.Work(sized, modes, args.runs or scenario.runs))
     check_built(todo, RESTING)
-    runs = density.store_of(args.out)
     steps = plan.order(todo, RESTING)
     try:
-        failed = plan.carry_out(steps, runs, args.fresh, density.run)
+        failed = plan.carry_out(steps, density.store_of(args.out), args.fresh, density.run)
     finally:
-        _report(Store(args.out))
+        _report(args.out)
     return 1 if failed else 0
 
 
 def command_report(args: argparse.Namespace) -> int:
     """Make the report of what was run."""
-    if not report.make(Store(args.out)):
+    if not _report(args.out):
         raise LivemigError(f"there are no runs in {args.out}: run make bench-quick")
-    _report(Store(args.out))
     return 0
 
 
@@ -164,13 +163,11 @@ def command_estimates(args: argparse.Namespace) -> int:
 
 def command_list(_args: argparse.Namespace) -> int:
     """List scenarios and modes."""
-    for scenario in SCENARIOS.values():
-        print(f"{scenario.name:24} {scenario.runs:2} runs; {scenario.about}")
-        print(f"{'':24} {' '.join(scenario.modes)}" + (" (quick)" if scenario.quick else ""))
-    print("\nbench/bench density:")
-    for scenario in density.SCENARIOS.values():
-        print(f"{scenario.name:24} {scenario.runs:2} runs; {scenario.about}")
-        print(f"{'':24} {' '.join(scenario.modes)}")
+    for title, scenarios in (("", SCENARIOS), ("\nbench/bench density:\n", density.SCENARIOS)):
+        print(title, end="")
+        for scenario in scenarios.values():
+            print(f"{scenario.name:24} {scenario.runs:2} runs; {scenario.about}")
+            print(f"{'':24} {' '.join(scenario.modes)}" + (" (quick)" if scenario.quick else ""))
     print("\nmodes:")
     for mode in (*MODES.values(), *RESTING.values()):
         print(f"{mode.name:24} {mode.about}")
@@ -182,21 +179,23 @@ def command_compare(args: argparse.Namespace) -> int:
     runs = [run for path in args.files for run in store.exported(path)]
     runs = runs or Store(args.out).runs()
     names = [scenario.name for scenario in _scenarios(args.scenario)]
-    rows = summary.compare(runs, names, (args.mode, args.base), args.metric)
-    if not rows:
+    found = summary.compare(runs, names, (args.mode, args.base), args.metric)
+    if not found:
         raise LivemigError(
             f"no runs of {args.mode} and {args.base} in one scenario have {args.metric}"
         )
-    for row in rows:
-        print(f"{row.name}: {_spread(args.mode, row.own)}; {_spread(args.base, row.base)}", end="")
+    for name, sides in found.items():
+        said = [_spread(mode, values) for mode, values in zip((args.mode, args.base), sides)]
+        said.append(statistics.ratio_text(statistics.ratio(*sides)))
+        p_value = statistics.p_value(*sides)
         print(
-            f"; {statistics.ratio_text(row.ratio)}"
-            + (f", p = {row.p_value:.2g}" if row.p_value is not None else "")
+            f"{name}: {'; '.join(said)}" + (f", p = {p_value:.2g}" if p_value is not None else "")
         )
     return 0
 
 
-def _spread(mode: str, spread: statistics.Spread) -> str:
+def _spread(mode: str, values: Sequence[float]) -> str:
+    spread = statistics.Spread.from_values(values)
     return (
         f"{mode} {spread.runs} runs, {spread.median:g} "
         f"({spread.first_quartile:g}-{spread.third_quartile:g})"
@@ -209,18 +208,14 @@ def command_export(args: argparse.Namespace) -> int:
     args.to.mkdir(parents=True, exist_ok=True)
     for old in args.to.glob("*.png"):
         old.unlink()
-    for name in ("report.html", "summary.json", "targets.json", "micro.json"):
-        if (args.out / name).exists():
-            shutil.copy(args.out / name, args.to / name)
-    for figure in args.out.glob("*.png"):
-        shutil.copy(figure, args.to / figure.name)
+    for pattern in ("report.html", "summary.json", "targets.json", "micro.json", "*.png"):
+        for file in args.out.glob(pattern):
+            shutil.copy(file, args.to)
     for name, kept in (("runs", Store(args.out)), ("density", density.store_of(args.out))):
         found = kept.runs()
         if found or name == "runs":
-            file = args.to / f"{name}.json"
-            store.write_json(file, found)
-            file.with_suffix(".json.xz").write_bytes(lzma.compress(file.read_bytes(), preset=9))
-            file.unlink()
+            packed = lzma.compress(store.as_json(found).encode(), preset=9)
+            (args.to / f"{name}.json.xz").write_bytes(packed)
     size = sum(path.stat().st_size for path in args.to.iterdir()) / 2**20
     print(f"bench: {args.to}: {size:.2f} MiB")
     if size > EXPORT_MIB:
@@ -241,88 +236,65 @@ def command_quote(args: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def _add_quote(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--check", action="store_true", help="whether documents say the same")
+COMMANDS = (
+    *(command_run, command_report, command_micro, command_arming, command_estimates),
+    *(command_density, command_list, command_compare, command_export, command_quote),
+)
 
 
 def _add_choice(one: argparse.ArgumentParser, name: str) -> None:
     """What to run: scenarios, modes, how often."""
+    modes = MODES
     if name == "density":
+        modes = RESTING
         one.add_argument("--scenario", nargs="+", choices=list(density.SCENARIOS))
-        one.add_argument(
-            "--limit", type=size_mib, metavar="SIZE", help="for trying: a smaller host"
-        )
+        one.add_argument("--limit", **SIZE, help="for trying: a smaller host")
     else:
         one.add_argument("--quick", action="store_true", help="the main rows, 3 runs")
-    modes = list(RESTING if name == "density" else MODES)
-    one.add_argument("--mode", nargs="+", choices=modes, metavar="MODE", help="default: all")
-    one.add_argument("--runs", type=int, metavar="N", help="default: as declared")
+    one.add_argument("--mode", nargs="+", choices=list(modes), metavar="MODE", help="default: all")
+    one.add_argument("--runs", **COUNT, help="default: as declared")
     one.add_argument("--fresh", action="store_true", help="make runs again that are there")
+
+
+def _add_compared(one: argparse.ArgumentParser) -> None:
+    """What to compare, and of which runs."""
+    for which in ("mode", "base"):
+        one.add_argument(which, choices=list(MODES), metavar=which.upper())
+    one.add_argument("--metric", default="total_ms", metavar="NAME", help="default: total_ms")
+    about = "runs.json.xz of an export; default: what is in out/bench"
+    one.add_argument("--from", **FILES, dest="files", default=[], help=about)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="bench", description="Benchmarks of live migrations.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, function in (
-        ("run", command_run),
-        ("report", command_report),
-        ("micro", command_micro),
-        ("arming", command_arming),
-        ("estimates", command_estimates),
-        ("density", command_density),
-        ("list", command_list),
-        ("compare", command_compare),
-        ("export", command_export),
-        ("quote", command_quote),
-    ):
+    for function in COMMANDS:
+        name = function.__name__.removeprefix("command_")
         one = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         one.set_defaults(function=function)
-        one.add_argument(
-            "--out", type=Path, default=store.OUT, metavar="DIR", help="default: out/bench"
-        )
+        one.add_argument("--out", **DIRECTORY, default=store.OUT, help="default: out/bench")
         if name == "arming":
-            one.add_argument("--runs", type=int, metavar="N", help=f"default: {QUICK_RUNS}")
-            one.add_argument(
-                "--qemu",
-                nargs="+",
-                default=["ours"],
-                choices=["ours", "before"],
-                help="builds to compare; default: ours",
-            )
+            one.add_argument("--runs", **COUNT, help=f"default: {QUICK_RUNS}")
+            about = "builds to compare; default: ours"
+            builds = ["ours", "before"]
+            one.add_argument("--qemu", nargs="+", default=["ours"], choices=builds, help=about)
         if name == "estimates":
-            one.add_argument(
-                "--runs", type=int, metavar="N", help=f"pairs, default: {ESTIMATES_PAIRS}"
-            )
+            one.add_argument("--runs", **COUNT, help=f"pairs, default: {ESTIMATES_PAIRS}")
         if name in ("run", "micro", "density", "arming", "estimates"):
-            one.add_argument(
-                "--mem", type=size_mib, metavar="SIZE", help="for trying: smaller guests"
-            )
-            one.add_argument("--vcpus", type=int, metavar="N", help="for trying: another number")
+            one.add_argument("--mem", **SIZE, help="for trying: smaller guests")
+            one.add_argument("--vcpus", **COUNT, help="for trying: another number")
         if name == "export":
             one.add_argument("to", type=Path, metavar="TO", help="a directory")
         if name in ("run", "density"):
             _add_choice(one, name)
         if name in ("run", "compare"):
-            one.add_argument(
-                "--scenario", nargs="+", metavar="NAME", help='or a pattern, "idle-*"; default: all'
-            )
+            about = 'or a pattern, "idle-*"; default: all'
+            one.add_argument("--scenario", nargs="+", metavar="NAME", help=about)
         if name == "compare":
-            for which in ("mode", "base"):
-                one.add_argument(which, choices=list(MODES), metavar=which.upper())
-            one.add_argument(
-                "--metric", default="total_ms", metavar="NAME", help="default: total_ms"
-            )
-            one.add_argument(
-                "--from",
-                dest="files",
-                type=Path,
-                nargs="+",
-                default=[],
-                metavar="FILE",
-                help="runs.json.xz of an export; default: what is in out/bench",
-            )
-    _add_quote(commands.choices["quote"])
+            _add_compared(one)
+        if name == "quote":
+            one.add_argument("--check", action="store_true", help="whether documents say the same")
     args = parser.parse_args(argv)
     for name in ("runs", "vcpus"):
         if (getattr(args, name, None) or 1) < 1:

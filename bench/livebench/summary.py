@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the runs say: one row for each scenario and mode, and which targets are reached."""
 
-from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from livebench import statistics
@@ -50,32 +49,29 @@ def _rounded(value: Optional[float], digits: int = 4) -> Optional[float]:
 
 def row(runs: Sequence[Run], scenario: str, mode: str) -> Dict[str, Any]:
     """The row of a scenario and a mode."""
-    totals = values(runs, scenario, mode, "total_ms")
+    own = [
+        run for run in runs if run["scenario"]["name"] == scenario and run["mode"]["name"] == mode
+    ]
+    totals = values(own, scenario, mode, "total_ms")
     spread = statistics.Spread.from_values(totals)
+    bases = {name: values(runs, scenario, base, "total_ms") for name, base in BASES.items()}
     result: Dict[str, Any] = {
         "scenario": scenario,
         "mode": mode,
         "runs": spread.runs,
         "median_ms": spread.median,
     }
-    for name, base in BASES.items():
-        others = values(runs, scenario, base, "total_ms")
-        result[f"ratio_{name}"] = _rounded(statistics.ratio(totals, others))
-    for name, base in BASES.items():
-        others = values(runs, scenario, base, "total_ms")
-        result[f"p_{name}"] = (
-            _rounded(statistics.p_value(totals, others), 6) if mode != base else None
-        )
+    for name, base in bases.items():
+        result[f"ratio_{name}"] = _rounded(statistics.ratio(totals, base))
+    for name, base in bases.items():
+        other = mode != BASES[name]
+        result[f"p_{name}"] = _rounded(statistics.p_value(totals, base), 6) if other else None
     result["quartiles_ms"] = [spread.first_quartile, spread.third_quartile]
     result["range_ms"] = [spread.low, spread.high]
-    own = [
-        run for run in runs if run["scenario"]["name"] == scenario and run["mode"]["name"] == mode
-    ]
     result["verified"] = None if own[0]["verified"] is None else all(run["verified"] for run in own)
-    metrics = sorted({metric for run in own for metric in run["metrics"]})
     result["medians"] = {
-        metric: _rounded(statistics.Spread.from_values(values(runs, scenario, mode, metric)).median)
-        for metric in metrics
+        metric: _rounded(statistics.Spread.from_values(values(own, scenario, mode, metric)).median)
+        for metric in sorted({metric for run in own for metric in run["metrics"]})
     }
     return result
 
@@ -85,58 +81,27 @@ def table(runs: Sequence[Run]) -> List[Dict[str, Any]]:
     return [row(runs, name, mode) for name in names(runs) for mode in modes_of(runs, name)]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A metric of a mode beside that of another."""
-
-    name: str
-    own: statistics.Spread
-    base: statistics.Spread
-    ratio: Optional[float]
-    p_value: Optional[float]
-
-    @classmethod
-    def from_values(cls, name: str, own: Sequence[float], base: Sequence[float]) -> "Comparison":
-        """Compare at least one value with at least one."""
-        return cls(
-            name,
-            statistics.Spread.from_values(own),
-            statistics.Spread.from_values(base),
-            statistics.ratio(own, base),
-            statistics.p_value(own, base),
-        )
-
-
 def compare(
     runs: Sequence[Run], scenarios: Sequence[str], modes: Sequence[str], metric: str
-) -> List[Comparison]:
-    """A mode beside another in each scenario that has runs of both; then in all of them together.
+) -> Dict[str, List[List[float]]]:
+    """A metric in two modes, by scenario, where there are runs of both; then in all together.
 
     Together says something only of scenarios in which the metric should be the same.
     """
-    found: List[Comparison] = []
-    own_all: List[float] = []
-    base_all: List[float] = []
-    for name in scenarios:
-        own, base = (values(runs, name, mode, metric) for mode in modes)
-        if own and base:
-            found.append(Comparison.from_values(name, own, base))
-            own_all += own
-            base_all += base
+    found = {name: [values(runs, name, mode, metric) for mode in modes] for name in scenarios}
+    found = {name: sides for name, sides in found.items() if all(sides)}
     if len(found) > 1:
-        found.append(Comparison.from_values("together", own_all, base_all))
+        found["together"] = [sum(side, []) for side in zip(*found.values())]
     return found
 
 
 def judge(runs: Sequence[Run], scenario: str, target: Target) -> Optional[Dict[str, Any]]:
     """Whether a target is reached; None if it was not measured."""
     measured = values(runs, scenario, target.mode, target.metric)
-    value: Optional[float]
+    base = values(runs, scenario, target.against, target.metric) if target.against else measured
     if target.against:
-        base = values(runs, scenario, target.against, target.metric)
         value = statistics.ratio(measured, base)
     else:
-        base = []
         value = statistics.Spread.from_values(measured).median if measured else None
     if value is None:
         return None
@@ -145,7 +110,7 @@ def judge(runs: Sequence[Run], scenario: str, target: Target) -> Optional[Dict[s
         "target": target.text,
         "value": _rounded(value),
         "reached": target.reached(value),
-        "runs": min(len(measured), len(base)) if target.against else len(measured),
+        "runs": min(len(measured), len(base)),
     }
 
 
