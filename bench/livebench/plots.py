@@ -3,16 +3,11 @@
 
 from typing import Any, Dict, List, Sequence, Tuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-# pylint: disable=wrong-import-position
-import numpy as np  # noqa: E402
-from livebench import statistics, summary  # noqa: E402
-from livebench.throughput import points_of, rate  # noqa: E402
-from livemig.modes import MODES, RESTING  # noqa: E402
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import numpy as np
+from livebench import statistics, summary
+from livebench.throughput import Point, rate
+from livemig.modes import MODES, RESTING
+from matplotlib.figure import Figure
 
 Run = Dict[str, Any]
 
@@ -29,16 +24,18 @@ _PALETTE = (
 COLOURS = {**dict(zip(MODES, _PALETTE)), **dict(zip(RESTING, _PALETTE))}
 
 
-def _styled(width: float = 9, height: float = 4) -> Tuple[Figure, Any]:
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+def _styled(xlabel: str, ylabel: str, title: str = "", height: float = 4) -> Tuple[Figure, Any]:
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
     axes.grid(axis="both", alpha=0.3)
     axes.set_axisbelow(True)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return figure, axes
 
 
 def bars(runs: Sequence[Run], names: Sequence[str], metric: str, label: str, log: bool) -> Figure:
     """Medians of a metric, with quartiles, by scenario and mode."""
-    figure, axes = _styled(height=4.2)
+    figure, axes = _styled("", label, height=4.2)
     modes = [mode for mode in MODES if any(mode in summary.modes_of(runs, n) for n in names)]
     width = 0.85 / max(len(modes), 1)
     for number, mode in enumerate(modes):
@@ -57,7 +54,6 @@ def bars(runs: Sequence[Run], names: Sequence[str], metric: str, label: str, log
     if log:
         axes.set_yscale("log")
     axes.set_xticks(range(len(names)), names, rotation=20 if len(names) > 4 else 0)
-    axes.set_ylabel(label)
     axes.legend(ncols=4, fontsize="small")
     return figure
 
@@ -71,7 +67,7 @@ def _typical(runs: Sequence[Run], name: str, mode: str) -> Run:
 
 def pages(runs: Sequence[Run], name: str) -> Figure:
     """Pages sent over time, in the typical run of each mode; a dot where a round begins."""
-    figure, axes = _styled()
+    figure, axes = _styled("ms since the migration began", "pages sent, thousands", name)
     for mode in summary.modes_of(runs, name):
         samples = _typical(runs, name, mode)["samples"][0]
         times = [0.0] + [sample["ms"] for sample in samples]
@@ -80,16 +76,14 @@ def pages(runs: Sequence[Run], name: str) -> Figure:
         rounds = [0] + [sample["round"] for sample in samples]
         new = [i for i in range(1, len(rounds)) if rounds[i] != rounds[i - 1]]
         axes.plot([times[i] for i in new], [sent[i] for i in new], ".", color=COLOURS[mode])
-    axes.set_xlabel("ms since the migration began")
-    axes.set_ylabel("pages sent, thousands")
-    axes.set_title(name)
     axes.legend(fontsize="small")
     return figure
 
 
 def throughput(runs: Sequence[Run], name: str) -> Figure:
     """What a program in the guest did, compared with before, in the typical run of each mode."""
-    figure, axes = _styled()
+    xlabel = "s since the migration began (dotted: its end)"
+    figure, axes = _styled(xlabel, "% of the rate before", name)
     for mode in summary.modes_of(runs, name):
         run = _typical(runs, name, mode)
         result = (run.get("workload") or [{}])[0]
@@ -97,7 +91,7 @@ def throughput(runs: Sequence[Run], name: str) -> Figure:
         series = result.get("series", [])
         if not before or len(series) < 3:
             continue
-        points = points_of(series)
+        points = [Point(**item) for item in series]
         edges = np.arange(points[0].when, points[-1].when, BIN_SECONDS)
         rates = [(end, rate(points, start, end)) for start, end in zip(edges, edges[1:])]
         shown = [(end, 100 * value / before) for end, value in rates if value is not None]
@@ -108,9 +102,6 @@ def throughput(runs: Sequence[Run], name: str) -> Figure:
         axes.axvline(end, color=COLOURS[mode], linestyle=":", linewidth=1)
     axes.axvline(0, color="grey", linewidth=1)
     axes.set_ylim(bottom=0, top=200)
-    axes.set_xlabel("s since the migration began (dotted: its end)")
-    axes.set_ylabel("% of the rate before")
-    axes.set_title(name)
     axes.legend(fontsize="small", ncols=3)
     return figure
 
@@ -137,15 +128,13 @@ def line(runs: Sequence[Run], mode: str, metric: str) -> Tuple[List[float], List
 
 def scaling_total(runs: Sequence[Run]) -> Figure:
     """Total time over the size of an idle guest."""
-    figure, axes = _styled()
+    figure, axes = _styled("GiB of an idle guest", "total ms")
     for mode in MODES:
         places, medians = line(runs, mode, "total_ms")
         if len(places) > 1:
             axes.plot(places, medians, "o-", label=mode, color=COLOURS[mode])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlabel("GiB of an idle guest")
-    axes.set_ylabel("total ms")
     axes.legend(fontsize="small")
     return figure
 
@@ -160,44 +149,34 @@ SCALING = {
 
 def scaling_cost(runs: Sequence[Run]) -> Figure:
     """What arrays of hints cost, over the size of an idle guest."""
-    figure, grid = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained")
-    for axes, (metric, label) in zip(np.ravel(grid), SCALING.items()):
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for axes, (metric, label) in zip(np.ravel(figure.subplots(2, 2)), SCALING.items()):
         axes.plot(*line(runs, "array", metric), "o-", color=COLOURS["array"])
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("GiB of an idle guest")
-        axes.set_ylabel(label)
+        axes.set(xlabel="GiB of an idle guest", ylabel=label)
     return figure
 
 
 def floor_ratios(rows: Sequence[Dict[str, Any]]) -> Figure:
-    """How near to the floor each scenario comes."""
-    found = [(r["scenario"], r["ratio_floor"]) for r in rows if r["mode"] == "array"]
-    names = [name for name, value in found if value is not None]
-    figure, axes = _styled(height=1 + 0.3 * len(names))
-    axes.barh(names, [v for _, v in found if v is not None], color=COLOURS["array"])
+    """How near to the floor each scenario comes, of the rows of arrays that have a floor."""
+    label = "array / floor, medians of total time"
+    figure, axes = _styled(label, "", height=1 + 0.3 * len(rows))
+    names, ratios = zip(*((row["scenario"], row["ratio_floor"]) for row in rows))
+    axes.barh(names, ratios, color=COLOURS["array"])
     axes.axvline(1, color=COLOURS["floor"])
     axes.invert_yaxis()
-    axes.set_xlabel("array / floor, medians of total time")
     return figure
 
 
 def density(runs: Sequence[Run], name: str) -> Figure:
     """What guests that rest have of the host's memory over time, the first run of each mode."""
-    figure, axes = _styled()
+    figure, axes = _styled("s", "MiB of the host", name)
     own = [run for run in runs if run["scenario"]["name"] == name]
     for mode in RESTING:
         for run in [run for run in own if run["mode"]["name"] == mode][:1]:
             points = [(item["s"], item.get("peak_mib", item["mib"])) for item in run["series"]]
             axes.plot(*zip(*points), label=mode, color=COLOURS[mode])
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("s")
-    axes.set_ylabel("MiB of the host")
-    axes.set_title(name)
     axes.legend(fontsize="small")
     return figure
-
-
-def close(figure: Figure) -> None:
-    """Give a figure's memory back."""
-    pyplot.close(figure)

@@ -10,7 +10,6 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import jinja2
 from livebench import density, plots, statistics, store, summary
-from livebench.scenarios import SCENARIOS
 from livebench.store import Store
 from livemig.modes import MODES, RESTING
 from matplotlib.figure import Figure
@@ -62,7 +61,7 @@ CHAPTERS = (
     Chapter("swapped", "Memory that the host has swapped out", lambda s: s.get("swapped")),
 )
 
-# Shown for each mode of a scenario: title, metric, digits.
+# Shown for each mode of a scenario, if any of its runs has it: title, metric, digits.
 COLUMNS: Tuple[Tuple[str, str, int], ...] = (
     ("downtime ms", "downtime_ms", 0),
     ("sent MiB", "sent_mib", 0),
@@ -82,8 +81,6 @@ COLUMNS: Tuple[Tuple[str, str, int], ...] = (
     ("before", "rss_source_before_mib", 0),
     ("RSS dest. MiB", "rss_destination_after_mib", 0),
     ("before", "rss_destination_before_mib", 0),
-)
-WORK_COLUMNS: Tuple[Tuple[str, str, int], ...] = (
     ("after the switch: ms", "postcopy_ms", 0),
     ("MiB", "postcopy_mib", 1),
     ("zero pages", "postcopy_zero_pages", 0),
@@ -138,63 +135,53 @@ def extrapolations(runs: Sequence[Run]) -> List[Dict[str, Any]]:
 
 
 class Report:
-    """Writes a report into a directory."""
+    """Writes a report of runs, and of guests that rest, into a directory."""
 
-    def __init__(
-        self,
-        directory: Path,
-        runs: Sequence[Run],
-        micro: Optional[Dict[str, Any]],
-        resting: Sequence[Run] = (),
-    ):
+    def __init__(self, directory: Path, runs: Sequence[Run], resting: Sequence[Run]):
         self.directory = directory
         self.runs = runs
-        self.micro = micro
         self.resting = resting
         self.rows = summary.table(runs)
-        self.targets = summary.targets(runs)
 
-    def _figure(self, name: str, figure: Figure) -> str:
-        """Write a figure; returns it as a URL that holds it."""
+    def _figure(self, name: str, figure: Figure) -> Tuple[str, str]:
+        """Write a figure; returns its name, and a URL that holds it."""
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=90)
-        plots.close(figure)
         # Few colours make a small file.
         small = Image.open(buffer).convert("RGB").quantize(64)
         buffer = io.BytesIO()
         small.save(buffer, format="png", optimize=True)
         (self.directory / f"{name}.png").write_bytes(buffer.getvalue())
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return name, "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
     def _chapter(self, chapter: Chapter) -> Optional[Dict[str, Any]]:
         own = [run for run in self.runs if chapter.wanted(run["scenario"])]
         names = summary.names(own)
         if not names:
             return None
-        figures = [
-            ("total-" + chapter.key, plots.bars(own, names, "total_ms", "total ms", chapter.log)),
-            ("sent-" + chapter.key, plots.bars(own, names, "sent_mib", "sent MiB", chapter.log)),
-        ]
+        figures = []
+        for what, metric, label in (
+            ("total", "total_ms", "total ms"),
+            ("sent", "sent_mib", "sent MiB"),
+        ):
+            bars = plots.bars(own, names, metric, label, chapter.log)
+            figures.append(self._figure(f"{what}-{chapter.key}", bars))
         for name in names:
-            if any(item.get("series") for item in self._workloads(own, name)):
-                figures.append(("throughput-" + name, plots.throughput(own, name)))
+            of_it = [run for run in own if run["scenario"]["name"] == name]
+            if any(item.get("series") for run in of_it for item in run.get("workload", [])):
+                figures.append(self._figure(f"throughput-{name}", plots.throughput(own, name)))
             elif chapter.key in ("idle", "compile", "freed"):
-                figures.append(("pages-" + name, plots.pages(own, name)))
+                figures.append(self._figure(f"pages-{name}", plots.pages(own, name)))
         return {
             "title": chapter.title,
             "scenarios": [self._scenario(name) for name in names],
-            "figures": [(name, self._figure(name, figure)) for name, figure in figures],
+            "figures": figures,
         }
-
-    @staticmethod
-    def _workloads(runs: Sequence[Run], name: str) -> List[Dict[str, Any]]:
-        own = [run for run in runs if run["scenario"]["name"] == name]
-        return [item for run in own for item in run.get("workload", [])]
 
     def _scenario(self, name: str) -> Dict[str, Any]:
         rows = [row for row in self.rows if row["scenario"] == name]
         seen = {metric for row in rows for metric in row["medians"]}
-        columns = [column for column in COLUMNS + WORK_COLUMNS if column[1] in seen]
+        columns = [column for column in COLUMNS if column[1] in seen]
         about = next(r["scenario"]["about"] for r in self.runs if r["scenario"]["name"] == name)
         return {
             "name": name,
@@ -211,25 +198,25 @@ class Report:
         if len(plots.sizes(self.runs)) < 2:
             return []
         return [
-            ("scaling-total", self._figure("scaling-total", plots.scaling_total(self.runs))),
-            ("scaling-cost", self._figure("scaling-cost", plots.scaling_cost(self.runs))),
+            self._figure("scaling-total", plots.scaling_total(self.runs)),
+            self._figure("scaling-cost", plots.scaling_cost(self.runs)),
         ]
 
     def _density(self) -> List[Dict[str, Any]]:
         """The tables of guests that rest, each with its figure."""
         tables = density.table(self.resting)
         for item in tables:
-            name = "density-" + item["scenario"]
-            item["figure"] = self._figure(name, plots.density(self.resting, item["scenario"]))
+            figure = plots.density(self.resting, item["scenario"])
+            item["figure"] = self._figure("density-" + item["scenario"], figure)
         return tables
 
-    def write(self) -> Path:
+    def write(self, micro: Optional[Dict[str, Any]]) -> Path:
         """Write summary.json, report.html and the figures; returns the report."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         for old in self.directory.glob("*.png"):
             old.unlink()
         store.write_json(self.directory / "summary.json", self.rows)
-        store.write_json(self.directory / "targets.json", self.targets)
+        targets = summary.targets(self.runs)
+        store.write_json(self.directory / "targets.json", targets)
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(TEMPLATE.parent),
             autoescape=True,
@@ -239,26 +226,21 @@ class Report:
         )
         environment.filters["number"] = number
         environment.filters["ratio"] = statistics.ratio_text
-        chapters = [self._chapter(chapter) for chapter in CHAPTERS]
         floors = [r for r in self.rows if r["mode"] == "array" and r["ratio_floor"] is not None]
         every = [*self.runs, *self.resting]
+        versions = {json.dumps(run["versions"], sort_keys=True) for run in every}
         html = environment.get_template(TEMPLATE.name).render(
-            targets=self.targets,
-            chapters=[chapter for chapter in chapters if chapter],
-            floor=self._figure("ratio-floor", plots.floor_ratios(self.rows)) if floors else None,
+            targets=targets,
+            chapters=list(filter(None, map(self._chapter, CHAPTERS))),
+            floor=self._figure("ratio-floor", plots.floor_ratios(floors)) if floors else None,
             scaling=self._scaling(),
             extrapolations=extrapolations(self.runs),
             extrapolated=EXTRAPOLATED_GIB,
-            micro=self.micro,
+            micro=micro,
             density=self._density(),
             modes=[*MODES.values(), *(RESTING.values() if self.resting else ())],
-            about={name: scenario.about for name, scenario in SCENARIOS.items()},
             first=every[0],
-            versions=sorted(
-                {
-                    json.dumps(run["versions"], sort_keys=True): run["versions"] for run in every
-                }.items()
-            ),
+            versions=[json.loads(text) for text in sorted(versions)],
             dates=(min(r["date"] for r in every), max(r["date"] for r in every)),
             count=len(every),
             loads=[run["host"]["load"][0] for run in every],
@@ -274,4 +256,4 @@ def make(runs: Store) -> Optional[Path]:
     micro = runs.directory / "micro.json"
     data = json.loads(micro.read_text(encoding="utf-8")) if micro.exists() else None
     found, resting = runs.runs(), density.store_of(runs.directory).runs()
-    return Report(runs.directory, found, data, resting).write() if found or resting else None
+    return Report(runs.directory, found, resting).write(data) if found or resting else None

@@ -3,7 +3,7 @@
 
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 # How much is looked at before and after the migration. The window begins with the migration and is
 # the same for all modes, however long each takes: what a guest's user lost in it can be compared.
@@ -88,8 +88,3 @@ def judge(points: Sequence[Point], span: Span) -> Dict[str, Any]:
 def enough_after(span: Span) -> float:
     """Until when the guest has to be watched."""
     return max(span.end + AFTER_SECONDS, span.start + WINDOW_SECONDS) + 1.5
-
-
-def points_of(series: Sequence[Dict[str, Any]]) -> List[Point]:
-    """The series that judge() put into a result."""
-    return [Point(item["when"], item["ops"], item["p99_us"]) for item in series]
