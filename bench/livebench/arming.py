@@ -9,9 +9,8 @@ kernels do. The other is Linux, and hints; it rewrites a part of its memory as f
 
 import contextlib
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 
 from livebench import hostinfo
 from livebench.statistics import Spread, spreads
@@ -47,22 +46,12 @@ HELD_BACK = MIB
 FAULTS = "pf_taken"
 
 
-@dataclass(frozen=True)
-class Backing:
-    """What the guest's memory is made of."""
-
-    about: str
-    mem_backend: str = "memory-backend-ram"
-    preload: Optional[str] = None
-
-
-BACKINGS: Mapping[str, Backing] = {
-    "4k": Backing("private memory, pages of 4 KiB", preload="no-huge-pages.so"),
-    "thp": Backing("private memory, transparent huge pages"),
-    "memfd": Backing("a memfd", "memory-backend-memfd,share=on"),
-    "hugetlb": Backing(
-        "hugetlb pages of 2 MiB", "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=off"
-    ),
+# What the guest's memory is made of. That of "4k" has no transparent huge pages.
+BACKINGS = {
+    "4k": "memory-backend-ram",
+    "thp": "memory-backend-ram",
+    "memfd": "memory-backend-memfd,share=on",
+    "hugetlb": "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=off",
 }
 
 # What the source does first; QEMU before it deferred the clear again has the same switches.
@@ -82,18 +71,6 @@ def _faults(guest: Guest) -> int:
     )
 
 
-class Writer(Protocol):
-    """A guest that writes all the time."""
-
-    guest: Guest
-
-    def begin(self) -> None:
-        """From here on it is watched."""
-
-    def end(self) -> Tuple[int, float]:
-        """How many pages it wrote, and for how long it did not get on, in ms."""
-
-
 class MetalWriter:
     """The bare-metal guest, and its clock."""
 
@@ -107,7 +84,7 @@ class MetalWriter:
         time.sleep(1)
         passed = (self.machine.clock() - ticks) % (1 << 32) * machine.CLOCK_UNIT
         # What ends its writing.
-        self._writing: Optional[int] = None
+        self._writing = 0
         self._hz = passed / (time.monotonic() - begin)
 
     def begin(self) -> None:
@@ -117,7 +94,6 @@ class MetalWriter:
 
     def end(self) -> Tuple[int, float]:
         """How many pages it wrote, and for how long it did not get on, in ms."""
-        assert self._writing is not None
         written, ticks = self.machine.stop(self._writing)
         return written, ticks * machine.CLOCK_UNIT / self._hz * 1000
 
@@ -139,6 +115,10 @@ class LinuxWriter:
         """How many pages it wrote, and for how long it did not get on, in ms."""
         gap = workload.gap(self.guest, CHURN)
         return gap.pages, gap.longest_us / 1000
+
+
+# A guest that writes all the time.
+Writer = Union[MetalWriter, LinuxWriter]
 
 
 def _how(capabilities: Mapping[str, bool], bandwidth: int) -> MigrationSpec:
@@ -186,10 +166,7 @@ def _send(
     """What a whole migration sends."""
     writer.begin()
     start(writer.guest, there, _how(capabilities, link_mib * MIB))
-    return _sent(finish(writer.guest, there))
-
-
-def _sent(result: MigrationResult) -> Dict[str, float]:
+    result = finish(writer.guest, there)
     looked = {}
     if result.absent and result.absent.scan_time:
         looked["scan_ms"] = result.absent.scan_time / 1000
@@ -209,14 +186,13 @@ def run_metal(
     name: str, set_mib: int, qemu: str, capabilities: Mapping[str, bool], logs: Path
 ) -> Dict[str, float]:
     """One guest: watched, and then migrated."""
-    backing = BACKINGS[name]
     spec = machine.spec(
         mem_mib=set_mib + REST_MIB,
         accel="kvm",
         args=CHUNKS,
         qemu=qemu,
-        mem_backend=backing.mem_backend,
-        preload=backing.preload and paths.bare_metal(backing.preload),
+        mem_backend=BACKINGS[name],
+        preload=paths.bare_metal("no-huge-pages.so") if name == "4k" else None,
     )
     with Guest(spec, "source", logs=logs) as source:
         values = _undisturbed(writer := MetalWriter(source, set_mib))
