@@ -7,12 +7,12 @@ for what it knows anyway: on a machine of few cores, to be asked costs a guest s
 
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any, Dict, List
 
 from livebench import hostinfo, throughput
 from livebench.console import Console
 from livebench.orders import allow_time, estimate
-from livebench.statistics import Spread
 from livebench.store import write_json
 from livebench.workloads import AllocLoop
 from livemig import paths
@@ -72,10 +72,8 @@ def run(mem_mib: int, pairs: int, out: Path) -> List[Dict[str, Any]]:
                 {
                     "run": index,
                     "estimates": len(took),
-                    "ms": Spread.from_values([item["ms"] for item in took]).median,
-                    "ask_to_end_ms": Spread.from_values(
-                        [item["ask_to_end_ms"] for item in took]
-                    ).median,
+                    "ms": median(item["ms"] for item in took),
+                    "ask_to_end_ms": median(item["ask_to_end_ms"] for item in took),
                     "kept": rates[True] / rates[False],
                 }
             )

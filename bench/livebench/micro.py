@@ -23,10 +23,33 @@ from livemig.modes import MODES, migration_for_mode
 from livemig.spec import GuestSpec
 
 SOURCE = Path(__file__).resolve().parents[1] / "micro" / "hint-apply.c"
+# Of our QEMU, what it is built of besides.
+SOURCES = """
+hw/virtio/virtio-balloon-hint-parse.c migration/free-page-hint-bitmap.c util/bitmap.c util/bitops.c
+"""
+INCLUDES = "build src/include src src/host/include/x86_64 src/host/include/generic"
 # 1 TiB, and the 64 GiB of the largest guest.
 BLOCKS = (2**14, 2**18)
 REPEAT = 7
 HOST_NS_LIMIT = 50
+
+# What the report shows of them.
+HOST_ROWS = (
+    ("sorted_ns", "parse and apply, in order"),
+    ("shuffled_ns", "parse and apply, in random order"),
+    ("memory_ns", "lower bound: move the words of the bitmaps"),
+    ("shuffled_memory_ns", "lower bound of that: move them in random order"),
+    ("bits_ns", "for comparison: one bit operation for each page"),
+)
+VIVO_ROWS = (
+    ("array_to_end_ns", "from the first array's arrival to the end of the round", "ns per block"),
+    ("walk_ns", "walk of the free lists, lock held", "ns per entry"),
+    ("full_batch_ns", "the same, full batches", "ns per entry"),
+    ("line_ns", "lower bound: follow as many pointers, as far apart", "ns per entry"),
+    ("max_hold_us", "longest hold of a zone's lock", "us"),
+    ("ask_to_end_ms", "ask to end", "ms"),
+    ("arm_ms", "arming", "ms"),
+)
 
 TRACEFS = "/sys/kernel/tracing"
 # The struct pages of two blocks of 4 MiB that are neighbours are 1024 of 64 bytes apart.
@@ -46,34 +69,12 @@ def build() -> Path:
     paths.require(qemu / "build" / "config-host.h", "scripts/build-qemu ours")
     program = paths.cache_dir() / "bench" / "hint-apply"
     program.parent.mkdir(parents=True, exist_ok=True)
-    src = qemu / "src"
-    includes = [
-        qemu / "build",
-        src / "include",
-        src,
-        src / "host/include/x86_64",
-        src / "host/include/generic",
-    ]
-    sources = [
-        SOURCE,
-        src / "hw/virtio/virtio-balloon-hint-parse.c",
-        src / "migration/free-page-hint-bitmap.c",
-        src / "util/bitmap.c",
-        src / "util/bitops.c",
-    ]
+    includes = [f"-I{qemu / directory}" for directory in INCLUDES.split()]
+    sources = [str(SOURCE), *(str(qemu / "src" / file) for file in SOURCES.split())]
     flags = shlex.split(_run(["pkg-config", "--cflags", "--libs", "glib-2.0"], "pkg-config"))
     command = ["gcc", "-std=gnu11", "-O2", "-g", "-o", str(program)]
-    command += [f"-I{path}" for path in includes] + [str(path) for path in sources] + flags
-    _run(command, f"building {SOURCE.name}")
+    _run([*command, *includes, *sources, *flags], f"building {SOURCE.name}")
     return program
-
-
-def host(program: Path, blocks: int) -> Dict[str, float]:
-    """Nanoseconds per block on the host."""
-    result: Dict[str, float] = json.loads(
-        _run([str(program), str(blocks), str(REPEAT)], SOURCE.name)
-    )
-    return result
 
 
 def _batches(trace: str) -> "np.ndarray[Any, Any]":
@@ -84,18 +85,16 @@ def _batches(trace: str) -> "np.ndarray[Any, Any]":
     return np.array(found, dtype=float)
 
 
-def _moments(log: str) -> List[Tuple[float, str, str]]:
-    """The events of QEMU's trace: seconds, name, text."""
-    found = re.findall(r"^\d+@(\d+\.\d+):(\w+) ?(.*)$", log, re.MULTILINE)
-    return [(float(when), name, text) for when, name, text in found]
+def _seconds(log: str, event: str) -> List[float]:
+    """When an event was traced by QEMU."""
+    return [float(when) for when in re.findall(rf"^\d+@(\d+\.\d+):{event}", log, re.MULTILINE)]
 
 
 def in_vivo(mem_mib: int, vcpus: int, logs: Path) -> Dict[str, Any]:
     """One round of a guest, traced on both sides."""
     mode = MODES["array"]
     spec = mode.spec(GuestSpec(mem_mib=mem_mib, vcpus=vcpus)).but(
-        trace="virtio_balloon_hint_*",
-        args=("-msg", "timestamp=on", "-trace", "free_page_hint_state"),
+        trace="virtio_balloon_hint_* free_page_hint_state", args=("-msg", "timestamp=on")
     )
     with Guest(spec, "source", logs=logs) as source:
         source.wait_ready()
@@ -109,18 +108,16 @@ def in_vivo(mem_mib: int, vcpus: int, logs: Path) -> Dict[str, Any]:
     hints = result.hints
     if not hints or not hints.blocks:
         raise LivemigError(f"the guest reported no blocks: {hints}")
-    moments = _moments(log)
-    arrays = [when for when, name, _ in moments if name == "virtio_balloon_hint_array"]
-    ended = [when for when, name, text in moments if text.endswith("to ended")]
+    arrays = _seconds(log, r"virtio_balloon_hint_array\b")
+    ended = _seconds(log, ".* to ended$")
+    took = (ended[-1] - arrays[0]) * 1e9 / hints.blocks if arrays and ended else None
     entries, holds = batches[:, 0], batches[:, 1]
     full = entries >= entries.max()
     return {
         "mem_mib": mem_mib,
         "blocks": hints.blocks,
         "messages": hints.messages,
-        "array_to_end_ns": (ended[-1] - arrays[0]) * 1e9 / hints.blocks
-        if arrays and ended
-        else None,
+        "array_to_end_ns": took,
         "holds": len(batches),
         "entries": float(entries.sum()),
         "walk_ns": float(holds.sum() / entries.sum()),
@@ -139,43 +136,19 @@ def _applied(measured: List[Dict[str, float]]) -> Iterator[Tuple[str, float]]:
 
 
 def _rows(measured: Dict[str, Any]) -> List[Dict[str, Any]]:
-    rows: List[Dict[str, Any]] = []
+    rows = []
     for numbers in measured["host"]:
-        name = (
-            f"host, {int(numbers['blocks'])} blocks of 4 MiB ({int(numbers['blocks']) // 256} GiB)"
-        )
-        for key, what in (
-            ("sorted_ns", "parse and apply, in order"),
-            ("shuffled_ns", "parse and apply, in random order"),
-            ("memory_ns", "lower bound: move the words of the bitmaps"),
-            ("shuffled_memory_ns", "lower bound of that: move them in random order"),
-            ("bits_ns", "for comparison: one bit operation for each page"),
-        ):
-            row = {
-                "what": f"{name}: {what}",
-                "value": numbers[key],
-                "unit": "ns per block",
-                "digits": 1,
-            }
-            rows.append(row)
+        blocks = int(numbers["blocks"])
+        name = f"host, {blocks} blocks of 4 MiB ({blocks // 256} GiB)"
+        rows += [(f"{name}: {what}", numbers[key], "ns per block") for key, what in HOST_ROWS]
     vivo = measured["in_vivo"]
     name = f"a round of a guest of {vivo['mem_mib']} MiB, under TCG"
-    for key, what, unit in (
-        (
-            "array_to_end_ns",
-            "from the first array's arrival to the end of the round",
-            "ns per block",
-        ),
-        ("walk_ns", "walk of the free lists, lock held", "ns per entry"),
-        ("full_batch_ns", "the same, full batches", "ns per entry"),
-        ("line_ns", "lower bound: follow as many pointers, as far apart", "ns per entry"),
-        ("max_hold_us", "longest hold of a zone's lock", "us"),
-        ("ask_to_end_ms", "ask to end", "ms"),
-        ("arm_ms", "arming", "ms"),
-    ):
-        if vivo[key] is not None:
-            rows.append({"what": f"{name}: {what}", "value": vivo[key], "unit": unit, "digits": 1})
-    return rows
+    rows += [(f"{name}: {what}", vivo[key], unit) for key, what, unit in VIVO_ROWS]
+    return [
+        {"what": what, "value": value, "unit": unit, "digits": 1}
+        for what, value, unit in rows
+        if value is not None
+    ]
 
 
 def run(mem_mib: int, vcpus: int, directory: Path = OUT) -> Dict[str, Any]:
@@ -184,7 +157,11 @@ def run(mem_mib: int, vcpus: int, directory: Path = OUT) -> Dict[str, Any]:
     measured: Dict[str, Any] = {
         "facts": hostinfo.facts(),
         "versions": hostinfo.versions("ours", "ours"),
-        "host": [host(program, blocks) for blocks in BLOCKS],
+        # Nanoseconds per block.
+        "host": [
+            json.loads(_run([str(program), str(blocks), str(REPEAT)], SOURCE.name))
+            for blocks in BLOCKS
+        ],
         "in_vivo": in_vivo(mem_mib, vcpus, paths.OUT / "logs" / "bench" / "micro"),
         "format": engine.FORMAT,
     }
