@@ -29,21 +29,23 @@ QUOTES = RESULTS / "quotes.json"
 FIGURE = re.compile(r"\{([^{}]+)\}")
 
 
+# One file serves many quotes.
+_exported = lru_cache(maxsize=None)(store.exported)
+
+
 class Runs:
     """The runs that one quote is about."""
 
     def __init__(self, quote: Mapping[str, Any], results: Path):
         self._runs = [run for name in quote["from"] for run in _exported(results / name)]
         names = quote["scenario"]
-        self._scenarios: List[str] = [names] if isinstance(names, str) else names
+        self._scenarios = [names] if isinstance(names, str) else names
 
     def values(self, mode: str, metric: str = "total_ms") -> List[float]:
         """A metric of all runs in a mode."""
-        found = [
-            value
-            for name in self._scenarios
-            for value in summary.values(self._runs, name, mode, metric)
-        ]
+        found: List[float] = []
+        for name in self._scenarios:
+            found += summary.values(self._runs, name, mode, metric)
         if not found:
             raise LivemigError(f"no runs of {mode} in {' '.join(self._scenarios)} have {metric}")
         return found
@@ -66,11 +68,6 @@ class Runs:
         if what == "runs":
             return str(len(self.values(mode)))
         return f"{statistics.Spread.from_values(self.values(mode, *words[1:])).median:.0f}"
-
-
-@lru_cache(maxsize=None)
-def _exported(path: Path) -> List[Dict[str, Any]]:
-    return store.exported(path)
 
 
 def read(quotes: Path = QUOTES) -> List[Dict[str, Any]]:
