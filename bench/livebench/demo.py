@@ -92,11 +92,6 @@ def hinted_percent(runs: Sequence[Run]) -> List[float]:
     ]
 
 
-def all_verified(runs: Sequence[Run]) -> str:
-    """Whether the guest's memory was right at the destination, in every run."""
-    return "yes" if all(run["verified"] for run in runs) else "NO"
-
-
 COLUMNS: Mapping[str, Callable[[Sequence[Run], Sequence[Run]], str]] = {
     "total ms": lambda runs, base: with_range(values(runs, "total_ms")),
     "ratio": lambda runs, base: statistics.ratio_text(ratio(runs, base)),
@@ -109,7 +104,7 @@ COLUMNS: Mapping[str, Callable[[Sequence[Run], Sequence[Run]], str]] = {
     "messages": lambda runs, base: median(values(runs, "messages")),
     "first ms": lambda runs, base: median(values(runs, "ask_to_first_ms"), 1),
     "end ms": lambda runs, base: median(values(runs, "ask_to_end_ms"), 1),
-    "verified": lambda runs, base: all_verified(runs),
+    "verified": lambda runs, base: "yes" if all(run["verified"] for run in runs) else "NO",
 }
 # What this project claims, as ratios of total times.
 COMPARISONS = (
@@ -120,10 +115,8 @@ COMPARISONS = (
 
 def by_mode(runs: Sequence[Run], scenario: str) -> Dict[str, List[Run]]:
     """The runs of one scenario, in the order of the modes."""
-    found = {
-        name: [run for run in runs if run["scenario"] == scenario and run["mode"] == name]
-        for name in DEMO
-    }
+    own = [run for run in runs if run["scenario"] == scenario]
+    found = {name: [run for run in own if run["mode"] == name] for name in DEMO}
     return {name: group for name, group in found.items() if group}
 
 
@@ -165,6 +158,7 @@ def show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
+    names = list(WORKLOADS)
     modes = "\n".join(f"  {name:12} {MODES[name].about}" for name in DEMO)
     scenarios = "\n".join(f"  {name:12} {own.about}" for name, own in WORKLOADS.items())
     parser = argparse.ArgumentParser(
@@ -175,21 +169,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_guest_options(parser, "8G", 4)
     parser.add_argument("--runs", type=int, default=1, metavar="N", help="of each; default 1")
-    parser.add_argument(
-        "--stock", action="store_true", help="also run the unpatched QEMU and kernel"
-    )
-    parser.add_argument(
-        "--modes",
-        nargs="+",
-        choices=DEMO,
-        metavar="MODE",
-        help="default: all of our build, with --stock all",
-    )
+    about = "also run the unpatched QEMU and kernel"
+    parser.add_argument("--stock", action="store_true", help=about)
+    about = "default: all of our build, with --stock all"
+    parser.add_argument("--modes", nargs="+", choices=DEMO, metavar="MODE", help=about)
     parser.add_argument(
         "--scenarios",
         nargs="+",
-        choices=list(WORKLOADS),
-        default=list(WORKLOADS),
+        choices=names,
+        default=names,
         metavar="SCENARIO",
         help="default: all",
     )
@@ -216,14 +204,11 @@ def prepared(args: argparse.Namespace) -> Tuple[Dict[str, Scenario], List[str]]:
     """The scenarios and modes that were asked for, all of which can be run."""
     wanted = args.modes or [name for name in DEMO if args.stock or MODES[name].qemu == "ours"]
     modes = [name for name in DEMO if name in wanted]
-    for mode in (MODES[name] for name in modes):
-        paths.qemu_binary(mode.qemu)
-        paths.kernel_image(mode.kernel)
-    paths.initramfs()
     scenarios = {
-        name: Scenario(WORKLOADS[name], mem_mib=args.mem, vcpus=args.vcpus)
+        name: Scenario(WORKLOADS[name], tuple(modes), args.runs, args.mem, args.vcpus)
         for name in args.scenarios
     }
+    plan.check_built([plan.Work(own, own.modes, own.runs) for own in scenarios.values()])
     try:
         engine.check_memory(max(scenarios.values(), key=lambda scenario: sum(scenario.host_mib)))
     except NotEnoughMemory as err:

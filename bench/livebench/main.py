@@ -9,12 +9,10 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from livebench import arming, density, estimates, micro, plan, quotes, report, statistics, store
 from livebench import summary
-from livebench.disks import data_image
 from livebench.scenarios import SCENARIOS, Scenario, matching
 from livebench.store import Store
-from livemig import paths
 from livemig.errors import LivemigError
-from livemig.modes import MAKERS, MODES, RESTING, Mode
+from livemig.modes import MODES, RESTING
 from livemig.options import size_mib
 
 QUICK_RUNS = 3
@@ -60,24 +58,6 @@ def work(args: argparse.Namespace) -> List[plan.Work]:
     return list(found.values())
 
 
-def check_built(todo: Sequence[plan.Work], modes: Mapping[str, Mode] = MODES) -> None:
-    """Stop before the first run if something has not been built."""
-    paths.initramfs()
-    for mode in {name: modes[name] for item in todo for name in item.modes}.values():
-        if mode.qemu in MAKERS:
-            qemu = paths.cache_dir() / f"qemu-{mode.qemu}" / "bin" / "qemu-system-x86_64"
-            paths.require(qemu, MAKERS[mode.qemu])
-        paths.qemu_binary(mode.qemu)
-        paths.kernel_image(mode.kernel)
-    for scenario in (item.scenario for item in todo):
-        if scenario.workload.debian:
-            paths.debian_image()
-        if scenario.workload.kernel:
-            paths.kernel_image(scenario.workload.kernel)
-        if scenario.workload.data_disk:
-            data_image(scenario.workload)
-
-
 def _report(directory: Path) -> bool:
     """Make the report, if there is anything to report."""
     page = report.make(Store(directory))
@@ -89,7 +69,7 @@ def _report(directory: Path) -> bool:
 def command_run(args: argparse.Namespace) -> int:
     """Make the runs that are missing, then the report."""
     todo = work(args)
-    check_built(todo)
+    plan.check_built(todo)
     try:
         failed = plan.carry_out(plan.order(todo), Store(args.out), args.fresh)
         whole = not (args.scenario or args.mode or args.quick or args.mem)
@@ -114,7 +94,7 @@ def command_density(args: argparse.Namespace) -> int:
             sized = density.limited(sized, args.limit)
         if modes:
             todo.append(plan.Work(sized, modes, args.runs or scenario.runs))
-    check_built(todo, RESTING)
+    plan.check_built(todo, RESTING)
     steps = plan.order(todo, RESTING)
     try:
         failed = plan.carry_out(steps, density.store_of(args.out), args.fresh, density.run)

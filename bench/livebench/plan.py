@@ -3,17 +3,18 @@
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 from livebench import engine
+from livebench.disks import data_image
 from livebench.scenarios import Scenario
 from livebench.store import Store
 from livemig import paths
 from livemig.errors import LivemigError, NotPossibleHere
-from livemig.modes import MODES, Mode
+from livemig.modes import MAKERS, MODES, Mode
 
 Runner = Callable[[Scenario, Mode, int, Path], Dict[str, Any]]
 
@@ -52,33 +53,51 @@ def order(work: Sequence[Work], modes: Mapping[str, Mode] = MODES) -> List[Step]
     return steps
 
 
+def check_built(todo: Sequence[Work], modes: Mapping[str, Mode] = MODES) -> None:
+    """Stop before the first run if something has not been built."""
+    for mode in {name: modes[name] for item in todo for name in item.modes}.values():
+        if mode.qemu in MAKERS:
+            qemu = paths.cache_dir() / f"qemu-{mode.qemu}" / "bin" / "qemu-system-x86_64"
+            paths.require(qemu, MAKERS[mode.qemu])
+        paths.qemu_binary(mode.qemu)
+        paths.kernel_image(mode.kernel)
+    paths.initramfs()
+    for scenario in (item.scenario for item in todo):
+        if scenario.workload.debian:
+            paths.debian_image()
+        if scenario.workload.kernel:
+            paths.kernel_image(scenario.workload.kernel)
+        if scenario.workload.data_disk:
+            data_image(scenario.workload)
+
+
 def duration(seconds: float) -> str:
     """A time for people."""
     minutes = int(seconds + 59) // 60
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
-@dataclass
 class Clock:
     """Tells how long the rest will take, from the runs that were made."""
 
-    seen: Dict[Tuple[str, str], List[float]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        # By scenario and mode.
+        self._seen: Dict[str, Dict[str, List[float]]] = {}
 
     def note(self, step: Step, seconds: float) -> None:
         """A run took so long."""
-        self.seen.setdefault((step.scenario.name, step.mode.name), []).append(seconds)
+        modes = self._seen.setdefault(step.scenario.name, {})
+        modes.setdefault(step.mode.name, []).append(seconds)
 
     def left(self, steps: Sequence[Step]) -> float:
         """The seconds that these will take."""
         return sum(self._guess(step) for step in steps)
 
     def _guess(self, step: Step) -> float:
-        same = self.seen.get((step.scenario.name, step.mode.name))
-        if same:
-            return mean(same)
-        others = [
-            s for (name, _), all_s in self.seen.items() if name == step.scenario.name for s in all_s
-        ]
+        modes = self._seen.get(step.scenario.name, {})
+        if step.mode.name in modes:
+            return mean(modes[step.mode.name])
+        others = sum(modes.values(), [])
         extra = engine.SETTLE_SECONDS if step.mode.settle else 0
         return extra + (mean(others) if others else float(step.scenario.workload.guess))
 
