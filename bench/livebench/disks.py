@@ -3,25 +3,14 @@
 
 import contextlib
 from pathlib import Path
-from typing import ContextManager, Iterator
+from typing import Iterator
 
 from livebench.workloads import Workload
 from livemig import paths
-from livemig.disk import disk_copy
+from livemig.disk import debian_disk, disk_copy
 from livemig.errors import LivemigError, NotPossibleHere
 from livemig.spec import GuestSpec
 from livemig.stockguest import stock_disk, stock_software
-
-
-def _system(suite: str, packaged: bool) -> ContextManager[Path]:
-    """A copy of a Debian guest's disk, with or without the guest package.
-
-    Raises NotPossibleHere if there is none: making them takes root.
-    """
-    try:
-        return disk_copy(paths.packaged_guest(suite)) if packaged else stock_disk(suite)
-    except LivemigError as err:
-        raise NotPossibleHere(str(err)) from err
 
 
 def data_image(workload: Workload) -> Path:
@@ -34,11 +23,17 @@ def attached(spec: GuestSpec, workload: Workload) -> Iterator[GuestSpec]:
     """A guest with the disks that a workload needs, as long as the block lasts."""
     with contextlib.ExitStack() as stack:
         if workload.debian:
-            spec = spec.but(disk=stack.enter_context(disk_copy(paths.debian_image())))
+            spec = spec.but(disk=stack.enter_context(debian_disk()))
         if workload.suite:
-            disk = stack.enter_context(_system(workload.suite, spec.kernel == "ours"))
-            words = " ".join(spec.cmdline)
-            spec = spec.but(software=stock_software(workload.suite, disk, cmdline=words))
+            suite, words = workload.suite, " ".join(spec.cmdline)
+            packaged = spec.kernel == "ours"
+            try:
+                copy = disk_copy(paths.packaged_guest(suite)) if packaged else stock_disk(suite)
+            except LivemigError as err:
+                # Making them takes root.
+                raise NotPossibleHere(str(err)) from err
+            disk = stack.enter_context(copy)
+            spec = spec.but(software=stock_software(suite, disk, cmdline=words))
         if workload.kernel:
             spec = spec.but(kernel=workload.kernel)
         if workload.data_disk:

@@ -56,19 +56,14 @@ def _output(*command: str) -> str:
     return done.stdout.strip()
 
 
-def commit() -> str:
-    """The commit of this repository, and whether there were changes on top."""
-    git = ("git", "-C", str(paths.REPO))
-    name = _output(*git, "rev-parse", "HEAD") or "unknown"
-    return name + ("+" if _output(*git, "status", "--porcelain") else "")
-
-
 def versions(qemu: str, kernel: str) -> Dict[str, str]:
     """What a QEMU and a guest kernel are, and the commit of this repository."""
-    version = _output(str(paths.qemu_binary(qemu)), "--version").splitlines()
+    git = ("git", "-C", str(paths.REPO))
+    changed = "+" if _output(*git, "status", "--porcelain") else ""
+    version = _output(str(paths.qemu_binary(qemu)), "--version")
     return {
-        "qemu": version[0] if version else "unknown",
+        "qemu": version.partition("\n")[0] or "unknown",
         "qemu_stamp": stamp(f"qemu-{qemu}"),
         "kernel_stamp": stamp(f"kernel-{kernel}"),
-        "commit": commit(),
+        "commit": (_output(*git, "rev-parse", "HEAD") or "unknown") + changed,
     }

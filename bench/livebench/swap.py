@@ -37,16 +37,6 @@ def _run(*command: str) -> str:
 
 
 @contextlib.contextmanager
-def _loop_device(file: Path) -> Iterator[str]:
-    """A block device, for file systems whose files cannot be swapped to."""
-    device = _run("losetup", "--find", "--show", str(file))
-    try:
-        yield device
-    finally:
-        _run("losetup", "--detach", device)
-
-
-@contextlib.contextmanager
 def _in_use(where: str) -> Iterator[None]:
     _run("swapon", where)
     try:
@@ -81,7 +71,10 @@ def _space(mib: int) -> Iterator[None]:
         try:
             stack.enter_context(_in_use(str(FILE)))
         except NotPossibleHere:
-            stack.enter_context(_in_use(stack.enter_context(_loop_device(FILE))))
+            # Of some file systems, only a block device can be swapped to.
+            device = _run("losetup", "--find", "--show", str(FILE))
+            stack.callback(_run, "losetup", "--detach", device)
+            stack.enter_context(_in_use(device))
         yield
 
 
