@@ -227,26 +227,26 @@ def table(runs: Sequence[Record]) -> List[Dict[str, Any]]:
     rows = []
     for name in summary.names(runs, SCENARIOS):
         own = [run for run in runs if run["scenario"]["name"] == name]
-        metrics = list(dict.fromkeys(metric for run in own for metric in run["metrics"]))
-        modes = [mode for mode in RESTING if any(run["mode"]["name"] == mode for run in own)]
+        by_mode = {mode: [run for run in own if run["mode"]["name"] == mode] for mode in RESTING}
         rows.append(
             {
                 "scenario": name,
                 "about": own[0]["scenario"]["about"],
-                "metrics": metrics,
-                "modes": {mode: _row(own, name, mode, metrics) for mode in modes},
+                "metrics": list(dict.fromkeys(metric for run in own for metric in run["metrics"])),
+                "modes": {mode: _row(found) for mode, found in by_mode.items() if found},
             }
         )
     return rows
 
 
-def _row(runs: Sequence[Record], name: str, mode: str, metrics: Sequence[str]) -> Dict[str, Any]:
+def _row(runs: Sequence[Record]) -> Dict[str, Any]:
     """How many runs there are of a mode, and the median and the range of each metric."""
-    found: Dict[str, Any] = {}
-    for metric in metrics:
-        values = summary.values(runs, name, mode, metric)
-        if values:
-            spread = Spread.from_values(values)
-            found[metric] = [spread.median, spread.low, spread.high]
-    count = sum(run["mode"]["name"] == mode for run in runs)
-    return {"runs": count, "spreads": found}
+    found: Dict[str, List[float]] = {}
+    for run in runs:
+        for metric, value in run["metrics"].items():
+            found.setdefault(metric, []).append(value)
+    spreads = {metric: Spread.from_values(values) for metric, values in found.items()}
+    return {
+        "runs": len(runs),
+        "spreads": {name: [own.median, own.low, own.high] for name, own in spreads.items()},
+    }

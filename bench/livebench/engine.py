@@ -218,11 +218,11 @@ def _move(pairs: List[Pair], spec: MigrationSpec, after_round: Optional[int]) ->
         for number in list(running):
             result = migration.query(pairs[number].source)
             samples[number].append(_sample(result, begin))
-            waiting = after_round is not None and number not in switched
-            if waiting and postcopy.due(after_round, result):
-                switch = time.monotonic()
-                pairs[number].source.qmp("migrate-start-postcopy")
-                switched[number] = result
+            if after_round is not None and number not in switched:
+                if postcopy.due(after_round, result):
+                    switch = time.monotonic()
+                    pairs[number].source.qmp("migrate-start-postcopy")
+                    switched[number] = result
             if result.status in migration.ENDED:
                 running.remove(number)
                 ended = time.monotonic()

@@ -9,21 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from livebench.filecache import HotAndCold, MappedHot, PageCache, WantedAgain, XfsPageCache
-from livebench.workloads import (
-    QEMU_MIB,
-    SYSBENCH,
-    AllocLoop,
-    Alternate,
-    Bookworm,
-    Compile,
-    Fragmented,
-    Freed,
-    Held,
-    Idle,
-    Sysbench,
-    Touching,
-    Workload,
-)
+from livebench.workloads import QEMU_MIB, SYSBENCH, AllocLoop, Alternate, Bookworm, Compile
+from livebench.workloads import Fragmented, Freed, Held, Idle, Sysbench, Touching, Workload
 
 GIB = 1024
 
