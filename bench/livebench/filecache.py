@@ -41,10 +41,8 @@ class PageCache(Workload):
     NAME: ClassVar[str] = "pagecache"
     ABOUT: ClassVar[str] = "the page cache is full of files"
     data_disk: ClassVar[str] = "pagecache.ext4"
+    percent: ClassVar[int] = 100
     guess: ClassVar[int] = 30
-
-    def used_mib(self, mem_mib: int) -> int:
-        return mem_mib
 
     def read(self, guest: Guest) -> None:
         """Fill the page cache."""

@@ -49,6 +49,9 @@ class Workload:
     data_writable: ClassVar[bool] = False
     # Seconds that it goes on before the migration, undisturbed.
     lead: ClassVar[float] = 0
+    # What it takes from the host, beyond what a booted guest does: so much, and of the memory.
+    hold_mib: ClassVar[int] = 0
+    percent: ClassVar[int] = 0
     # The host's seconds that a run takes, with all waiting: what one run of everything took, about
     # (bench/results/whole.json.xz). Only progress uses it.
     guess: ClassVar[int] = 6
@@ -64,9 +67,8 @@ class Workload:
         return self.ABOUT.format(self)
 
     def used_mib(self, mem_mib: int) -> int:
-        """Memory that it takes from the host, beyond what a booted guest does."""
-        del mem_mib
-        return 0
+        """What it takes of so much memory."""
+        return self.hold_mib + mem_mib * self.percent // 100
 
     def host_mib(self, mem_mib: int) -> int:
         """The host's memory that a source, or a destination without hints, needs at most."""
@@ -116,11 +118,8 @@ class Freed(Workload):
     percent: int = 75
     guess: ClassVar[int] = 12
 
-    def used_mib(self, mem_mib: int) -> int:
-        return mem_mib * self.percent // 100
-
     def prepare(self, guest: Guest) -> None:
-        workload.dirty_and_free(guest, guest.spec.mem_mib * self.percent // 100)
+        workload.dirty_and_free(guest, self.used_mib(guest.spec.mem_mib))
         super().prepare(guest)
 
 
@@ -132,9 +131,7 @@ class Churn(Workload):
     stamps: ClassVar[Tuple[str, ...]] = ("default", "churn")
     MIB: ClassVar[int] = 64
     REALLOC_MIB: ClassVar[int] = 128
-
-    def used_mib(self, mem_mib: int) -> int:
-        return self.MIB + self.REALLOC_MIB
+    hold_mib: ClassVar[int] = MIB + REALLOC_MIB
 
     def prepare(self, guest: Guest) -> None:
         super().prepare(guest)
@@ -174,9 +171,6 @@ class Alternate(Workload):
     stamps: ClassVar[Tuple[str, ...]] = ("default", "held")
     guess: ClassVar[int] = 50
 
-    def used_mib(self, mem_mib: int) -> int:
-        return mem_mib * self.percent // 100
-
     def prepare(self, guest: Guest) -> None:
         super().prepare(guest)
         mib = self.used_mib(guest.spec.mem_mib)
@@ -195,7 +189,7 @@ class Compile(Workload):
     data_writable: ClassVar[bool] = True
     guess: ClassVar[int] = 60
 
-    # What is compiled, how many objects that makes, and after which one the guest moves.
+    # What is compiled, and how many objects that makes.
     TARGETS: ClassVar[str] = "lib/"
     OBJECTS: ClassVar[int] = 85
     OBJECT: ClassVar[str] = r"^  CC      \S+\.o"
@@ -211,11 +205,6 @@ class Compile(Workload):
             ", from its begin to its end" if self.to_the_end else ""
         )
 
-    @property
-    def middle(self) -> int:
-        """How many objects have been begun when the guest moves."""
-        return self.OBJECTS // (2 if self.to_the_end else 4)
-
     def command(self) -> str:
         """Compiles, on the console."""
         make = f"make -C /mnt/linux ARCH=i386 -j4 {self.TARGETS}"
@@ -227,7 +216,9 @@ class Compile(Workload):
 
     def start(self, guest: Guest, console: Console) -> None:
         on_console(guest, self.command())
-        console.wait(self.OBJECT, guest, self.SECONDS, count=self.middle)
+        # So many objects have been begun when the guest moves.
+        middle = self.OBJECTS // (2 if self.to_the_end else 4)
+        console.wait(self.OBJECT, guest, self.SECONDS, count=middle)
 
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
         if not self.to_the_end:
@@ -362,7 +353,7 @@ class Touching(Working):
     # Of the memory, written and freed before.
     percent: int = 0
 
-    HOLD_MIB: ClassVar[int] = 64
+    hold_mib: ClassVar[int] = 64
     BEAT_MS: ClassVar[int] = 10
     WATCHED_SECONDS: ClassVar[float] = 1
     lead: ClassVar[float] = 3
@@ -374,11 +365,8 @@ class Touching(Working):
 
     @property
     def about(self) -> str:
-        text = f"a program touches {self.HOLD_MIB} MiB all the time"
+        text = f"a program touches {self.hold_mib} MiB all the time"
         return text + (f", {self.percent} % were written and freed" if self.percent else "")
-
-    def used_mib(self, mem_mib: int) -> int:
-        return self.HOLD_MIB + mem_mib * self.percent // 100
 
     def prepare(self, guest: Guest) -> None:
         if self.percent:
@@ -386,7 +374,7 @@ class Touching(Working):
         super().prepare(guest)
 
     def command(self) -> str:
-        return f"allocloop {self.SECONDS} {self.HOLD_MIB} {self.BEAT_MS}"
+        return f"allocloop {self.SECONDS} {self.hold_mib} {self.BEAT_MS}"
 
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
         enough = span.end + self.WATCHED_SECONDS
@@ -415,7 +403,7 @@ class SysbenchTest:
     # Groups: operations per second, and the 99th percentile in ms if it reports one.
     line: str
     prepare: str = ""
-    used_mib: int = 100
+    hold_mib: int = 100
 
 
 _EVENTS = r"\[ \d+s \] thds: \d+ eps: ([\d.]+) lat \(ms,99%\): ([\d.]+)"
@@ -441,8 +429,9 @@ class Sysbench(Working):
     test: str = "cpu"
     debian: ClassVar[bool] = True
 
-    def used_mib(self, mem_mib: int) -> int:
-        return SYSBENCH[self.test].used_mib
+    @property
+    def hold_mib(self) -> int:
+        return SYSBENCH[self.test].hold_mib
 
     def prepare(self, guest: Guest) -> None:
         if SYSBENCH[self.test].prepare:
