@@ -228,8 +228,7 @@ def run(set_mib: int, runs: int, qemus: Sequence[str], out: Path) -> List[Dict[s
 
     Raises NotPossibleHere where there is no KVM.
     """
-    trouble = trouble_with_kvm()
-    if trouble:
+    if trouble := trouble_with_kvm():
         raise NotPossibleHere(trouble)
     found: List[Dict[str, Any]] = []
     for index in range(1, runs + 1):

@@ -109,14 +109,14 @@ def guest_spec(scenario: Scenario, mode: Mode) -> GuestSpec:
 
 def _command_line(guest: Guest) -> List[str]:
     """Without what differs from one machine to the next."""
-    words = Path(f"/proc/{guest.pid}/cmdline").read_text(encoding="utf-8").split("\0")[:-1]
+    text = Path(f"/proc/{guest.pid}/cmdline").read_text(encoding="utf-8")
     for path, name in (
         (str(paths.cache_dir()), "$FPH_CACHE"),
         (str(paths.REPO), "."),
         (str(Path.home()), "~"),
     ):
-        words = [word.replace(path, name) for word in words]
-    return [re.sub(r"/proc/\d+/fd/", "/proc/self/fd/", word) for word in words]
+        text = text.replace(path, name)
+    return re.sub(r"/proc/\d+/fd/", "/proc/self/fd/", text).split("\0")[:-1]
 
 
 @contextlib.contextmanager

@@ -36,13 +36,6 @@ def _scenarios(names: Optional[Sequence[str]]) -> List[Scenario]:
         raise LivemigError(f"there is no scenario {err.args[0]}: see bench/bench list") from err
 
 
-def _modes(scenario: Scenario, args: argparse.Namespace) -> List[str]:
-    """The modes to run, in their order. Who names a mode gets it, declared or not."""
-    if args.mode:
-        return [name for name in MODES if name in args.mode]
-    return [name for name in MODES if name in (scenario.quick if args.quick else scenario.modes)]
-
-
 def work(args: argparse.Namespace) -> List[plan.Work]:
     """What the arguments ask for."""
     found: Dict[str, plan.Work] = {}
@@ -50,9 +43,12 @@ def work(args: argparse.Namespace) -> List[plan.Work]:
         if args.quick and not scenario.quick:
             continue
         runs = args.runs or (QUICK_RUNS if args.quick else scenario.runs)
+        # Who names a mode gets it, declared or not.
+        wanted = args.mode or (scenario.quick if args.quick else scenario.modes)
+        modes = tuple(name for name in MODES if name in wanted)
         sized = scenario.but(args.mem, args.vcpus)
         # With guests of another size, scenarios can be the same.
-        found[sized.name] = plan.Work(sized, tuple(_modes(scenario, args)), runs)
+        found[sized.name] = plan.Work(sized, modes, runs)
     if not found:
         raise LivemigError("none of these scenarios is part of bench-quick")
     return list(found.values())
@@ -287,5 +283,4 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Entry point of bench/bench."""
     args = parse_arguments(argv)
-    result: int = args.function(args)
-    return result
+    return int(args.function(args))

@@ -3,6 +3,7 @@
 
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -77,29 +78,14 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
-class Clock:
-    """Tells how long the rest will take, from the runs that were made."""
-
-    def __init__(self) -> None:
-        # By scenario and mode.
-        self._seen: Dict[str, Dict[str, List[float]]] = {}
-
-    def note(self, step: Step, seconds: float) -> None:
-        """A run took so long."""
-        modes = self._seen.setdefault(step.scenario.name, {})
-        modes.setdefault(step.mode.name, []).append(seconds)
-
-    def left(self, steps: Sequence[Step]) -> float:
-        """The seconds that these will take."""
-        return sum(self._guess(step) for step in steps)
-
-    def _guess(self, step: Step) -> float:
-        modes = self._seen.get(step.scenario.name, {})
-        if step.mode.name in modes:
-            return mean(modes[step.mode.name])
-        others = sum(modes.values(), [])
-        extra = engine.SETTLE_SECONDS if step.mode.settle else 0
-        return extra + (mean(others) if others else float(step.scenario.workload.guess))
+def expected(step: Step, seen: Mapping[str, Mapping[str, List[float]]]) -> float:
+    """The seconds that a run will take; what others took is told by scenario and mode."""
+    modes = seen.get(step.scenario.name, {})
+    if step.mode.name in modes:
+        return mean(modes[step.mode.name])
+    others = sum(modes.values(), [])
+    extra = engine.SETTLE_SECONDS if step.mode.settle else 0
+    return extra + (mean(others) if others else float(step.scenario.workload.guess))
 
 
 def describe(run: Dict[str, Any]) -> str:
@@ -117,12 +103,12 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
 
     What is interrupted leaves nothing behind, and is made again the next time.
     """
-    clock = Clock()
+    seen: Dict[str, Dict[str, List[float]]] = defaultdict(lambda: defaultdict(list))
     missing = []
     for step in steps:
         run = {} if fresh else store.made(step.scenario, step.mode, step.index)
         if run:
-            clock.note(step, run["seconds"])
+            seen[step.scenario.name][step.mode.name].append(run["seconds"])
         else:
             missing.append(step)
     if len(missing) < len(steps):
@@ -133,7 +119,7 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
         if step.scenario.name in impossible:
             continue
         name = f"{step.scenario.name}, {step.mode.name}, run {step.index}"
-        left = duration(clock.left(missing[number:]))
+        left = duration(sum(expected(other, seen) for other in missing[number:]))
         print(f"[{number + 1}/{len(missing)}, {left} left] {name}: ", end="", flush=True)
         logs = paths.OUT / "logs" / "bench" / step.scenario.name / f"{step.mode.name}-{step.index}"
         began = time.monotonic()
@@ -152,7 +138,7 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", flush=True)
             raise
-        clock.note(step, time.monotonic() - began)
+        seen[step.scenario.name][step.mode.name].append(time.monotonic() - began)
         store.save(step.scenario, step.mode, step.index, run)
         failed += run.get("verified") is False
         print(describe(run), flush=True)

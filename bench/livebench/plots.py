@@ -39,12 +39,10 @@ def bars(runs: Sequence[Run], names: Sequence[str], metric: str, label: str, log
     modes = [mode for mode in MODES if any(mode in summary.modes_of(runs, n) for n in names)]
     width = 0.85 / max(len(modes), 1)
     for number, mode in enumerate(modes):
-        places, spreads = [], []
-        for place, name in enumerate(names):
-            measured = summary.values(runs, name, mode, metric)
-            if measured:
-                places.append(place - 0.425 + (number + 0.5) * width)
-                spreads.append(statistics.Spread.from_values(measured))
+        measured = [summary.values(runs, name, mode, metric) for name in names]
+        right = (number + 0.5) * width
+        places = [place - 0.425 + right for place, values in enumerate(measured) if values]
+        spreads = [statistics.Spread.from_values(values) for values in measured if values]
         heights = [spread.median for spread in spreads]
         errors = [
             [spread.median - spread.first_quartile for spread in spreads],
