@@ -113,36 +113,30 @@ class Room:
 
 
 @contextlib.contextmanager
-def _group() -> Iterator[Room]:
-    """A new control group, until the context ends. Its processes must have ended then."""
-    # Versions 1 and 2.
-    for directory, file, text in (
-        (host.CGROUPS / "memory", "memory.force_empty", "0"),
-        (host.CGROUPS, "memory.reclaim", "1T"),
-    ):
-        # What was killed may have left one of this name.
-        group = directory / "livemig-swap"
-        with contextlib.suppress(OSError):
-            group.mkdir(exist_ok=True)
-            if (group / file).exists():
-                break
-            group.rmdir()
-    else:
-        raise NotPossibleHere("there is no control group for memory to be had")
-    try:
-        yield Room(group, file, text)
-    finally:
-        group.rmdir()
-
-
-@contextlib.contextmanager
 def room(mib: int) -> Iterator[Room]:
-    """So much swap space, and a way into it, until the context ends.
+    """So much swap space, and a control group, until the context ends: its processes must, before.
 
     Raises NotPossibleHere, with the reason, if that cannot be.
     """
-    with _space(mib), _group() as group:
-        yield group
+    with _space(mib):
+        # Versions 1 and 2.
+        for directory, file, text in (
+            (host.CGROUPS / "memory", "memory.force_empty", "0"),
+            (host.CGROUPS, "memory.reclaim", "1T"),
+        ):
+            # What was killed may have left one of this name.
+            group = directory / "livemig-swap"
+            with contextlib.suppress(OSError):
+                group.mkdir(exist_ok=True)
+                if (group / file).exists():
+                    break
+                group.rmdir()
+        else:
+            raise NotPossibleHere("there is no control group for memory to be had")
+        try:
+            yield Room(group, file, text)
+        finally:
+            group.rmdir()
 
 
 def pages_in() -> int:
