@@ -418,9 +418,6 @@ def metrics(record: Dict[str, Any]) -> Dict[str, float]:
             )
     after = [facts["hint"] for facts in record.get("guest_after", []) if facts["hint"]]
     if after and any(hint["reports"] for hint in after):
-        # Earlier kernels of ours timed each hold, traced or not.
-        holds = [hint["max_hold_ns"] for hint in after if "max_hold_ns" in hint]
-        values["max_hold_us"] = max(holds) / 1000 if holds else None
         walks = [hint["last_ns"] for hint in after if "last_ns" in hint]
         values["walk_ms"] = max(walks) / 1e6 if walks else None
     for result in record.get("workload", [])[:1]:
