@@ -45,6 +45,9 @@ class Console:
         while len(found := self.matches(pattern)) < count:
             if time.monotonic() > deadline or guest.console.closed:
                 what = "ended" if guest.console.closed else f"wrote nothing for {timeout:.0f} s"
-                raise GuestError(f"{guest.name}: waiting for {pattern!r}: the guest {what}")
+                raise GuestError(
+                    f"{guest.name}: waiting for {pattern!r}: the guest {what}\n"
+                    f"--- the end of its console:\n{guest.console.tail()}"
+                )
             time.sleep(0.02)
         return found[count - 1]

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Dict, Iterator, List, Sequence
 
-from livebench import engine, hostinfo, summary, throughput, workloads
+from livebench import engine, hostinfo, summary, throughput
 from livebench.console import Console
 from livebench.scenarios import GIB, Scenario, short
 from livebench.statistics import Spread
 from livebench.store import Store
-from livebench.workloads import QEMU_MIB, Workload
+from livebench.workloads import QEMU_MIB, AllocLoop, Workload, on_console
 from livemig import host, workload
 from livemig.errors import LivemigError
 from livemig.guest import Guest
@@ -94,10 +94,10 @@ class Burst(Resting):
     def _loop(self, guest: Guest, console: Console) -> Dict[str, float]:
         """How fast a program allocates meanwhile, and what the guest has of the host then."""
         hold = int(guest.spec.mem_mib * self.LOOP_SHARE)
-        workloads.on_console(guest, f"allocloop {self.loop_seconds} {hold}")
+        on_console(guest, f"allocloop {self.loop_seconds} {hold}")
         rss = [sample["mib"] for sample in watch([guest], self.loop_seconds)]
         console.wait(r"alloc done ops=\d+", guest, 60)
-        points = workloads.alloc_points(console)
+        points = AllocLoop().points(console)
         first, last = points[0].when, points[-1].when
         rate = throughput.rate(points, first, last)
         latencies = throughput.latencies(points, first, last)

@@ -3,11 +3,11 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar, Dict, List
+from typing import Any, ClassVar, Dict
 
 from livebench import throughput
 from livebench.console import Console
-from livebench.throughput import Point, Span
+from livebench.throughput import Span
 from livebench.workloads import Sysbench, Working, Workload, on_console
 from livemig.guest import Guest
 from livemig.workload import refaults
@@ -90,6 +90,7 @@ class HotAndCold(Refaulting, Working):
 
     HOT_FILES: ClassVar[int] = 6
     AFTER_SECONDS: ClassVar[float] = 10
+    line: ClassVar[str] = r"^hot (\d+)()"
     NAME: ClassVar[str] = "hotcold"
     about: ClassVar[
         str
@@ -105,9 +106,6 @@ class HotAndCold(Refaulting, Working):
         return (
             f"while :; do for f in {names}; do cat $f > /dev/null; echo hot {FILE_MIB}; done; done"
         )
-
-    def points(self, console: Console) -> List[Point]:
-        return [Point(when, float(match[1])) for when, match in console.matches(r"^hot (\d+)")]
 
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
         time.sleep(max(span.end + self.AFTER_SECONDS + 1.5 - time.monotonic(), 0))

@@ -116,8 +116,6 @@ def judge(runs: Sequence[Run], scenario: str, target: Target) -> Optional[Dict[s
 
 def targets(runs: Sequence[Run]) -> List[Dict[str, Any]]:
     """All targets of the scenarios that were run at their declared size."""
-    found = []
-    for name in names(runs):
-        declared = SCENARIOS[name].targets if name in SCENARIOS else ()
-        found += [judge(runs, name, target) for target in declared]
+    declared = [name for name in names(runs) if name in SCENARIOS]
+    found = [judge(runs, name, target) for name in declared for target in SCENARIOS[name].targets]
     return [item for item in found if item]

@@ -23,8 +23,6 @@ DEBIAN_MIB = 1000
 RESERVE_MIB = 64
 # Linux notices memory that is to be reported after two seconds: let a boot end.
 IDLE_SECONDS = 1
-# What allocloop writes.
-ALLOC_LINE = r"alloc ms=\d+ ops=(\d+) p50=\d+ p99=(\d+) max=(\d+)$"
 
 
 @dataclass(frozen=True)
@@ -282,6 +280,10 @@ class Working(Workload):
 
     # How long it would run: longer than anybody watches.
     SECONDS: ClassVar[int] = 900
+    # What it writes, allocloop if nothing else is said. Groups: operations, and their latency (the
+    # 99th percentile) or nothing; and the unit of that.
+    line: ClassVar[str] = r"alloc ms=\d+ ops=(\d+) p50=\d+ p99=(\d+) max=(\d+)$"
+    latency_us: ClassVar[float] = 0.001
     lead: ClassVar[float] = throughput.BEFORE_SECONDS + 3
     guess: ClassVar[int] = 30
 
@@ -290,28 +292,19 @@ class Working(Workload):
         raise NotImplementedError
 
     def points(self, console: Console) -> List[Point]:
-        """What it reported: allocloop, unless it is another program."""
-        return alloc_points(console)
+        """What it reported."""
+        return [
+            Point(when, float(match[1]), float(match[2]) * self.latency_us if match[2] else None)
+            for when, match in console.matches(self.line)
+        ]
 
     def start(self, guest: Guest, console: Console) -> None:
         on_console(guest, self.command())
-        deadline = time.monotonic() + 60
-        while not self.points(console):
-            if time.monotonic() > deadline:
-                raise GuestError(f"{guest.name}: {self.name} does not work: {guest.console.tail()}")
-            time.sleep(0.05)
+        console.wait(self.line, guest, 60)
 
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
         time.sleep(max(throughput.enough_after(span) - time.monotonic(), 0))
         return throughput.judge(self.points(console), span)
-
-
-def alloc_points(console: Console) -> List[Point]:
-    """What allocloop wrote."""
-    return [
-        Point(when, float(match[1]), float(match[2]) / 1000)
-        for when, match in console.matches(ALLOC_LINE)
-    ]
 
 
 @dataclass(frozen=True)
@@ -379,7 +372,7 @@ class Touching(Working):
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
         enough = span.end + self.WATCHED_SECONDS
         deadline = time.monotonic() + 60
-        while (beats := console.matches(ALLOC_LINE))[-1][0] < enough:
+        while (beats := console.matches(self.line))[-1][0] < enough:
             if time.monotonic() > deadline:
                 raise GuestError(f"{guest.name}: it stands still: {console.lines[-1][1]}")
             time.sleep(0.05)
@@ -428,6 +421,7 @@ class Sysbench(Working):
     ABOUT: ClassVar[str] = "sysbench's test {0.test} goes on"
     test: str = "cpu"
     debian: ClassVar[bool] = True
+    latency_us: ClassVar[float] = 1000
 
     @property
     def hold_mib(self) -> int:
@@ -444,11 +438,9 @@ class Sysbench(Working):
             "--events=0 --report-interval=1 --percentile=99 run"
         )
 
-    def points(self, console: Console) -> List[Point]:
-        return [
-            Point(when, float(match[1]), float(match[2]) * 1000 if match[2] else None)
-            for when, match in console.matches(SYSBENCH[self.test].line)
-        ]
+    @property
+    def line(self) -> str:
+        return SYSBENCH[self.test].line
 
 
 def on_console(guest: Guest, command: str) -> None:
