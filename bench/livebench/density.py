@@ -9,7 +9,7 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence
 
 from livebench import engine, hostinfo, summary, throughput
 from livebench.console import Console
@@ -48,8 +48,8 @@ def _moments(seconds: int) -> Iterator[int]:
 class Burst(Resting):
     """A guest writes to much of its memory and frees it; then a program allocates in a loop."""
 
-    NAME: ClassVar[str] = "burst"
-    ABOUT: ClassVar[str] = (
+    NAME = "burst"
+    ABOUT = (
         "{0.percent} % are written and freed, and nothing happens for {0.seconds} s; "
         "then a program takes {0.LOOP_SHARE:.0%} and gives it back, again and again"
     )
@@ -59,10 +59,10 @@ class Burst(Resting):
     loop_seconds: int = 20
 
     # What the loop holds at most, of the memory.
-    LOOP_SHARE: ClassVar[float] = 0.25
+    LOOP_SHARE = 0.25
     # What the boot freed is on its way back.
-    REST_SECONDS: ClassVar[int] = 10
-    guess: ClassVar[int] = 150
+    REST_SECONDS = 10
+    guess = 150
 
     def measure(self, scenario: Scenario, mode: Mode, logs: Path) -> Record:
         console = Console()
@@ -118,18 +118,18 @@ class Crowd(Resting):
     memory of all stayed within the limit, for as long as it took until the next one came.
     """
 
-    ABOUT: ClassVar[str] = (
+    ABOUT = (
         "bursts of {0.burst_mib} MiB once in {0.PERIOD_SECONDS} s: how many of them fit "
         "into {0.limit_mib} MiB"
     )
     limit_mib: int = 6 * GIB
     burst_mib: int = 384
 
-    PERIOD_SECONDS: ClassVar[int] = 60
+    PERIOD_SECONDS = 60
     # Between the boot of a guest, with its first burst, and that of the next.
-    PACE_SECONDS: ClassVar[int] = 6
-    MOST: ClassVar[int] = 100
-    guess: ClassVar[int] = 400
+    PACE_SECONDS = 6
+    MOST = 100
+    guess = 400
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar, Dict
+from typing import Any, Dict
 
 from livebench import throughput
 from livebench.console import Console
@@ -38,11 +38,11 @@ def read_once(guest: Guest, names: str) -> None:
 class PageCache(Workload):
     """Memory full of files that were read."""
 
-    NAME: ClassVar[str] = "pagecache"
-    ABOUT: ClassVar[str] = "the page cache is full of files"
-    data_disk: ClassVar[str] = "pagecache.ext4"
-    percent: ClassVar[int] = 100
-    guess: ClassVar[int] = 30
+    NAME = "pagecache"
+    ABOUT = "the page cache is full of files"
+    data_disk = "pagecache.ext4"
+    percent = 100
+    guess = 30
 
     def read(self, guest: Guest) -> None:
         """Fill the page cache."""
@@ -58,18 +58,18 @@ class PageCache(Workload):
 class XfsPageCache(PageCache):
     """The same on a file system whose page cache has large folios in Linux 6.12 already."""
 
-    NAME: ClassVar[str] = "pagecache-xfs"
-    ABOUT: ClassVar[str] = "the page cache is full of files of XFS"
-    data_disk: ClassVar[str] = "pagecache.xfs"
-    kernel: ClassVar[str] = "xfs"
+    NAME = "pagecache-xfs"
+    ABOUT = "the page cache is full of files of XFS"
+    data_disk = "pagecache.xfs"
+    kernel = "xfs"
 
 
 class Refaulting(PageCache):
     """Files that are wanted again: those that had to be read again are counted."""
 
-    guess: ClassVar[int] = 60
+    guess = 60
     # What is left to the rest: then nothing has to be evicted before the migration.
-    SPARE_MIB: ClassVar[int] = 512
+    SPARE_MIB = 512
 
     def files(self, guest: Guest) -> int:
         """How many there are: nothing has to be evicted for them."""
@@ -88,20 +88,20 @@ class Refaulting(PageCache):
 class HotAndCold(Refaulting, Working):
     """Files that are read again and again, beside many that were read once."""
 
-    HOT_FILES: ClassVar[int] = 6
-    AFTER_SECONDS: ClassVar[float] = 10
-    line: ClassVar[str] = r"^hot (\d+)()"
-    NAME: ClassVar[str] = "hotcold"
-    about: ClassVar[
-        str
-    ] = f"{HOT_FILES * FILE_MIB} MiB of files are read again and again, the others were read once"
+    HOT_FILES = 6
+    AFTER_SECONDS = 10
+    line = r"^hot (\d+)()"
+    NAME = "hotcold"
+    ABOUT = (
+        f"{HOT_FILES * FILE_MIB} MiB of files are read again and again, the others were read once"
+    )
 
     def read(self, guest: Guest) -> None:
         hot = file_names(0, self.HOT_FILES)
         guest.agent.run(f"cat {hot} {hot} > /dev/null", timeout=600)
         read_once(guest, file_names(self.HOT_FILES, self.files(guest)))
 
-    def command(self) -> str:
+    def command(self, guest: Guest) -> str:
         names = file_names(0, self.HOT_FILES)
         return (
             f"while :; do for f in {names}; do cat $f > /dev/null; echo hot {FILE_MIB}; done; done"
@@ -129,7 +129,7 @@ class WantedAgain(Refaulting):
     # What the destination's disk gives, in bytes per second; 0: as much as it can.
     limit: int = 0
 
-    SECONDS: ClassVar[int] = 600
+    SECONDS = 600
 
     @property
     def name(self) -> str:
@@ -167,14 +167,14 @@ class WantedAgain(Refaulting):
 class MappedHot(Refaulting, Sysbench):
     """A program that has mapped its files, as databases do, beside files that were read once."""
 
-    COLD_FILES: ClassVar[int] = 24
-    NAME: ClassVar[str] = "mappedcold"
-    ABOUT: ClassVar[str] = (
+    COLD_FILES = 24
+    NAME = "mappedcold"
+    ABOUT = (
         "files are mapped, read and written all the time; "
         f"{COLD_FILES * FILE_MIB} MiB of others were read once"
     )
     test: str = "mmap"
-    guess: ClassVar[int] = 120
+    guess = 120
 
     def prepare(self, guest: Guest) -> None:
         Sysbench.prepare(self, guest)

@@ -94,11 +94,11 @@ Idle = Workload
 class Bookworm(Workload):
     """Debian 12 has booted and is idle; its kernel zeroes what it allocates."""
 
-    NAME: ClassVar[str] = "{0.suite}"
-    ABOUT: ClassVar[str] = "Debian {0.suite} as it comes, idle after boot"
-    suite: ClassVar[str] = "bookworm"
-    boot_seconds: ClassVar[int] = 600
-    guess: ClassVar[int] = 90
+    NAME = "{0.suite}"
+    ABOUT = "Debian {0.suite} as it comes, idle after boot"
+    suite = "bookworm"
+    boot_seconds = 600
+    guess = 90
 
     def prepare(self, guest: Guest) -> None:
         # Whether well or not: something can have failed that is not ours.
@@ -111,10 +111,10 @@ class Bookworm(Workload):
 class Freed(Workload):
     """Memory that was written and is free again."""
 
-    NAME: ClassVar[str] = "freed-{0.percent}"
-    ABOUT: ClassVar[str] = "{0.percent} % of the memory were written and freed"
+    NAME = "freed-{0.percent}"
+    ABOUT = "{0.percent} % of the memory were written and freed"
     percent: int = 75
-    guess: ClassVar[int] = 12
+    guess = 12
 
     def prepare(self, guest: Guest) -> None:
         workload.dirty_and_free(guest, self.used_mib(guest.spec.mem_mib))
@@ -124,12 +124,12 @@ class Freed(Workload):
 class Churn(Workload):
     """Memory that is rewritten all the time, and some that is taken and given back."""
 
-    NAME: ClassVar[str] = "churn"
-    ABOUT: ClassVar[str] = "memory is rewritten, freed and taken back all the time"
-    stamps: ClassVar[Tuple[str, ...]] = ("default", "churn")
-    MIB: ClassVar[int] = 64
-    REALLOC_MIB: ClassVar[int] = 128
-    hold_mib: ClassVar[int] = MIB + REALLOC_MIB
+    NAME = "churn"
+    ABOUT = "memory is rewritten, freed and taken back all the time"
+    stamps = ("default", "churn")
+    MIB = 64
+    REALLOC_MIB = 128
+    hold_mib = MIB + REALLOC_MIB
 
     def prepare(self, guest: Guest) -> None:
         super().prepare(guest)
@@ -140,11 +140,11 @@ class Churn(Workload):
 class Held(Workload):
     """Memory that is in use, but for a share of it."""
 
-    NAME: ClassVar[str] = "free-{0.free_percent}"
-    ABOUT: ClassVar[str] = "{0.free_percent} % of the memory are free, the rest holds data"
+    NAME = "free-{0.free_percent}"
+    ABOUT = "{0.free_percent} % of the memory are free, the rest holds data"
     free_percent: int = 0
-    stamps: ClassVar[Tuple[str, ...]] = ("default", "held")
-    guess: ClassVar[int] = 15
+    stamps = ("default", "held")
+    guess = 15
 
     def used_mib(self, mem_mib: int) -> int:
         return mem_mib * (100 - self.free_percent) // 100
@@ -161,13 +161,11 @@ class Held(Workload):
 class Alternate(Workload):
     """Of a share of the memory, every second page holds data and the others are free."""
 
-    NAME: ClassVar[str] = "alternate"
-    ABOUT: ClassVar[
-        str
-    ] = "of {0.percent} % of the memory, every second page holds data, the rest is free"
+    NAME = "alternate"
+    ABOUT = "of {0.percent} % of the memory, every second page holds data, the rest is free"
     percent: int = 75
-    stamps: ClassVar[Tuple[str, ...]] = ("default", "held")
-    guess: ClassVar[int] = 50
+    stamps = ("default", "held")
+    guess = 50
 
     def prepare(self, guest: Guest) -> None:
         super().prepare(guest)
@@ -182,16 +180,16 @@ class Compile(Workload):
     # Wait for its end, to know how long it took.
     to_the_end: bool = False
 
-    debian: ClassVar[bool] = True
-    data_disk: ClassVar[str] = "compile.ext4"
-    data_writable: ClassVar[bool] = True
-    guess: ClassVar[int] = 60
+    debian = True
+    data_disk = "compile.ext4"
+    data_writable = True
+    guess = 60
 
     # What is compiled, and how many objects that makes.
-    TARGETS: ClassVar[str] = "lib/"
-    OBJECTS: ClassVar[int] = 85
-    OBJECT: ClassVar[str] = r"^  CC      \S+\.o"
-    SECONDS: ClassVar[int] = 900
+    TARGETS = "lib/"
+    OBJECTS = 85
+    OBJECT = r"^  CC      \S+\.o"
+    SECONDS = 900
 
     @property
     def name(self) -> str:
@@ -238,8 +236,8 @@ class Fragmented(Compile):
     # It compiles the same again, until so many minutes are over. Once at least.
     minutes: int = 0
 
-    guess: ClassVar[int] = 240
-    LOG: ClassVar[str] = "/run/make.log"
+    guess = 240
+    LOG = "/run/make.log"
 
     @property
     def name(self) -> str:
@@ -279,15 +277,15 @@ class Working(Workload):
     """A program that reports how it gets on runs through the migration."""
 
     # How long it would run: longer than anybody watches.
-    SECONDS: ClassVar[int] = 900
+    SECONDS = 900
     # What it writes, allocloop if nothing else is said. Groups: operations, and their latency (the
     # 99th percentile) or nothing; and the unit of that.
-    line: ClassVar[str] = r"alloc ms=\d+ ops=(\d+) p50=\d+ p99=(\d+) max=(\d+)$"
-    latency_us: ClassVar[float] = 0.001
-    lead: ClassVar[float] = throughput.BEFORE_SECONDS + 3
-    guess: ClassVar[int] = 30
+    line = r"alloc ms=\d+ ops=(\d+) p50=\d+ p99=(\d+) max=(\d+)$"
+    latency_us = 0.001
+    lead = throughput.BEFORE_SECONDS + 3
+    guess = 30
 
-    def command(self) -> str:
+    def command(self, guest: Guest) -> str:
         """Starts the program."""
         raise NotImplementedError
 
@@ -299,7 +297,7 @@ class Working(Workload):
         ]
 
     def start(self, guest: Guest, console: Console) -> None:
-        on_console(guest, self.command())
+        on_console(guest, self.command(guest))
         console.wait(self.line, guest, 60)
 
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
@@ -311,9 +309,7 @@ class Working(Workload):
 class AllocLoop(Working):
     """Takes memory and gives it back."""
 
-    ABOUT: ClassVar[
-        str
-    ] = "a program takes {0.share:.0%} of the memory and gives it back, again and again"
+    ABOUT = "a program takes {0.share:.0%} of the memory and gives it back, again and again"
     # Of the guest's memory. QEMU can only finish if a link carries what the loop writes anew in
     # the downtime limit.
     share: float = 0.25
@@ -325,12 +321,8 @@ class AllocLoop(Working):
     def used_mib(self, mem_mib: int) -> int:
         return int(mem_mib * self.share)
 
-    def prepare(self, guest: Guest) -> None:
-        guest.agent.run(f"echo {self.used_mib(guest.spec.mem_mib)} > /run/hold")
-        super().prepare(guest)
-
-    def command(self) -> str:
-        return f"allocloop {self.SECONDS} $(cat /run/hold)"
+    def command(self, guest: Guest) -> str:
+        return f"allocloop {self.SECONDS} {self.used_mib(guest.spec.mem_mib)}"
 
 
 @dataclass(frozen=True)
@@ -346,11 +338,11 @@ class Touching(Working):
     # Of the memory, written and freed before.
     percent: int = 0
 
-    hold_mib: ClassVar[int] = 64
-    BEAT_MS: ClassVar[int] = 10
-    WATCHED_SECONDS: ClassVar[float] = 1
-    lead: ClassVar[float] = 3
-    guess: ClassVar[int] = 14
+    hold_mib = 64
+    BEAT_MS = 10
+    WATCHED_SECONDS = 1
+    lead = 3
+    guess = 14
 
     @property
     def name(self) -> str:
@@ -366,16 +358,14 @@ class Touching(Working):
             workload.dirty_and_free(guest, guest.spec.mem_mib * self.percent // 100)
         super().prepare(guest)
 
-    def command(self) -> str:
+    def command(self, guest: Guest) -> str:
         return f"allocloop {self.SECONDS} {self.hold_mib} {self.BEAT_MS}"
 
     def finish(self, guest: Guest, console: Console, span: Span) -> Dict[str, Any]:
         enough = span.end + self.WATCHED_SECONDS
-        deadline = time.monotonic() + 60
-        while (beats := console.matches(self.line))[-1][0] < enough:
-            if time.monotonic() > deadline:
-                raise GuestError(f"{guest.name}: it stands still: {console.lines[-1][1]}")
-            time.sleep(0.05)
+        time.sleep(max(enough - time.monotonic(), 0))
+        console.wait(self.line, guest, 60, count=len(console.matches(self.line)) + 1)
+        beats = console.matches(self.line)
         times = [when for when, _ in beats]
         before = throughput.longest_gap(times, span.start - self.WATCHED_SECONDS, span.start)
         begin = span.switch or span.start
@@ -388,28 +378,16 @@ class Touching(Working):
         }
 
 
-@dataclass(frozen=True)
-class SysbenchTest:
-    """One of sysbench's tests: its options, and what it reports each second."""
-
-    options: str
-    # Groups: operations per second, and the 99th percentile in ms if it reports one.
-    line: str
-    prepare: str = ""
-    hold_mib: int = 100
-
-
 _EVENTS = r"\[ \d+s \] thds: \d+ eps: ([\d.]+) lat \(ms,99%\): ([\d.]+)"
 _FILES = "--file-total-size=512M --file-num=8 --file-test-mode=rndrw"
 _RATES = r"\[ \d+s \] reads: ([\d.]+) MiB/s writes: [\d.]+ MiB/s .* latency \(ms,99%\): ([\d.]+)"
-_PREPARE_FILES = f"cd /root && sysbench fileio {_FILES} prepare"
-
-SYSBENCH: Mapping[str, SysbenchTest] = {
-    "memory": SysbenchTest("memory --memory-total-size=1000T", r"\[ \d+s \] ([\d.]+) MiB/sec()"),
-    "cpu": SysbenchTest("cpu", _EVENTS),
-    "fileio": SysbenchTest(f"fileio {_FILES}", _RATES, _PREPARE_FILES, 600),
-    "mmap": SysbenchTest(f"fileio {_FILES} --file-io-mode=mmap", _RATES, _PREPARE_FILES, 600),
-    "threads": SysbenchTest("threads", _EVENTS),
+# The options of sysbench's tests, and what they report each second.
+SYSBENCH: Mapping[str, Tuple[str, str]] = {
+    "memory": ("memory --memory-total-size=1000T", r"\[ \d+s \] ([\d.]+) MiB/sec()"),
+    "cpu": ("cpu", _EVENTS),
+    "fileio": (f"fileio {_FILES}", _RATES),
+    "mmap": (f"fileio {_FILES} --file-io-mode=mmap", _RATES),
+    "threads": ("threads", _EVENTS),
 }
 
 
@@ -417,30 +395,30 @@ SYSBENCH: Mapping[str, SysbenchTest] = {
 class Sysbench(Working):
     """One of sysbench's tests."""
 
-    NAME: ClassVar[str] = "sysbench-{0.test}"
-    ABOUT: ClassVar[str] = "sysbench's test {0.test} goes on"
+    NAME = "sysbench-{0.test}"
+    ABOUT = "sysbench's test {0.test} goes on"
     test: str = "cpu"
-    debian: ClassVar[bool] = True
-    latency_us: ClassVar[float] = 1000
-
-    @property
-    def hold_mib(self) -> int:
-        return SYSBENCH[self.test].hold_mib
-
-    def prepare(self, guest: Guest) -> None:
-        if SYSBENCH[self.test].prepare:
-            guest.agent.run(SYSBENCH[self.test].prepare, timeout=300)
-        super().prepare(guest)
-
-    def command(self) -> str:
-        return (
-            f"cd /root; sysbench {SYSBENCH[self.test].options} --threads=4 --time={self.SECONDS} "
-            "--events=0 --report-interval=1 --percentile=99 run"
-        )
+    debian = True
+    latency_us = 1000
 
     @property
     def line(self) -> str:
-        return SYSBENCH[self.test].line
+        return SYSBENCH[self.test][1]
+
+    @property
+    def hold_mib(self) -> int:
+        return 600 if _FILES in SYSBENCH[self.test][0] else 100
+
+    def prepare(self, guest: Guest) -> None:
+        if _FILES in SYSBENCH[self.test][0]:
+            guest.agent.run(f"cd /root && sysbench fileio {_FILES} prepare", timeout=300)
+        super().prepare(guest)
+
+    def command(self, guest: Guest) -> str:
+        return (
+            f"cd /root; sysbench {SYSBENCH[self.test][0]} --threads=4 --time={self.SECONDS} "
+            "--events=0 --report-interval=1 --percentile=99 run"
+        )
 
 
 def on_console(guest: Guest, command: str) -> None:
