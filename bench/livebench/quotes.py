@@ -18,7 +18,7 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 from livebench import statistics, store, summary
 from livemig import paths
@@ -33,41 +33,23 @@ FIGURE = re.compile(r"\{([^{}]+)\}")
 _exported = lru_cache(maxsize=None)(store.exported)
 
 
-class Runs:
-    """The runs that one quote is about."""
-
-    def __init__(self, quote: Mapping[str, Any], results: Path):
-        self._runs = [run for name in quote["from"] for run in _exported(results / name)]
-        names = quote["scenario"]
-        self._scenarios = [names] if isinstance(names, str) else names
-
-    def values(self, mode: str, metric: str = "total_ms") -> List[float]:
-        """A metric of all runs in a mode."""
-        found: List[float] = []
-        for name in self._scenarios:
-            found += summary.values(self._runs, name, mode, metric)
-        if not found:
-            raise LivemigError(f"no runs of {mode} in {' '.join(self._scenarios)} have {metric}")
-        return found
-
-    def figure(self, words: Sequence[str]) -> str:
-        """What stands for these words."""
-        mode, what, *rest = (*words, "")
-        if what in ("range", "quartiles"):
-            spread = statistics.Spread.from_values(self.values(mode, *rest[:-1]))
-            ends = (spread.low, spread.high)
-            if what == "quartiles":
-                ends = (spread.first_quartile, spread.third_quartile)
-            return f"{spread.median:.0f} ({ends[0]:.0f}-{ends[1]:.0f})"
-        if what == "/":
-            base, *metric = rest[:-1]
-            found = statistics.ratio(self.values(mode, *metric), self.values(base, *metric))
-            return statistics.ratio_text(found)
-        if what == "p":
-            return f"{statistics.p_value(self.values(mode), self.values(rest[0])):.1g}"
-        if what == "runs":
-            return str(len(self.values(mode)))
-        return f"{statistics.Spread.from_values(self.values(mode, *words[1:])).median:.0f}"
+def _figure(words: Sequence[str], values: Callable[..., List[float]]) -> str:
+    """What stands for these words; the values are those of a mode, and of a metric."""
+    mode, what, *rest = (*words, "")
+    if what in ("range", "quartiles"):
+        spread = statistics.Spread.from_values(values(mode, *rest[:-1]))
+        ends = (spread.low, spread.high)
+        if what == "quartiles":
+            ends = (spread.first_quartile, spread.third_quartile)
+        return f"{spread.median:.0f} ({ends[0]:.0f}-{ends[1]:.0f})"
+    if what == "/":
+        base, *metric = rest[:-1]
+        return statistics.ratio_text(statistics.ratio(values(mode, *metric), values(base, *metric)))
+    if what == "p":
+        return f"{statistics.p_value(values(mode), values(rest[0])):.1g}"
+    if what == "runs":
+        return str(len(values(mode)))
+    return f"{statistics.Spread.from_values(values(mode, *words[1:])).median:.0f}"
 
 
 def read(quotes: Path = QUOTES) -> List[Dict[str, Any]]:
@@ -83,8 +65,19 @@ def plain(text: str) -> str:
 
 def quoted(quote: Mapping[str, Any], results: Path = RESULTS) -> str:
     """A quote with the figures as they are computed now."""
-    runs = Runs(quote, results)
-    return FIGURE.sub(lambda match: runs.figure(match[1].split()), quote["text"])
+    runs = [run for name in quote["from"] for run in _exported(results / name)]
+    scenarios = quote["scenario"]
+    scenarios = [scenarios] if isinstance(scenarios, str) else scenarios
+
+    def values(mode: str, metric: str = "total_ms") -> List[float]:
+        found: List[float] = []
+        for scenario in scenarios:
+            found += summary.values(runs, scenario, mode, metric)
+        if not found:
+            raise LivemigError(f"no runs of {mode} in {' '.join(scenarios)} have {metric}")
+        return found
+
+    return FIGURE.sub(lambda match: _figure(match[1].split(), values), quote["text"])
 
 
 def missing(quotes: Path = QUOTES, root: Path = paths.REPO) -> List[str]:
