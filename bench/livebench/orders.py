@@ -42,13 +42,12 @@ def by_order(guest: Guest) -> List[Dict[str, Any]]:
     result = []
     for order in range(LARGEST, -1, -1):
         guest.agent.run(f"echo {order} > {PARAMETER}")
-        meminfo = guest.agent.run("cat /proc/meminfo")
-        free = next(int(line.split()[1]) for line in meminfo.splitlines() if "MemFree" in line)
+        free_kib = int(guest.agent.run("grep MemFree /proc/meminfo").split()[1])
         found = estimate(guest)
         result.append(
             {
                 "order": order,
-                "free_mib": free / 1024,
+                "free_mib": free_kib / 1024,
                 # Not "free-bytes": what is absent besides is not in that.
                 "hinted_mib": sum(item["bytes"] for item in found["blocks"]) / 2**20,
                 "blocks": sum(item["bytes"] // item["block-size"] for item in found["blocks"]),

@@ -194,14 +194,6 @@ class Report:
             },
         }
 
-    def _scaling(self) -> List[Tuple[str, str]]:
-        if len(plots.sizes(self.runs)) < 2:
-            return []
-        return [
-            self._figure("scaling-total", plots.scaling_total(self.runs)),
-            self._figure("scaling-cost", plots.scaling_cost(self.runs)),
-        ]
-
     def _density(self) -> List[Dict[str, Any]]:
         """The tables of guests that rest, each with its figure."""
         tables = density.table(self.resting)
@@ -227,13 +219,16 @@ class Report:
         environment.filters["number"] = number
         environment.filters["ratio"] = statistics.ratio_text
         floors = [r for r in self.rows if r["mode"] == "array" and r["ratio_floor"] is not None]
+        curves = {"scaling-total": plots.scaling_total, "scaling-cost": plots.scaling_cost}
+        if len(plots.sizes(self.runs)) < 2:
+            curves = {}
         every = [*self.runs, *self.resting]
         versions = {json.dumps(run["versions"], sort_keys=True) for run in every}
         html = environment.get_template(TEMPLATE.name).render(
             targets=targets,
             chapters=list(filter(None, map(self._chapter, CHAPTERS))),
             floor=self._figure("ratio-floor", plots.floor_ratios(floors)) if floors else None,
-            scaling=self._scaling(),
+            scaling=[self._figure(name, draw(self.runs)) for name, draw in curves.items()],
             extrapolations=extrapolations(self.runs),
             extrapolated=EXTRAPOLATED_GIB,
             micro=micro,
