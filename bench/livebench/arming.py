@@ -235,10 +235,9 @@ def run(set_mib: int, runs: int, qemus: Sequence[str], out: Path) -> List[Dict[s
         for what in (*BACKINGS, LINUX):
             for way, (qemu, capabilities) in ways(what, qemus).items():
                 logs = paths.OUT / "logs" / "bench" / f"arming-{what}-{way}-{index}"
-                with contextlib.ExitStack() as stack:
-                    if what == "hugetlb":
-                        # Both sides, in pages of 2 MiB.
-                        stack.enter_context(host.huge_pages(2048, set_mib + REST_MIB))
+                # Both sides, in pages of 2 MiB.
+                huge = host.huge_pages(2048, set_mib + REST_MIB)
+                with huge if what == "hugetlb" else contextlib.nullcontext():
                     if what == LINUX:
                         values = run_linux(qemu, capabilities, logs)
                     else:

@@ -9,7 +9,7 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 from livebench import engine, hostinfo, summary, throughput
 from livebench.console import Console
@@ -36,12 +36,6 @@ class Resting(Workload):
     def watched_mib(self, scenario: Scenario) -> int:
         """The host's memory that it takes at most."""
         return scenario.mem_mib + QEMU_MIB
-
-
-def _moments(seconds: int) -> Iterator[int]:
-    """When the memory after a burst is recorded: 2, 5, 10, 20, ... seconds, and the end."""
-    yield from (moment for moment in (2, 5, 10, *range(20, seconds, 20)) if moment < seconds)
-    yield seconds
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,8 @@ class Burst(Resting):
     def _after(self, series: Sequence[Dict[str, float]], before: float) -> Dict[str, float]:
         """The memory at some moments after the burst, and when half of it was back."""
         values = {"rss_burst_mib": series[0]["mib"]}
-        for end in _moments(self.seconds):
+        moments = (2, 5, 10, *range(20, self.seconds, 20))
+        for end in (*(moment for moment in moments if moment < self.seconds), self.seconds):
             values[f"rss_{end}s_mib"] = [item["mib"] for item in series if item["s"] <= end][-1]
         half = (before + series[0]["mib"]) / 2
         back = [item["s"] for item in series if item["mib"] <= half]

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from livebench import engine
 from livebench.disks import data_image
@@ -20,8 +20,7 @@ from livemig.modes import MAKERS, MODES, Mode
 Runner = Callable[[Scenario, Mode, int, Path], Dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One run that is to be made."""
 
     scenario: Scenario
@@ -106,7 +105,7 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
     seen: Dict[str, Dict[str, List[float]]] = defaultdict(lambda: defaultdict(list))
     missing = []
     for step in steps:
-        run = {} if fresh else store.made(step.scenario, step.mode, step.index)
+        run = {} if fresh else store.made(*step)
         if run:
             seen[step.scenario.name][step.mode.name].append(run["seconds"])
         else:
@@ -124,7 +123,7 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
         logs = paths.OUT / "logs" / "bench" / step.scenario.name / f"{step.mode.name}-{step.index}"
         began = time.monotonic()
         try:
-            run = runner(step.scenario, step.mode, step.index, logs)
+            run = runner(*step, logs)
         except NotPossibleHere as err:
             impossible.add(step.scenario.name)
             print(f"{step.scenario.name} is skipped: {err}", flush=True)
@@ -139,7 +138,7 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
             print("interrupted; the same command goes on from here", flush=True)
             raise
         seen[step.scenario.name][step.mode.name].append(time.monotonic() - began)
-        store.save(step.scenario, step.mode, step.index, run)
+        store.save(*step, run)
         failed += run.get("verified") is False
         print(describe(run), flush=True)
     return failed

@@ -135,13 +135,13 @@ def extrapolations(runs: Sequence[Run]) -> List[Dict[str, Any]]:
 
 
 class Report:
-    """Writes a report of runs, and of guests that rest, into a directory."""
+    """Writes a report of runs, and of guests that rest, into their directory."""
 
-    def __init__(self, directory: Path, runs: Sequence[Run], resting: Sequence[Run]):
-        self.directory = directory
-        self.runs = runs
-        self.resting = resting
-        self.rows = summary.table(runs)
+    def __init__(self, runs: Store):
+        self.directory = runs.directory
+        self.runs = runs.runs()
+        self.resting = density.store_of(runs.directory).runs()
+        self.rows = summary.table(self.runs)
 
     def _figure(self, name: str, figure: Figure) -> Tuple[str, str]:
         """Write a figure; returns its name, and a URL that holds it."""
@@ -202,7 +202,7 @@ class Report:
             item["figure"] = self._figure("density-" + item["scenario"], figure)
         return tables
 
-    def write(self, micro: Optional[Dict[str, Any]]) -> Path:
+    def write(self) -> Path:
         """Write summary.json, report.html and the figures; returns the report."""
         for old in self.directory.glob("*.png"):
             old.unlink()
@@ -219,6 +219,7 @@ class Report:
         environment.filters["number"] = number
         environment.filters["ratio"] = statistics.ratio_text
         floors = [r for r in self.rows if r["mode"] == "array" and r["ratio_floor"] is not None]
+        micro = self.directory / "micro.json"
         curves = {"scaling-total": plots.scaling_total, "scaling-cost": plots.scaling_cost}
         if len(plots.sizes(self.runs)) < 2:
             curves = {}
@@ -231,7 +232,7 @@ class Report:
             scaling=[self._figure(name, draw(self.runs)) for name, draw in curves.items()],
             extrapolations=extrapolations(self.runs),
             extrapolated=EXTRAPOLATED_GIB,
-            micro=micro,
+            micro=json.loads(micro.read_text(encoding="utf-8")) if micro.exists() else None,
             density=self._density(),
             modes=[*MODES.values(), *(RESTING.values() if self.resting else ())],
             first=every[0],
@@ -248,7 +249,5 @@ class Report:
 
 def make(runs: Store) -> Optional[Path]:
     """Write the report of a directory of runs; None if there are no runs."""
-    micro = runs.directory / "micro.json"
-    data = json.loads(micro.read_text(encoding="utf-8")) if micro.exists() else None
-    found, resting = runs.runs(), density.store_of(runs.directory).runs()
-    return Report(runs.directory, found, resting).write(data) if found or resting else None
+    report = Report(runs)
+    return report.write() if report.runs or report.resting else None

@@ -98,11 +98,11 @@ def compare(
 def judge(runs: Sequence[Run], scenario: str, target: Target) -> Optional[Dict[str, Any]]:
     """Whether a target is reached; None if it was not measured."""
     measured = values(runs, scenario, target.mode, target.metric)
-    base = values(runs, scenario, target.against, target.metric) if target.against else measured
+    # Without another mode, the metric itself counts.
+    base = [1.0] * len(measured)
     if target.against:
-        value = statistics.ratio(measured, base)
-    else:
-        value = statistics.Spread.from_values(measured).median if measured else None
+        base = values(runs, scenario, target.against, target.metric)
+    value = statistics.ratio(measured, base)
     if value is None:
         return None
     return {
