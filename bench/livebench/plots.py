@@ -26,7 +26,7 @@ COLOURS = {**dict(zip(MODES, _PALETTE)), **dict(zip(RESTING, _PALETTE))}
 
 def _styled(xlabel: str, ylabel: str, title: str = "", height: float = 4) -> Tuple[Figure, Any]:
     figure = Figure(figsize=(9, height), layout="constrained")
-    axes = figure.subplots()
+    axes = figure.add_subplot()
     axes.grid(axis="both", alpha=0.3)
     axes.set_axisbelow(True)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)

@@ -403,10 +403,12 @@ class Sysbench(Working):
 
     @property
     def line(self) -> str:
+        """What the test writes."""
         return SYSBENCH[self.test][1]
 
     @property
     def hold_mib(self) -> int:
+        """What it takes, with its files."""
         return 600 if _FILES in SYSBENCH[self.test][0] else 100
 
     def prepare(self, guest: Guest) -> None:
