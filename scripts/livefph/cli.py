@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple, TypeVar
 
 from livefph import change, estimate, show, status, watch
-from livefph.connection import ConnectionLost, Domain, FphError, Host, Socket
+from livefph.connection import ConnectionLost, Domain, Failure, FphError, Host, Socket
 
 DONE, NOT_DONE, INTERRUPTED = 0, 1, 130
 SWITCH = {True: "on", False: "off", None: "-"}
@@ -49,8 +49,6 @@ def each(
     for domain in domains:
         try:
             found[domain.name] = work(domain)
-        except ConnectionLost:
-            raise
         except FphError as err:
             complain(f"{domain.name}: {err}")
             worst = max(worst, err.status)
@@ -183,7 +181,7 @@ def run_watch(args: argparse.Namespace) -> int:
     watcher = watch.Watcher(source, screen.draw)
     try:
         return _watch(args, watcher, screen)
-    except FphError as err:
+    except Failure as err:
         complain(f"{source.name}: {err}")
         return err.status
 
@@ -316,7 +314,7 @@ def main(argv: Sequence[str]) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
-    except FphError as err:
+    except Failure as err:
         complain(err)
         return err.status
     except KeyboardInterrupt:

@@ -19,7 +19,13 @@ KEEPALIVE = (5, 3)
 QMP_SECONDS = 10
 
 
-class FphError(Exception):
+class Failure(Exception):
+    """Ends the tool, or what it does with one domain, with a line and an exit status."""
+
+    status = 3
+
+
+class FphError(Failure):
     """What was asked for is not possible; nothing was changed."""
 
     status = 1
@@ -41,8 +47,8 @@ class NotRunning(LibvirtFailure):
     status = 1
 
 
-class ConnectionLost(LibvirtFailure):
-    """Nobody answers any more."""
+class ConnectionLost(Failure):
+    """Nobody answers any more, of whatever domain: no FphError, which would be of one of them."""
 
 
 class QmpError(FphError):

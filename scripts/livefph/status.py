@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
 from livefph import domainxml
-from livefph.connection import ConnectionLost, Domain, FphError, NotRunning, QmpError
+from livefph.connection import Domain, FphError, NotRunning, QmpError
 
 BALLOON = "virtio-balloon"
 FEATURES = (
@@ -98,8 +98,6 @@ def look(domain: Domain) -> Status:
             status.defined = definition.offered
         if definition.model not in domainxml.MODELS:
             status.notes.append(f"its balloon is of model '{definition.model}': no hints")
-    except ConnectionLost:
-        raise
     except FphError as err:
         status.notes.append(str(err))
     if not domain.active():
@@ -112,8 +110,6 @@ def look(domain: Domain) -> Status:
         status.state = domain.state()
     except QmpError as err:
         status.notes.append(f"its QEMU does not say: {err}")
-    except ConnectionLost:
-        raise
     except FphError as err:
         status.notes.append(f"QEMU was not asked, {err}")
     if status.offered and status.defined not in (None, status.offered):

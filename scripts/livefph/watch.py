@@ -6,15 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Union
 
-from livefph.connection import (
-    ConnectionLost,
-    Domain,
-    FphError,
-    LibvirtFailure,
-    NotRunning,
-    ReadOnly,
-    Socket,
-)
+from livefph.connection import Domain, FphError, LibvirtFailure, NotRunning, ReadOnly, Socket
 from livefph.status import skipped_bytes
 
 EVENT = "MIGRATION_FREE_PAGES"
@@ -170,8 +162,6 @@ class Watcher:
         ):
             try:
                 listen()
-            except ConnectionLost:
-                raise
             except FphError:
                 # Not everybody may listen: then there is what is seen by looking.
                 pass
@@ -229,8 +219,6 @@ class Watcher:
             return self._end
         try:
             return self._source.job(completed=True)
-        except ConnectionLost:
-            raise
         except LibvirtFailure:
             # A transient domain has gone, and what libvirt knew of it.
             return {}
