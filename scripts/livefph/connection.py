@@ -5,7 +5,7 @@ import contextlib
 import json
 import socket
 import threading
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 try:
     import libvirt
@@ -17,6 +17,8 @@ except ImportError:
 # Of the server's silence, until the connection counts as lost
 KEEPALIVE = (5, 3)
 QMP_SECONDS = 10
+# As virsh calls them, by their number: virDomainState
+STATES = "no state/running/idle/paused/in shutdown/shut off/crashed/pmsuspended".split("/")
 
 
 class Failure(Exception):
@@ -64,6 +66,10 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def _pack(command: str, arguments: Dict[str, Any]) -> str:
+    return json.dumps({"execute": command, "arguments": arguments})
+
+
 def _unpack(reply: str) -> Any:
     answer = json.loads(reply)
     if "error" in answer:
@@ -76,50 +82,34 @@ class Domain:
 
     def __init__(self, host: "Host", domain: Any):
         self._host = host
+        self._ask = host.ask
         self._domain = domain
-        with host.errors():
-            self.name: str = domain.name()
+        self.name: str = self._ask(domain.name)
 
     def state(self) -> str:
         """As virsh calls it."""
-        with self._host.errors():
-            number = self._domain.state()[0]
-        names = {
-            libvirt.VIR_DOMAIN_RUNNING: "running",
-            libvirt.VIR_DOMAIN_BLOCKED: "idle",
-            libvirt.VIR_DOMAIN_PAUSED: "paused",
-            libvirt.VIR_DOMAIN_SHUTDOWN: "in shutdown",
-            libvirt.VIR_DOMAIN_SHUTOFF: "shut off",
-            libvirt.VIR_DOMAIN_CRASHED: "crashed",
-            libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
-        }
-        return names.get(number, "no state")
+        number = self._ask(self._domain.state)[0]
+        return STATES[number] if number < len(STATES) else STATES[0]
 
     def active(self) -> bool:
         """Whether a QEMU runs it."""
-        with self._host.errors():
-            return bool(self._domain.isActive())
+        return bool(self._ask(self._domain.isActive))
 
     def persistent(self) -> bool:
         """Whether it has a definition that outlives its QEMU."""
-        with self._host.errors():
-            return bool(self._domain.isPersistent())
+        return bool(self._ask(self._domain.isPersistent))
 
     def definition(self, secure: bool = False) -> str:
         """The XML that it is started with next time; with its passwords, to be defined again."""
         flags = libvirt.VIR_DOMAIN_XML_INACTIVE
         if secure:
             flags |= libvirt.VIR_DOMAIN_XML_SECURE
-        with self._host.errors():
-            text: str = self._domain.XMLDesc(flags)
-        return text
+        return str(self._ask(self._domain.XMLDesc, flags))
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command; returns what it returns."""
-        request = {"execute": command, **({"arguments": arguments} if arguments else {})}
-        with self._host.errors():
-            reply = libvirt_qemu.qemuMonitorCommand(self._domain, json.dumps(request), 0)
-        return _unpack(reply)
+        request = _pack(command, arguments)
+        return _unpack(self._ask(libvirt_qemu.qemuMonitorCommand, self._domain, request, 0))
 
     def job(self, completed: bool = False) -> Dict[str, Any]:
         """libvirt's statistics of the domain's job, or of the last one."""
@@ -128,31 +118,28 @@ class Domain:
             # Whoever asks next is to have them, too.
             flags = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED
             flags |= libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
-        with self._host.errors():
-            stats: Dict[str, Any] = self._domain.jobStats(flags)
-        return stats
+        return dict(self._ask(self._domain.jobStats, flags))
 
     def on_end(self, call: Callable[[Dict[str, Any]], None]) -> None:
         """Have libvirt's statistics of a migration reported when it ends, from another thread."""
-
-        def ended(*arguments: Any) -> None:
-            call(arguments[2])
-
-        with self._host.errors():
-            self._host.connection.domainEventRegisterAny(
-                self._domain, libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, ended, None
-            )
+        self._ask(
+            self._host.connection.domainEventRegisterAny,
+            self._domain,
+            libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED,
+            lambda *arguments: call(arguments[2]),
+            None,
+        )
 
     def on_event(self, event: str, call: Callable[[Any], None]) -> None:
         """Have an event of QEMU's reported, from another thread."""
-
-        def received(*arguments: Any) -> None:
-            call(json.loads(arguments[5] or "{}"))
-
-        with self._host.errors():
-            libvirt_qemu.qemuMonitorEventRegister(
-                self._host.connection, self._domain, event, received, None
-            )
+        self._ask(
+            libvirt_qemu.qemuMonitorEventRegister,
+            self._host.connection,
+            self._domain,
+            event,
+            lambda *arguments: call(json.loads(arguments[5] or "{}")),
+            None,
+        )
 
 
 class Host:
@@ -168,13 +155,12 @@ class Host:
         if events:
             libvirt.virEventRegisterDefaultImpl()
             threading.Thread(target=_run_events, daemon=True).start()
-        with self.errors():
-            self.connection = (libvirt.openReadOnly if read_only else libvirt.open)(uri)
-            self._uri = self.connection.getURI()
-            if events:
-                # Not all of libvirt's drivers have a server that could fall silent.
-                with contextlib.suppress(libvirt.libvirtError):
-                    self.connection.setKeepAlive(*KEEPALIVE)
+        self.connection = self.ask(libvirt.openReadOnly if read_only else libvirt.open, uri)
+        self._uri = self.ask(self.connection.getURI)
+        if events:
+            # Not all of libvirt's drivers have a server that could fall silent.
+            with contextlib.suppress(libvirt.libvirtError):
+                self.connection.setKeepAlive(*KEEPALIVE)
 
     @property
     def uri(self) -> str:
@@ -183,33 +169,25 @@ class Host:
 
     def domains(self) -> List[Domain]:
         """All domains, by name."""
-        with self.errors():
-            found = self.connection.listAllDomains()
+        found = self.ask(self.connection.listAllDomains)
         return sorted((Domain(self, domain) for domain in found), key=lambda d: d.name)
 
     def domain(self, name: str) -> Domain:
         """The domain of a name, or of a UUID."""
-        found = None
-        for lookup in "lookupByName", "lookupByUUIDString":
+        for lookup in self.connection.lookupByName, self.connection.lookupByUUIDString:
             with contextlib.suppress(libvirt.libvirtError):
-                found = getattr(self.connection, lookup)(name)
-                break
-        if found is None:
-            with self.errors():
-                self.connection.getLibVersion()
-            raise FphError(f"{name}: {self.uri} has no such domain")
-        return Domain(self, found)
+                return Domain(self, lookup(name))
+        # Or nobody was there to find it.
+        self.ask(self.connection.getLibVersion)
+        raise FphError(f"{name}: {self.uri} has no such domain")
 
     def define(self, text: str) -> None:
         """Replace a domain's definition, if libvirt finds it valid."""
-        with self.errors():
-            self.connection.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+        self.ask(self.connection.defineXMLFlags, text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
 
     def command_line(self, text: str) -> str:
         """What libvirt would start the QEMU of a domain with; there need not be such a domain."""
-        with self.errors():
-            line: str = self.connection.domainXMLToNative("qemu-argv", text, 0)
-        return line
+        return str(self.ask(self.connection.domainXMLToNative, "qemu-argv", text, 0))
 
     def _lost(self) -> bool:
         try:
@@ -217,11 +195,10 @@ class Host:
         except libvirt.libvirtError:
             return True
 
-    @contextlib.contextmanager
-    def errors(self) -> Iterator[None]:
-        """Turn libvirt's errors into ours."""
+    def ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of libvirt's, and turn its errors into ours."""
         try:
-            yield
+            return call(*arguments)
         except libvirt.libvirtError as err:
             text = one_line(err.get_error_message() or err)
             code = err.get_error_code()
@@ -281,9 +258,8 @@ class Socket:
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Run a command; returns what it returns."""
-        request = {"execute": command, **({"arguments": arguments} if arguments else {})}
         try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
+            self._socket.sendall(_pack(command, arguments).encode() + b"\n")
         except OSError as err:
             raise NotRunning(f"{self._path}: QEMU has ended") from err
         while True:
