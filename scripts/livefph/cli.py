@@ -223,33 +223,24 @@ def save(args: argparse.Namespace, record: watch.Record) -> None:
         say(args, f"{record.name}: see {args.output}.json")
 
 
-def budget(text: str) -> int:
-    """Read --cache."""
-    try:
-        return estimate.size(text)
-    except ValueError as err:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 2GiB or 500MiB") from err
+def value(read: Callable[[str], float], what: str) -> Callable[[str], float]:
+    """A type of options; where reading raises ValueError, it is said what it should be."""
 
+    def parsed(text: str) -> float:
+        try:
+            return read(text)
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what}") from err
 
-def rate(text: str) -> int:
-    """Read --bandwidth."""
-    try:
-        return estimate.bandwidth(text)
-    except ValueError as err:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no bandwidth such as 1Gbit or 100MiB"
-        ) from err
+    return parsed
 
 
 def seconds(text: str) -> float:
-    """Read a time."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
-    return value
+    """A time; ValueError if it is none."""
+    time = float(text)
+    if not 0 <= time < float("inf"):
+        raise ValueError(text)
+    return time
 
 
 def parser() -> argparse.ArgumentParser:
@@ -266,32 +257,33 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[..., int], **options: Any) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, parents=[common], **options)
-        added.set_defaults(run=run)
-        return added
+    bandwidth = value(estimate.bandwidth, "bandwidth such as 1Gbit or 100MiB")
+    size = value(estimate.size, "size such as 2GiB or 500MiB")
+    time = value(seconds, "number of seconds")
 
-    added = command("status", run_status, help="what each domain offers, uses, and has done")
-    added.add_argument("domain", nargs="*", metavar="DOMAIN")
-    added = command("estimate", run_estimate, help="what a migration would skip")
-    added.add_argument("domain", nargs="*", metavar="DOMAIN")
-    added.add_argument("--all", action="store_true", help="all domains that run")
-    added.add_argument("--bandwidth", type=rate, metavar="RATE", help="for the time: 1Gbit, 100MiB")
-    added.add_argument("--cache", type=budget, metavar="SIZE", help="page cache to free: 2GiB")
-    for name, text in ("enable", "switch hints on"), ("disable", "switch hints off"):
-        added = command(name, run_change, help=f"{text}, from a domain's next start on")
+    def command(name: str, run: Callable[..., int], what: str) -> Callable[..., argparse.Action]:
+        added = commands.add_parser(name, parents=[common], help=what)
+        added.set_defaults(run=run)
         added.add_argument("domain", nargs="*", metavar="DOMAIN")
-        added.add_argument("--all", action="store_true", help="all domains")
+        return added.add_argument
+
+    command("status", run_status, "what each domain offers, uses, and has done")
+    add = command("estimate", run_estimate, "what a migration would skip")
+    add("--all", action="store_true", help="all domains that run")
+    add("--bandwidth", type=bandwidth, metavar="RATE", help="for the time: 1Gbit, 100MiB")
+    add("--cache", type=size, metavar="SIZE", help="page cache to free: 2GiB")
+    for name, text in ("enable", "switch hints on"), ("disable", "switch hints off"):
+        add = command(name, run_change, f"{text}, from a domain's next start on")
+        add("--all", action="store_true", help="all domains")
         what = "with arrays" if name == "enable" else "only the arrays"
-        added.add_argument("--arrays", action="store_true", help=what)
-        added.add_argument("--write", action="store_true", help="do it: else it is only shown")
-        added.add_argument("--emulator", metavar="PATH", help="name this QEMU, too")
-    added = command("watch", run_watch, help="follow a migration")
-    added.add_argument("domain", nargs="*", metavar="DOMAIN")
-    added.add_argument("--qmp", metavar="SOCKET", help="in place of a domain, a QEMU's own socket")
-    added.add_argument("--wait", type=seconds, default=0, metavar="S", help="for it to begin")
-    added.add_argument("--interval", type=seconds, default=0.2, metavar="S", help="default: 0.2")
-    added.add_argument("-o", "--output", metavar="NAME", help="write NAME.json and NAME.png")
+        add("--arrays", action="store_true", help=what)
+        add("--write", action="store_true", help="do it: else it is only shown")
+        add("--emulator", metavar="PATH", help="name this QEMU, too")
+    add = command("watch", run_watch, "follow a migration")
+    add("--qmp", metavar="SOCKET", help="in place of a domain, a QEMU's own socket")
+    add("--wait", type=time, default=0, metavar="S", help="for it to begin")
+    add("--interval", type=time, default=0.2, metavar="S", help="default: 0.2")
+    add("-o", "--output", metavar="NAME", help="write NAME.json and NAME.png")
     return top
 
 

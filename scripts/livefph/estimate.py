@@ -11,15 +11,7 @@ from livefph.status import STOCK, explain
 POLL_SECONDS = 0.05
 # free-page-hint-wait is a minute at most.
 LIMIT_SECONDS = 90
-UNITS = {
-    "": 1,
-    "K": 1000,
-    "M": 1000**2,
-    "G": 1000**3,
-    "Ki": 1024,
-    "Mi": 1024**2,
-    "Gi": 1024**3,
-}
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
 def amount(text: str, units: str) -> int:
