@@ -20,9 +20,8 @@ def size(count: Optional[float]) -> str:
     unit = 0
     while count >= 1024 and unit + 1 < len(UNITS):
         count, unit = count / 1024, unit + 1
-    return (
-        f"{count:.1f} {UNITS[unit]}" if unit > 2 and count < 100 else f"{count:.0f} {UNITS[unit]}"
-    )
+    decimals = 1 if unit > 2 and count < 100 else 0
+    return f"{count:.{decimals}f} {UNITS[unit]}"
 
 
 def duration(seconds: Optional[float]) -> str:
@@ -74,20 +73,13 @@ def progress(record: Record, width: int) -> str:
     last = record.samples[-1]
     # Of what has to be sent: what is skipped is in the bar.
     whole = max(1, last.total - (last.skipped or 0))
-    words = [
-        f"{record.name}  [{filled(last)}] {100 * max(0, whole - last.remaining) // whole:3} % sent"
-    ]
-    if last.status == "active":
-        words.append(f"end {_when(last)}")
-    else:
-        words.append(last.status)
+    share = 100 * max(0, whole - last.remaining) // whole
+    line = f"{record.name}  [{filled(last)}] {share:3} % sent"
+    words = [f"end {_when(last)}" if last.status == "active" else last.status]
     if last.skipped is not None:
         words.append(f"skipped {size(last.skipped)}")
-    words.append(f"round {last.round}")
-    words.append(f"{size(last.rate)}/s")
-    words.append(f"dirty {size(last.dirty_rate)}/s")
-    line = words[0]
-    for word in words[1:]:
+    words += [f"round {last.round}", f"{size(last.rate)}/s", f"dirty {size(last.dirty_rate)}/s"]
+    for word in words:
         if len(line) + 2 + len(word) > width - 1:
             break
         line += "  " + word
@@ -105,15 +97,11 @@ def outcome(record: Record) -> str:
     if record.sent is not None:
         words.append(f"{size(record.sent)} sent")
     if record.skipped is not None:
-        words.append(
-            f"{size(record.skipped)} " + (f"of {size(total)} " if total else "") + "skipped"
-        )
-    reasons = [
-        f"{name} {found['reason']}"
-        for name, found in (("hints", record.hints), ("absent pages", record.absent))
-        if found.get("reason")
-    ]
-    return ", ".join(words + reasons) + (f": {record.error}" if record.error else "")
+        words.append(size(record.skipped) + (f" of {size(total)}" if total else "") + " skipped")
+    for name, found in ("hints", record.hints), ("absent pages", record.absent):
+        if found.get("reason"):
+            words.append(f"{name} {found['reason']}")
+    return ", ".join(words) + (f": {record.error}" if record.error else "")
 
 
 def picture(record: Record, path: str) -> None:
