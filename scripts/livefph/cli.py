@@ -29,10 +29,10 @@ def say(args: argparse.Namespace, text: str) -> None:
         print(text)
 
 
-def print_json(args: argparse.Namespace, key: str, found: Dict[str, Any]) -> None:
+def print_json(args: argparse.Namespace, found: Dict[str, Any]) -> None:
     """Print for programs."""
     if args.json:
-        print(json.dumps({key: found}, indent=2))
+        print(json.dumps({"domains": found}, indent=2))
 
 
 def chosen(args: argparse.Namespace, host: Host) -> List[Domain]:
@@ -60,7 +60,7 @@ def run_status(args: argparse.Namespace) -> int:
     host = Host(args.connect, args.readonly)
     domains = chosen(args, host)
     found, worst = each(domains, status.look)
-    print_json(args, "domains", {name: asdict(seen) for name, seen in found.items()})
+    print_json(args, {name: asdict(seen) for name, seen in found.items()})
     rows = [
         (
             seen.name,
@@ -91,7 +91,7 @@ def run_estimate(args: argparse.Namespace) -> int:
         raise FphError(f"no domain is running on {host.uri}")
     asked = {"bandwidth": args.bandwidth, "cache": args.cache}
     found, worst = each(domains, lambda d: estimate.estimate(d, **asked))
-    print_json(args, "domains", found)
+    print_json(args, found)
     if found:
         say(args, estimate_table(found))
     notes = {name: estimate.notes(e, args.cache) for name, e in found.items()}
@@ -127,7 +127,7 @@ def run_change(args: argparse.Namespace) -> int:
     host = Host(args.connect, args.readonly)
     wish = change.Wish(args.command == "enable", args.arrays, args.emulator)
     found, worst = each(chosen(args, host), lambda d: change.change(host, d, wish, args.write))
-    print_json(args, "domains", {name: asdict(made) for name, made in found.items()})
+    print_json(args, {name: asdict(made) for name, made in found.items()})
     for made in found.values():
         say(args, made.diff)
     for made in found.values():
@@ -178,9 +178,8 @@ def run_watch(args: argparse.Namespace) -> int:
     source = Socket(args.qmp) if args.qmp else None
     source = source or Host(args.connect, args.readonly, events=True).domain(args.domain[0])
     screen = Screen(args)
-    watcher = watch.Watcher(source, screen.draw)
     try:
-        return _watch(args, watcher, screen)
+        return _watch(args, watch.Watcher(source, screen.draw), screen)
     except Failure as err:
         complain(f"{source.name}: {err}")
         return err.status

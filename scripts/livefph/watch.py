@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Follows a migration: samples of QEMU's or libvirt's figures, and what they add up to."""
 
+import contextlib
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Callable, Dict, List, Optional, Union
 
 from livefph.connection import Domain, FphError, LibvirtFailure, NotRunning, ReadOnly, Socket
@@ -89,7 +90,6 @@ def from_qmp(info: Dict[str, Any]) -> Sample:
 
 def from_job(job: Dict[str, Any]) -> Sample:
     """A sample of libvirt's statistics, which a read-only connection has too."""
-    page = job.get("memory_page_size", 4096)
     return Sample(
         seconds=job.get("time_elapsed", 0) / 1000,
         status="active",
@@ -97,7 +97,7 @@ def from_job(job: Dict[str, Any]) -> Sample:
         remaining=job.get("memory_remaining", 0),
         sent=job.get("memory_processed", 0),
         rate=job.get("memory_bps", 0),
-        dirty_rate=job.get("memory_dirty_rate", 0) * page,
+        dirty_rate=job.get("memory_dirty_rate", 0) * job.get("memory_page_size", 4096),
         round=job.get("memory_iteration", 0),
     )
 
@@ -133,7 +133,7 @@ class Watcher:
         self._end: Dict[str, Any] = {}
         self._ended = threading.Event()
 
-    def follow(self, wait: float, interval: float) -> Record:
+    def follow(self, wait: float, interval: float) -> None:
         """Look until the migration has ended; wait so many seconds for it to begin."""
         self._listen()
         deadline, waiting = time.monotonic() + wait, False
@@ -142,12 +142,12 @@ class Watcher:
                 running = self._look()
             except NotRunning as err:
                 self._gone(err)
-                return self.record
+                return
             if self.record.status not in IDLE:
                 self._seen(self.record)
                 deadline = 0
             if not running and self.record.status != "none":
-                return self.record
+                return
             if not running and time.monotonic() >= deadline:
                 raise FphError("no migration is running")
             if not running and not waiting:
@@ -156,15 +156,11 @@ class Watcher:
             time.sleep(interval)
 
     def _listen(self) -> None:
-        for listen in (
-            lambda: self._source.on_end(self._over),
-            lambda: self._source.on_event(EVENT, self._heard),
-        ):
-            try:
-                listen()
-            except FphError:
-                # Not everybody may listen: then there is what is seen by looking.
-                pass
+        # Not everybody may listen: then there is what is seen by looking.
+        with contextlib.suppress(FphError):
+            self._source.on_end(self._over)
+        with contextlib.suppress(FphError):
+            self._source.on_event(EVENT, self._heard)
 
     def _over(self, job: Dict[str, Any]) -> None:
         self._end = job
@@ -211,17 +207,16 @@ class Watcher:
         record.status = sample.status
         if sample.total:
             expected = expected_seconds([*record.samples, sample])
-            record.samples.append(Sample(**{**asdict(sample), "expected": expected}))
+            record.samples.append(replace(sample, expected=expected))
 
     def _last_job(self) -> Dict[str, Any]:
         """What libvirt says of a migration that has ended."""
         if self._ended.wait(EVENT_SECONDS):
             return self._end
-        try:
+        with contextlib.suppress(LibvirtFailure):
             return self._source.job(completed=True)
-        except LibvirtFailure:
-            # A transient domain has gone, and what libvirt knew of it.
-            return {}
+        # A transient domain has gone, and what libvirt knew of it.
+        return {}
 
     def _gone(self, err: NotRunning) -> None:
         """The domain's QEMU is no more here: libvirt may know how that came."""
@@ -241,7 +236,7 @@ class Watcher:
         record.downtime_ms = job.get("downtime")
         record.sent = job.get("memory_processed")
         if record.samples and record.status == "completed":
-            last = asdict(record.samples[-1])
-            last.update(status="completed", remaining=0, expected=None)
-            last.update(seconds=max(last["seconds"], (record.total_ms or 0) / 1000))
-            record.samples.append(Sample(**{**last, "sent": record.sent or last["sent"]}))
+            last = record.samples[-1]
+            end = replace(last, status="completed", remaining=0, expected=None)
+            seconds = max(last.seconds, (record.total_ms or 0) / 1000)
+            record.samples.append(replace(end, seconds=seconds, sent=record.sent or last.sent))
