@@ -7,7 +7,7 @@ elements that nobody here knows, the order, the quotes.
 
 import re
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 from xml.sax.saxutils import escape, unescape
 
 from livefph.connection import FphError
@@ -70,8 +70,7 @@ class _Editor:
         kind = self.domain.attributes.get("type")
         if kind not in TYPES:
             raise FphError(f"it is of type '{kind}', hints need QEMU")
-        devices = self.domain.find("devices")
-        balloon = devices.find("memballoon") if devices else None
+        balloon = self.domain.find("devices", "memballoon")
         if not balloon:
             raise FphError("it has no <memballoon>")
         model = balloon.attributes.get("model")
@@ -96,14 +95,27 @@ class _Editor:
 
     def device(self, alias: str) -> Optional[Element]:
         """What is overridden of a device."""
-        override = self.domain.find(qemu("override"))
-        return override.find(qemu("device"), alias=alias) if override else None
+        return self.domain.find(qemu("override"), qemu("device"), alias=alias)
+
+    def around(self, alias: str) -> List[Element]:
+        """Of the elements around a device's properties, those that are there; the outer first."""
+        device = self.device(alias)
+        frontend = device and device.find(qemu("frontend"))
+        return [e for e in (self.domain.find(qemu("override")), device, frontend) if e]
 
     def property(self, alias: str, name: str) -> List[Element]:
         """A property of a device, once for each time that it is there."""
-        device = self.device(alias)
-        frontend = device.find(qemu("frontend")) if device else None
-        return list(frontend.find_all(qemu("property"), name=name)) if frontend else []
+        frontends = self.around(alias)[2:]
+        return [p for f in frontends for p in f.find_all(qemu("property"), name=name)]
+
+    def emulator(self) -> Optional[str]:
+        """The path of its QEMU."""
+        element = self.domain.find("devices", "emulator")
+        return element and unescape(self.text(element.content, element.content_end).strip())
+
+    def text(self, start: int, end: int) -> str:
+        """A part of the text."""
+        return self.data[start:end].decode()
 
     def is_on(self, balloon: Element, name: str) -> bool:
         """Whether QEMU will have a property on: an override has the last word."""
@@ -132,23 +144,23 @@ class _Editor:
                 text += f"\n{indent}".encode()
             self._edits.append((where, where, text))
 
+    def _attributes(self, element: Element) -> "Dict[str, re.Match[bytes]]":
+        found = ATTRIBUTE.finditer(self.data, element.start, element.content)
+        return {match[1].decode(): match for match in found}
+
     def set_attribute(self, element: Element, name: str, value: str) -> None:
         """Give an attribute a value."""
-        tag = self.data[element.start : element.content]
-        for match in ATTRIBUTE.finditer(tag):
-            if match[1] == name.encode():
-                start, end = (element.start + offset for offset in match.span(2))
-                self._edits.append((start, end, f"'{value}'".encode()))
-                return
-        where = element.start + len(tag[: -2 if element.empty else -1].rstrip())
+        if match := self._attributes(element).get(name):
+            self._edits.append((*match.span(2), f"'{value}'".encode()))
+            return
+        tag = self.data[element.start : element.content - (2 if element.empty else 1)]
+        where = element.start + len(tag.rstrip())
         self._edits.append((where, where, f" {name}='{value}'".encode()))
 
     def remove_attribute(self, element: Element, name: str) -> None:
         """Take out an attribute, if it is there, and the white space in front of it."""
-        for match in ATTRIBUTE.finditer(self.data[element.start : element.content]):
-            if match[1] == name.encode():
-                start, end = (element.start + offset for offset in match.span())
-                self._edits.append((start, end, b""))
+        if match := self._attributes(element).get(name):
+            self._edits.append((*match.span(), b""))
 
     def set_text(self, element: Element, text: str) -> None:
         """Give an element that has only text another one."""
@@ -163,11 +175,10 @@ class _Editor:
 
     def qemu_prefix(self) -> str:
         """A prefix for QEMU's namespace where the domain ends."""
-        tag = self.data[self.domain.start : self.domain.content]
         spaces = {
-            m[1].decode()[6:]: m[2].decode()[1:-1]
-            for m in ATTRIBUTE.finditer(tag)
-            if m[1].startswith(b"xmlns:")
+            name.removeprefix("xmlns:"): match[2].decode()[1:-1]
+            for name, match in self._attributes(self.domain).items()
+            if name.startswith("xmlns:")
         }
         for prefix, uri in spaces.items():
             if uri == NAMESPACE:
@@ -183,35 +194,30 @@ class _Editor:
 def read(text: str) -> Definition:
     """What a domain's XML says."""
     editor = _Editor(text)
-    devices = editor.domain.find("devices")
-    balloon = devices.find("memballoon") if devices else None
-    emulator = devices.find("emulator") if devices else None
-    path = None
-    if emulator:
-        path = unescape(editor.data[emulator.content : emulator.content_end].decode().strip())
+    balloon = editor.domain.find("devices", "memballoon")
     if not balloon:
-        return Definition(path, None, False, False)
+        return Definition(editor.emulator(), None, False, False)
     hints = editor.is_on(balloon, HINT)
     arrays = hints and editor.is_on(balloon, ARRAYS)
-    return Definition(path, balloon.attributes.get("model"), hints, arrays)
+    return Definition(editor.emulator(), balloon.attributes.get("model"), hints, arrays)
 
 
 def probe(text: str, attributes: bool) -> str:
     """A domain of this one's kind with nothing but its balloon, with the attributes or without."""
     editor = _Editor(text)
-    found = {}
-    for parent, name in ("os", "type"), ("devices", "emulator"):
-        around = editor.domain.find(parent)
-        element = around.find(name) if around else None
-        found[name] = editor.data[element.start : element.end].decode() if element else ""
+
+    def copy(*path: str) -> str:
+        element = editor.domain.find(*path)
+        return editor.text(element.start, element.end) if element else ""
+
     model = editor.balloon().attributes["model"]
     switched_on = "".join(f" {name}='on'" for name in ATTRIBUTES.values() if attributes)
     return f"""<domain type='{editor.domain.attributes["type"]}'>
   <name>fph</name>
   <memory unit='GiB'>1</memory>
-  <os>{found["type"]}</os>
+  <os>{copy("os", "type")}</os>
   <devices>
-    {found["emulator"]}
+    {copy("devices", "emulator")}
     <controller type='usb' model='none'/>
     <memballoon model='{model}'{switched_on}/>
   </devices>
@@ -242,14 +248,14 @@ def enable(
             editor.set_attribute(balloon, ATTRIBUTES[name], "on")
     elif missing:
         _override(editor, balloon, missing)
-    _set_emulator(editor, text, emulator)
+    _set_emulator(editor, emulator)
     return editor.result()
 
 
-def _set_emulator(editor: _Editor, text: str, emulator: Optional[str]) -> None:
+def _set_emulator(editor: _Editor, emulator: Optional[str]) -> None:
     devices = editor.domain.find("devices")
     assert devices
-    if not emulator or read(text).emulator == emulator:
+    if not emulator or editor.emulator() == emulator:
         return
     if old := devices.find("emulator"):
         editor.set_text(old, emulator)
@@ -273,52 +279,37 @@ def _override(editor: _Editor, balloon: Element, names: Sequence[str]) -> None:
 
 
 def _add_properties(editor: _Editor, alias: str, names: Sequence[str]) -> None:
-    override = editor.domain.find(qemu("override"))
-    device = editor.device(alias)
-    frontend = device.find(qemu("frontend")) if device else None
-    # The innermost element that is there already, and its prefix
-    parent = frontend or device or override or editor.domain
-    if parent is editor.domain:
-        prefix = editor.qemu_prefix()
+    there = editor.around(alias)
+    if there:
+        prefix = "".join(there[-1].tag.decode().rpartition(":")[:2])
     else:
-        prefix = parent.tag.decode().rpartition(":")[0]
-        prefix += ":" if prefix else ""
+        prefix = editor.qemu_prefix()
     lines = [f"<{prefix}property name='{name}' type='bool' value='true'/>" for name in names]
-    for element, around in (
-        (frontend, "frontend"),
-        (device, "device"),
-        (override, "override"),
-    ):
-        if not element:
-            attribute = f" alias='{alias}'" if around == "device" else ""
-            inside = [f"  {line}" for line in lines]
-            lines = [f"<{prefix}{around}{attribute}>", *inside, f"</{prefix}{around}>"]
-    editor.add(parent, lines)
+    for around in reversed(("override", "device", "frontend")[len(there) :]):
+        attribute = f" alias='{alias}'" if around == "device" else ""
+        inside = [f"  {line}" for line in lines]
+        lines = [f"<{prefix}{around}{attribute}>", *inside, f"</{prefix}{around}>"]
+    editor.add(there[-1] if there else editor.domain, lines)
 
 
 def disable(text: str, arrays_only: bool = False, emulator: Optional[str] = None) -> str:
     """The XML without hints, or without arrays, and maybe another emulator; an alias stays."""
     editor = _Editor(text)
     balloon = editor.balloon()
-    _set_emulator(editor, text, emulator)
+    _set_emulator(editor, emulator)
     alias, _ = editor.alias(balloon)
     names = (ARRAYS,) if arrays_only else (HINT, ARRAYS)
     for attribute in (*(ATTRIBUTES[name] for name in names), CACHE_ATTRIBUTE):
         # Even one that is off keeps libvirt from starting a stock QEMU.
         editor.remove_attribute(balloon, attribute)
     gone = [element for name in names for element in editor.property(alias, name)]
-    override, device = editor.domain.find(qemu("override")), editor.device(alias)
-    if not gone or not override or not device:
-        return editor.result()
-    frontend = device.find(qemu("frontend"))
-    assert frontend
     # An element that would be left empty goes as a whole, but for one with a comment in it.
-    for outer in frontend, device, override:
+    for outer in reversed(editor.around(alias)):
         left = editor.data[outer.content : outer.content_end]
         for element in reversed(gone):
             start, end = element.start - outer.content, element.end - outer.content
             left = left[:start] + left[end:]
-        if left.strip():
+        if left.strip() or not gone:
             break
         gone = [outer]
     for element in gone:

@@ -31,9 +31,13 @@ class Element:
             if child.name == name and attributes.items() <= child.attributes.items():
                 yield child
 
-    def find(self, name: str, /, **attributes: str) -> Optional["Element"]:
-        """The first one of these."""
-        return next(self.find_all(name, **attributes), None)
+    def find(self, *path: str, **attributes: str) -> Optional["Element"]:
+        """The first one of these in the first one of each name before."""
+        *outer, last = path
+        inside: Optional[Element] = self
+        for name in outer:
+            inside = inside and next(inside.find_all(name), None)
+        return inside and next(inside.find_all(last, **attributes), None)
 
     def descendants(self, name: str) -> Iterator["Element"]:
         """All elements of a name in this one."""
@@ -60,10 +64,10 @@ def parse(data: bytes) -> Element:
 
     def end(_name: str) -> None:
         element = path.pop()
-        element.content_end = element.content if element.empty else parser.CurrentByteIndex
-        element.end = (
-            element.content if element.empty else data.index(b">", element.content_end) + 1
-        )
+        element.content_end = element.end = element.content
+        if not element.empty:
+            element.content_end = parser.CurrentByteIndex
+            element.end = data.index(b">", element.content_end) + 1
 
     parser.StartElementHandler = start
     parser.EndElementHandler = end
