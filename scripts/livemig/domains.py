@@ -10,8 +10,8 @@ import string
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
-from xml.etree import ElementTree
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
+from xml.sax.saxutils import quoteattr
 
 import pytest
 
@@ -26,6 +26,7 @@ TOOL = paths.REPO / "scripts" / "two-hosts"
 DOMAIN_XML = paths.REPO / "tests" / "migration" / "libvirt" / "domain.xml"
 DOCUMENTATION = paths.REPO / "docs" / "libvirt.md"
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+PROPERTY = "<qemu:property name='{}' type='bool' value='true'/>"
 OTHER_HOST = {"a": "b", "b": "a"}
 MEMORY_DIRECTORY = "/var/lib/libvirt/qemu/ram"
 LIBVIRTD_LOG = "/var/log/libvirt/libvirtd.log"
@@ -37,6 +38,7 @@ COLD_MIB = 128
 # For tests that are not about how soon a guest answers: the longest wait that there is.
 ANY_TIME = ("-global", "migration.free-page-hint-wait=60000")
 SPEC = GuestSpec(mem_mib=1024, vcpus=2)
+AnyGuest = TypeVar("AnyGuest", bound="Guest")
 
 
 def two_hosts(*args: Any) -> "subprocess.CompletedProcess[str]":
@@ -95,17 +97,48 @@ class Guest:
         source: Optional[str] = None,
         properties: Sequence[str] = (),
     ):
-        """Describe the guest; entering the context starts it."""
+        """Describe the guest, with more arguments for its QEMU, a type of shared memory, and more
+        properties of the balloon switched on; entering the context starts it.
+        """
         self.hosts = hosts
         self.name = name
         self.spec = SPEC
         self.host = "a"
         self.xml = hosts.state / f"{name}.xml"
-        text = domain_xml(name, qemu_args, source, properties)
-        self.xml.write_text(text, encoding="utf-8")
+        text = string.Template(DOMAIN_XML.read_text("utf-8")).substitute(
+            name=name,
+            memory=SPEC.mem_mib,
+            vcpus=SPEC.vcpus,
+            kernel=paths.kernel_image(SPEC.kernel),
+            initramfs=paths.initramfs(),
+            qemu=paths.qemu_binary(SPEC.qemu),
+        )
+        self.xml.write_text(text, "utf-8")
+        self.add("qemu:commandline", *(f"<qemu:arg value={quoteattr(arg)}/>" for arg in qemu_args))
+        self.add("qemu:frontend", *(PROPERTY.format(name) for name in properties))
+        if source:
+            memory_backing = f"<source type='{source}'/><access mode='shared'/>"
+            self.add("domain", f"<memoryBacking>{memory_backing}</memoryBacking>")
         self._port: Optional[AgentPort] = None
         # Memory of QEMUs that is kept open to be looked at.
         self._memories = contextlib.ExitStack()
+
+    def replace(self, old: str, new: str = "") -> None:
+        """Replace something that is in its domain XML once."""
+        text = self.xml.read_text("utf-8")
+        assert text.count(old) == 1, old
+        self.xml.write_text(text.replace(old, new), "utf-8")
+
+    def replace_element(self, element: str, new: str = "") -> None:
+        """Replace a whole element of its domain XML."""
+        text = self.xml.read_text("utf-8")
+        (old,) = re.findall(rf"(?s)<{element}\b.*?</{element}>", text)
+        self.replace(old, new)
+
+    def add(self, element: str, *children: str) -> None:
+        """Add to an element of its domain XML, at the end."""
+        end = f"</{element}>"
+        self.replace(end, "".join(children) + end)
 
     def __enter__(self) -> "Guest":
         """Start the guest and wait until it is up."""
@@ -184,8 +217,15 @@ class Guest:
 
     def virsh_migrate(self, *options: Any) -> "subprocess.CompletedProcess[str]":
         """Let virsh migrate the guest to the other host; return what it did."""
-        uri = f"qemu+tcp://host-{OTHER_HOST[self.host]}/system"
-        return self.hosts.call(self.host, "virsh", "migrate", "--live", *options, self.name, uri)
+        return self.hosts.call(self.host, *self.migration_command(*options))
+
+    def migration_command(self, *options: Any) -> Tuple[Any, ...]:
+        """What lets virsh migrate the guest to the other host."""
+        return ("virsh", "migrate", "--live", *options, self.name, self.there())
+
+    def there(self) -> str:
+        """The URI of the other host."""
+        return f"qemu+tcp://host-{OTHER_HOST[self.host]}/system"
 
     def pids(self) -> List[int]:
         """Return the processes of its QEMUs."""
@@ -231,10 +271,14 @@ class Guest:
         assert answers, "libvirt did not ask for the statistics of the migration"
         result = MigrationResult.from_qmp(json.loads(answers[-1])["return"])
         assert result.status == "completed"
-        self.host = OTHER_HOST[self.host]
-        self.hang_up()
+        self.arrived()
         assert self.state() == ("paused" if "--suspend" in options else "running")
         return result
+
+    def arrived(self) -> None:
+        """It is on the other host from here on."""
+        self.host = OTHER_HOST[self.host]
+        self.hang_up()
 
     def hang_up(self) -> None:
         """The agent's port is another QEMU's from here on."""
@@ -246,43 +290,18 @@ class Guest:
         """Leave much free memory that is full of old data, next to the stamped memory."""
         workload.dirty_and_free(self, FREED_MIB)
 
+    def fill_and_migrate(self, *options: Any) -> MigrationResult:
+        """Migrate the guest with much old data in its free memory; it arrives unharmed."""
+        self.fill()
+        result = self.migrate(*options)
+        self.check()
+        return result
+
     def check(self) -> None:
         """Let the guest check each page that it stamped."""
         verdict = workload.verify(self)
         assert verdict.good, verdict
         assert verdict.pages >= STAMPED_MIB * MIB // 4096
-
-
-def domain_xml(
-    name: str, qemu_args: Sequence[str], source: Optional[str], properties: Sequence[str]
-) -> str:
-    """Return a guest's domain XML, with more arguments for QEMU, and a type of shared memory.
-
-    And with more properties of the balloon switched on.
-    """
-    text = string.Template(DOMAIN_XML.read_text(encoding="utf-8")).substitute(
-        name=name,
-        memory=SPEC.mem_mib,
-        vcpus=SPEC.vcpus,
-        kernel=paths.kernel_image(SPEC.kernel),
-        initramfs=paths.initramfs(),
-        qemu=paths.qemu_binary(SPEC.qemu),
-    )
-    domain = ElementTree.fromstring(text)
-    arguments = domain.find(f"{{{QEMU_NAMESPACE}}}commandline")
-    assert arguments is not None
-    for value in qemu_args:
-        ElementTree.SubElement(arguments, f"{{{QEMU_NAMESPACE}}}arg", value=value)
-    frontend = domain.find(f".//{{{QEMU_NAMESPACE}}}frontend")
-    assert frontend is not None
-    for value in properties:
-        attributes = {"name": value, "type": "bool", "value": "true"}
-        ElementTree.SubElement(frontend, f"{{{QEMU_NAMESPACE}}}property", attributes)
-    if source:
-        backing = ElementTree.SubElement(domain, "memoryBacking")
-        ElementTree.SubElement(backing, "source", type=source)
-        ElementTree.SubElement(backing, "access", mode="shared")
-    return ElementTree.tostring(domain, encoding="unicode")
 
 
 def start_hosts(*options: Any) -> Path:
@@ -312,11 +331,12 @@ def running_hosts(*options: Any) -> Iterator[Hosts]:
     assert down.returncode == 0, down.stderr
 
 
-@pytest.fixture(name="hosts", scope="module")
-def hosts_fixture() -> Iterator[Hosts]:
-    """Two libvirt hosts for the tests of this file."""
-    with running_hosts() as hosts:
-        yield hosts
+@contextlib.contextmanager
+def stamped(guest: AnyGuest) -> Iterator[AnyGuest]:
+    """A running guest that has data of its own, and can check it."""
+    with guest:
+        workload.stamp(guest, STAMPED_MIB)
+        yield guest
 
 
 def cold_image(directory: Path) -> Path:
@@ -332,13 +352,20 @@ def cold_image(directory: Path) -> Path:
 @contextlib.contextmanager
 def cold_cache(guest: Guest) -> Iterator[None]:
     """A guest that has read the file of its first disk once, and finds it whole in the end."""
-    workload.stamp(guest, STAMPED_MIB)
     guest.agent.run("mkdir -p /mnt && mount -t ext4 -o ro /dev/vda /mnt")
     read = "sha256sum /mnt/cold"
     before = guest.agent.run(read, timeout=120)
     yield
     guest.check()
     assert guest.agent.run(read, timeout=120) == before
+
+
+def assert_cache_freed(kept: MigrationResult, freed: MigrationResult) -> None:
+    """Of two migrations in cold_cache(), the second had page cache freed, and did not send it."""
+    assert kept.hints and freed.hints
+    assert kept.hints.cache_freed_bytes == 0
+    assert freed.hints.cache_freed_bytes > 0.9 * COLD_MIB * MIB
+    assert kept.sent_bytes - freed.sent_bytes > 0.8 * COLD_MIB * MIB
 
 
 def assert_used(result: MigrationResult) -> None:

@@ -4,23 +4,16 @@
 The domain has no more of ours than the <emulator>, and libvirt's own free page reporting.
 """
 
-import re
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Iterator, Sequence
 
 import pytest
 
-from livemig import domains, workload
 from livemig.checks import wait_for
-from livemig.domains import FREED_MIB, MIB, SPEC, STAMPED_MIB, Guest, Hosts
+from livemig.domains import FREED_MIB, MIB, SPEC, Guest, Hosts, stamped
 from livemig.host import process_mib
 from livemig.migration import MigrationResult
 
-# A fixture
-hosts = domains.hosts_fixture
-
-OVERRIDE = re.compile(r"<[^<]*override>.*</[^<]*override>", re.DOTALL)
-BALLOON = re.compile(r'<memballoon model="virtio">.*</memballoon>', re.DOTALL)
-REPORTING = '<memballoon model="virtio" freePageReporting="on"/>'
+REPORTING = "<memballoon model='virtio' freePageReporting='on'/>"
 # Of what was given back, nearly all: the guest goes on allocating.
 MOST_MIB = 400
 
@@ -30,11 +23,8 @@ class StockGuest(Guest):
 
     def __init__(self, on: Hosts, name: str, qemu_args: Sequence[str] = ()):
         super().__init__(on, name, qemu_args)
-        xml = self.xml.read_text(encoding="utf-8")
-        for pattern, text in ((OVERRIDE, ""), (BALLOON, REPORTING)):
-            xml, times = pattern.subn(text, xml)
-            assert times == 1
-        self.xml.write_text(xml, encoding="utf-8")
+        self.replace_element("qemu:override")
+        self.replace_element("memballoon", REPORTING)
 
     def rss_mib(self) -> int:
         """The memory of its QEMU."""
@@ -57,15 +47,14 @@ def absent_mib(result: MigrationResult) -> int:
 
 
 @pytest.fixture(name="guest")
-def guest_fixture(hosts: Hosts) -> Any:
+def guest_fixture(hosts: Hosts) -> Iterator[StockGuest]:
     """A running guest."""
-    with StockGuest(hosts, "stock") as guest:
+    with stamped(StockGuest(hosts, "stock")) as guest:
         yield guest
 
 
 def test_reporting_pays(guest: StockGuest, measured: Dict[str, Any]) -> None:
     """What was freed and reported is skipped; with the capability switched off it is looked at."""
-    workload.stamp(guest, STAMPED_MIB)
     rss = guest.free_and_report()
     result = guest.migrate()
     guest.check()
@@ -84,8 +73,7 @@ def test_reporting_pays(guest: StockGuest, measured: Dict[str, Any]) -> None:
 def test_switched_off_for_good(hosts: Hosts) -> None:
     """-global migration.skip-absent-pages=off in the domain XML holds on both hosts."""
     arguments = ["-global", "migration.skip-absent-pages=off"]
-    with StockGuest(hosts, "stock-off", arguments) as guest:
-        workload.stamp(guest, STAMPED_MIB)
+    with stamped(StockGuest(hosts, "stock-off", arguments)) as guest:
         for _ in range(2):
             result = guest.migrate()
             assert result.absent and result.absent.reason == "disabled"

@@ -7,15 +7,11 @@ The commands are those of docs/libvirt.md.
 import json
 import re
 import shlex
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from livemig import domains, workload
-from livemig.domains import ANY_TIME, DOCUMENTATION, FREED_MIB, MIB, STAMPED_MIB, Guest, Hosts
-
-# A fixture
-hosts = domains.hosts_fixture
+from livemig.domains import ANY_TIME, DOCUMENTATION, FREED_MIB, MIB, Guest, Hosts, stamped
 
 EVENT = "MIGRATION_FREE_PAGES"
 
@@ -31,10 +27,9 @@ def documented(words: str, name: str) -> List[str]:
 
 
 @pytest.fixture(name="guest")
-def guest_fixture(hosts: Hosts) -> Any:
+def guest_fixture(hosts: Hosts) -> Iterator[Guest]:
     """A running guest, that answers however late."""
-    with Guest(hosts, "planned", ANY_TIME) as guest:
-        workload.stamp(guest, STAMPED_MIB)
+    with stamped(Guest(hosts, "planned", ANY_TIME)) as guest:
         guest.fill()
         yield guest
 

@@ -2,7 +2,6 @@
 """scripts/fph with a real libvirt, real guests and a real "virsh migrate --live"."""
 
 import json
-import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -10,17 +9,12 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
-from livefph import domainxml
-from livemig import domains, paths, workload
-from livemig.domains import FREED_MIB, MIB, STAMPED_MIB, TOOL, Guest, Hosts, start_hosts, two_hosts
-
-# A fixture
-hosts = domains.hosts_fixture
+from livemig import paths
+from livemig.domains import ANY_TIME, FREED_MIB, MIB, Guest, Hosts, stamped, start_hosts, two_hosts
 
 FPH = paths.REPO / "scripts" / "fph"
 # MiB/s, so that a migration can be looked at
 SLOW = 40
-ANY_TIME = ["-global", "migration.free-page-hint-wait=60000"]
 
 
 def fph(hosts: Hosts, host: str, *args: Any) -> Tuple[int, List[str], List[str]]:
@@ -42,18 +36,14 @@ def guest_fixture(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[Gues
     """A running guest that answers however late, with much free memory, full of old data."""
     # A console is kept, and one of another guest's would be taken for this one's.
     name = request.node.name.split("_")[1]
-    with Guest(hosts, name, ANY_TIME) as guest:
-        workload.stamp(guest, STAMPED_MIB)
+    with stamped(Guest(hosts, name, ANY_TIME)) as guest:
         guest.fill()
         yield guest
 
 
 def watch(hosts: Hosts, host: str, *args: Any) -> "subprocess.Popen[str]":
     """Start to watch from a host, and wait until that waits for a migration."""
-    command = [TOOL, "on", "--state", hosts.state, host, FPH, "watch", "--wait", "120", *args]
-    watcher = subprocess.Popen(  # pylint: disable=consider-using-with  # for a with of its own
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    watcher = hosts.start(host, FPH, "watch", "--wait", "120", *args)
     assert watcher.stdout
     assert "waits for a migration" in watcher.stdout.readline()
     return watcher
@@ -124,10 +114,8 @@ def test_read_only_connection_sees_and_changes_nothing(
 def test_enabled_for_the_next_start(hosts: Hosts) -> None:
     """Without --write the definition stays as it is; with it, the next start has arrays."""
     guest = Guest(hosts, "switched")
-    text = guest.xml.read_text("utf-8")
-    text = re.sub(r"<alias [^>]*>", "", domainxml.disable(text))
-    assert "ua-balloon0" not in text
-    guest.xml.write_text(text, "utf-8")
+    guest.replace_element("qemu:override")
+    guest.replace("<alias name='ua-balloon0'/>")
     with guest:
         assert said(hosts, "status", guest.name)["offered"] == "no"
         assert said(hosts, "estimate", guest.name)["reason"] == "no-device"
@@ -154,11 +142,10 @@ def test_enabled_for_the_next_start(hosts: Hosts) -> None:
 def test_stock_qemu_is_named(hosts: Hosts) -> None:
     """Of a stock QEMU, status says that it is one; it is not given what it would not start with."""
     guest = Guest(hosts, "stock")
-    stock = str(paths.qemu_binary("stock"))
-    text = guest.xml.read_text("utf-8").replace(str(paths.qemu_binary("ours")), stock)
-    # Stock QEMU does not know the trace event.
-    text = re.sub(r"(?s)<(\w+:commandline)>.*</\1>", "", text)
-    guest.xml.write_text(domainxml.disable(text), "utf-8")
+    guest.replace(str(paths.qemu_binary("ours")), str(paths.qemu_binary("stock")))
+    # Stock QEMU does not know the trace event, nor the properties.
+    guest.replace_element("qemu:commandline")
+    guest.replace_element("qemu:override")
     with guest:
         found = said(hosts, "status", guest.name)
         assert (found["offered"], found["hints"]) == ("no", None)
@@ -182,14 +169,12 @@ def test_connection_that_is_lost_half_way(tmp_path: Path) -> None:
     own = Hosts(start_hosts("--state", tmp_path / "two-hosts-killed"))
     uri = "qemu+tcp://host-a/system"
     base = tmp_path / "seen"
-    migrate = ("virsh", "migrate", "--live", "cut", "qemu+tcp://host-b/system")
-    command = [str(word) for word in (TOOL, "on", "--state", own.state, "a", *migrate)]
     try:
         with Guest(own, "cut", ANY_TIME) as guest:
             own.virsh("a", "migrate-setspeed", guest.name, 1)
             # From the other host, since nothing on this one survives its libvirt.
             with watch(own, "b", "-c", uri, guest.name, "-o", base) as watcher:
-                with subprocess.Popen(command, stderr=subprocess.DEVNULL):
+                with own.start("a", *guest.migration_command()):
                     assert watcher.stdout
                     for _ in range(2):
                         assert "round" in watcher.stdout.readline()

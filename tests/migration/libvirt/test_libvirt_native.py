@@ -11,14 +11,13 @@ import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, Iterator, Sequence
-from xml.etree import ElementTree
 
 import pytest
 
-from livemig import paths, workload
-from livemig.domains import ANY_TIME, COLD_MIB, DOCUMENTATION, MIB, OTHER_HOST, QEMU_NAMESPACE
-from livemig.domains import STAMPED_MIB, Guest, Hosts, assert_unused, assert_used, cold_cache
-from livemig.domains import cold_image, running_hosts, two_hosts
+from livemig import paths
+from livemig.domains import ANY_TIME, DOCUMENTATION, MIB, OTHER_HOST, Guest, Hosts
+from livemig.domains import assert_cache_freed, assert_unused, assert_used, cold_cache, cold_image
+from livemig.domains import running_hosts, stamped, two_hosts
 from livemig.migration import Absent, Hints, MigrationResult
 
 ATTRIBUTES = ("freePageHinting", "freePageHintArrays", "freePageHintCache")
@@ -59,20 +58,11 @@ class NativeGuest(Guest):
         model: str = "virtio",
     ):
         super().__init__(on, name)
-        domain = ElementTree.fromstring(self.xml.read_text("utf-8"))
-        for element in "commandline", "override":
-            found = domain.find(f"{{{QEMU_NAMESPACE}}}{element}")
-            assert found is not None
-            domain.remove(found)
-        parent = domain.find("devices")
-        assert parent is not None
-        balloon = parent.find("memballoon")
-        assert balloon is not None
-        parent.remove(balloon)
-        switched_on = {attribute: "on" for attribute in attributes}
-        ElementTree.SubElement(parent, "memballoon", {"model": model, **switched_on})
-        parent.extend(map(ElementTree.fromstring, devices))
-        self.xml.write_text(ElementTree.tostring(domain, encoding="unicode"), "utf-8")
+        self.replace_element("qemu:commandline")
+        self.replace_element("qemu:override")
+        switched_on = "".join(f" {attribute}='on'" for attribute in attributes)
+        self.replace_element("memballoon", f"<memballoon model='{model}'{switched_on}/>")
+        self.add("devices", *devices)
 
     def virsh(self, *args: Any) -> str:
         """Run virsh where the guest is."""
@@ -145,14 +135,11 @@ def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
 
     virsh domjobinfo has QEMU's figures afterwards, at both ends, with hints and without.
     """
-    with NativeGuest(hosts, "native") as guest:
-        workload.stamp(guest, STAMPED_MIB)
+    with stamped(NativeGuest(hosts, "native")) as guest:
         xml = guest.virsh("dumpxml", "--migratable", guest.name)
         assert "qemu:" not in xml and "freePageHintArrays='on'" in xml
         for name, wait in ("hints", WAIT), ("no hints", ("--free-page-hint-wait", 0)):
-            guest.fill()
-            result = guest.migrate(*wait)
-            guest.check()
+            result = guest.fill_and_migrate(*wait)
             if name == "hints":
                 assert_used(result)
             else:
@@ -171,11 +158,8 @@ def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
 
 def test_stock_format(hosts: Hosts) -> None:
     """With freePageHinting alone, the guest hints block by block."""
-    with NativeGuest(hosts, "blocks", ATTRIBUTES[:1]) as guest:
-        workload.stamp(guest, STAMPED_MIB)
-        guest.fill()
-        result = guest.migrate(*WAIT)
-        guest.check()
+    with stamped(NativeGuest(hosts, "blocks", ATTRIBUTES[:1])) as guest:
+        result = guest.fill_and_migrate(*WAIT)
         assert result.hints and result.hints.complete, result
         assert result.hints.messages == result.hints.blocks > 0
         assert_reported(guest, result)
@@ -205,15 +189,14 @@ def test_nobody_wanted_hints(hosts: Hosts, model: str) -> None:
 
 def test_parameters_of_one_migration(hosts: Hosts) -> None:
     """The wait and the budget of virsh migrate are QEMU's for this migration, and no longer."""
-    with NativeGuest(hosts, "parameters", ATTRIBUTES) as guest:
-        workload.stamp(guest, STAMPED_MIB)
+    with stamped(NativeGuest(hosts, "parameters", ATTRIBUTES)) as guest:
         before = guest.parameters()
         wanted = [1234, 7 * MIB]
         assert all(is_now != shall_be for is_now, shall_be in zip(before, wanted))
         options = ("--free-page-hint-wait", wanted[0], "--free-page-hint-cache", "7MiB")
         # Slow enough to be looked at
-        slowly = ("--bandwidth", 1, guest.name, "qemu+tcp://host-b/system")
-        with hosts.start("a", "virsh", "migrate", "--live", *options, *slowly) as virsh:
+        command = guest.migration_command(*options, "--bandwidth", 1)
+        with hosts.start("a", *command) as virsh:
             try:
                 deadline = time.monotonic() + 60
                 while guest.qmp("query-migrate").get("status") != "active":
@@ -239,17 +222,14 @@ def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> N
         "<disk type='file' device='disk'><driver name='qemu' type='raw'/>"
         f"<source file='{image}'/><target dev='vda' bus='virtio'/><readonly/></disk>"
     )
-    with NativeGuest(hosts, "page-cache", ATTRIBUTES, [disk]) as guest:
+    with stamped(NativeGuest(hosts, "page-cache", ATTRIBUTES, [disk])) as guest:
         with cold_cache(guest):
             kept = guest.migrate(*WAIT)
             assert_reported(guest, kept)
             dropped = guest.migrate(*WAIT, "--free-page-hint-cache", 1 << 30)
             assert_reported(guest, dropped)
             assert_untainted(guest)
-        assert kept.hints and dropped.hints
-        assert kept.hints.cache_freed_bytes == 0
-        assert dropped.hints.cache_freed_bytes > 0.9 * COLD_MIB * MIB
-        assert kept.sent_bytes - dropped.sent_bytes > 0.8 * COLD_MIB * MIB
+        assert_cache_freed(kept, dropped)
         info = guest.job_info("a")
         measured.update({label: info[label] for label in info if label.startswith("Page cache")})
         documented = DOCUMENTATION.read_text("utf-8")
@@ -258,8 +238,7 @@ def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> N
 
 def test_other_features_at_the_destination(hosts: Hosts, tmp_path: Path) -> None:
     """An XML for the destination with other hint features is refused, and nothing has begun."""
-    with NativeGuest(hosts, "changed", ATTRIBUTES) as guest:
-        workload.stamp(guest, STAMPED_MIB)
+    with stamped(NativeGuest(hosts, "changed", ATTRIBUTES)) as guest:
         xml = guest.virsh("dumpxml", "--migratable", guest.name)
         for number, attribute in enumerate(ATTRIBUTES):
             # Those that depend on it have to be off, too.
@@ -284,17 +263,13 @@ def test_other_features_at_the_destination(hosts: Hosts, tmp_path: Path) -> None
 
 def test_stock_qemu(hosts: Hosts) -> None:
     """Of a QEMU without hints nothing is asked for: attributes and parameters are refused."""
-    ours, stock = (str(paths.qemu_binary(build)) for build in ("ours", "stock"))
     guest = NativeGuest(hosts, "on-stock")
-    xml = guest.xml.read_text("utf-8").replace(ours, stock)
-    guest.xml.write_text(xml, "utf-8")
+    guest.replace(str(paths.qemu_binary("ours")), str(paths.qemu_binary("stock")))
     done = hosts.call("a", "virsh", "define", guest.xml)
     assert done.returncode
     assert "freePageHinting requires virtio-balloon with 'free-page-hint-arrays'" in done.stderr
     # Off, the first one is no more than what it knows.
-    (others,) = re.findall(r' freePageHinting="on"(.*?)/>', xml)
-    without = xml.replace(f' freePageHinting="on"{others}', ' freePageHinting="off"')
-    guest.xml.write_text(without, "utf-8")
+    guest.replace("freePageHinting='on' freePageHintArrays='on'", "freePageHinting='off'")
     with guest:
         for name in "wait", "cache":
             done = guest.virsh_migrate(f"--free-page-hint-{name}", 1)
@@ -319,8 +294,7 @@ def test_to_a_libvirt_without_hints(hosts: Hosts, tmp_path: Path) -> None:
     with running_hosts("--run", either) as mixed:
         helps = [mixed.virsh(host, "help", "migrate") for host in OTHER_HOST]
         assert [("free-page-hint" in text) for text in helps] == [True, False]
-        with NativeGuest(mixed, "mixed") as guest:
-            workload.stamp(guest, STAMPED_MIB)
+        with stamped(NativeGuest(mixed, "mixed")) as guest:
             for options, message in (
                 ((), "load of migration failed"),
                 (WAIT, "parameter 'free_page_hint.wait' not supported"),
@@ -329,12 +303,9 @@ def test_to_a_libvirt_without_hints(hosts: Hosts, tmp_path: Path) -> None:
                 assert done.returncode and message in done.stderr
             assert guest.state() == "running"
             guest.check()
-        with Guest(mixed, "override", ANY_TIME) as overridden:
-            workload.stamp(overridden, STAMPED_MIB)
+        with stamped(Guest(mixed, "override", ANY_TIME)) as overridden:
             for _ in OTHER_HOST:
-                overridden.fill()
-                assert_used(overridden.migrate())
-                overridden.check()
+                assert_used(overridden.fill_and_migrate())
 
 
 def test_no_such_libvirt(tmp_path: Path) -> None:
@@ -375,11 +346,8 @@ def test_switched_by_fph(hosts: Hosts) -> None:
     hosts.virsh("a", "undefine", overridden.name)
 
     guest.xml.write_text(after, "utf-8")
-    with guest:
-        workload.stamp(guest, STAMPED_MIB)
-        guest.fill()
-        assert_used(guest.migrate(*WAIT))
-        guest.check()
+    with stamped(guest):
+        assert_used(guest.fill_and_migrate(*WAIT))
         # Whoever asks QEMU taints the domain.
         assert_untainted(guest)
         found = fph("b", "status", guest.name)

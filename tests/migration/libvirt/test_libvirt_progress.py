@@ -7,12 +7,8 @@ from typing import Any, Dict, List, Sequence
 
 import pytest
 
-from livemig import domains, workload
-from livemig.domains import ANY_TIME, FREED_MIB, MIB, SPEC, STAMPED_MIB, Guest, Hosts
+from livemig.domains import ANY_TIME, FREED_MIB, MIB, SPEC, Guest, Hosts, stamped
 from livemig.stall import GIB, GivenUp, Sample, given_up, longest_standstill
-
-# A fixture
-hosts = domains.hosts_fixture
 
 # MiB/s
 RATE = 20
@@ -82,8 +78,7 @@ def test_no_controller_gives_up(hosts: Hosts, measured: Dict[str, Any]) -> None:
 
     The same samples with a standstill in them are given up.
     """
-    with Guest(hosts, "watched", ANY_TIME) as guest:
-        workload.stamp(guest, STAMPED_MIB)
+    with stamped(Guest(hosts, "watched", ANY_TIME)) as guest:
         guest.fill()
         with hosts.start("a", "/usr/bin/python3", "-c", SAMPLER, guest.name) as sampler:
             assert sampler.stdout

@@ -10,16 +10,12 @@ from typing import Any, Dict, Iterator
 
 import pytest
 
-from livemig import domains, workload
-from livemig.domains import ANY_TIME, STAMPED_MIB, Guest, Hosts, assert_used
+from livemig.domains import ANY_TIME, Guest, Hosts, assert_used, stamped
 from livemig.migration import MigrationResult
 
-# A fixture
-hosts = domains.hosts_fixture
-
 FORMATS = {"vda": "raw", "vdb": "qcow2"}
-DISK = """<disk type="file" device="disk"><driver name="qemu" type="{format}"/>
-<source file="{path}"/><target dev="{name}" bus="virtio"/></disk>"""
+DISK = """<disk type='file' device='disk'><driver name='qemu' type='{format}'/>
+<source file='{path}'/><target dev='{name}' bus='virtio'/></disk>"""
 
 
 @pytest.fixture(name="guest", scope="module")
@@ -27,16 +23,12 @@ def guest_fixture(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """A running guest with a raw and a qcow2 disk."""
     guest = Guest(hosts, "with-disks", ANY_TIME)
     directory = tmp_path_factory.mktemp("disks")
-    xml = guest.xml.read_text("utf-8")
     for name, disk_format in FORMATS.items():
         path = directory / name
         create = ["qemu-img", "create", "-q", "-f", disk_format, str(path), "4M"]
         subprocess.run(create, check=True)
-        disk = DISK.format(format=disk_format, path=path, name=name)
-        xml = xml.replace("</devices>", f"{disk}</devices>")
-    guest.xml.write_text(xml, "utf-8")
-    with guest:
-        workload.stamp(guest, STAMPED_MIB)
+        guest.add("devices", DISK.format(format=disk_format, path=path, name=name))
+    with stamped(guest):
         yield guest
 
 
@@ -64,10 +56,8 @@ def everywhere(word: str) -> Dict[str, str]:
 def migrate_there_and_back(guest: Guest) -> None:
     """Use hints in both directions."""
     for _ in range(2):
-        guest.fill()
         # The disks' files are shared, but libvirt does not know how.
-        assert_used(guest.migrate("--unsafe"))
-        guest.check()
+        assert_used(guest.fill_and_migrate("--unsafe"))
 
 
 def test_reverted_to_an_external_snapshot(

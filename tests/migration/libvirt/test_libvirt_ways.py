@@ -19,14 +19,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set,
 
 import pytest
 
-from livemig import domains, workload
+from livemig import workload
 from livemig.domains import ANY_TIME, FREED_MIB, LIBVIRTD_LOG, MIB, OTHER_HOST, STAMPED_MIB, Guest
 from livemig.domains import Hosts, assert_used
 from livemig.errors import GuestError
 from livemig.migration import MigrationResult
-
-# A fixture
-hosts = domains.hosts_fixture
 
 # MiB/s. At the first rate the guest takes more than a minute, which no test waits for.
 SLOW, MEDIUM, FAST = 1, 40, 10000
@@ -52,9 +49,7 @@ class Traveller(Guest):
         log = self.hosts.path(self.host, LIBVIRTD_LOG)
         self._log_start = (log, log.stat().st_size)
         self.before = set(self.pids())
-        uri = f"qemu+tcp://host-{OTHER_HOST[self.host]}/system"
-        command = ("virsh", "-q", "migrate", "--live", *options, self.name, uri)
-        with self.hosts.start(self.host, *command) as virsh:
+        with self.hosts.start(self.host, *self.migration_command(*options)) as virsh:
             try:
                 self.wait_until(lambda: self.sent_bytes() > 0, virsh)
                 self.meanwhile(self)
@@ -124,11 +119,6 @@ class Traveller(Guest):
         """Let a migration end."""
         self.hosts.virsh(self.host, "migrate-setspeed", self.name, FAST)
 
-    def arrived(self) -> None:
-        """It is on the other host from here on."""
-        self.host = OTHER_HOST[self.host]
-        self.hang_up()
-
 
 class Travellers:
     """Lends a guest that runs; a new one where a test has left none."""
@@ -139,7 +129,6 @@ class Travellers:
         self.disk = directory / "disk"
         self.disk.write_bytes(bytes(MIB))
         self.number = 0
-        self.stack = contextlib.ExitStack()
         self.guest: Optional[Traveller] = None
 
     def get(self) -> Traveller:
@@ -352,9 +341,7 @@ def test_source_runs_on(guest: Traveller, measured: Dict[str, Any], name: str) -
     # Pages had been taken out by then, all of which the next migration has to ask for anew.
     assert guest.seen["free-page-hint"]["skipped-bytes"] > 0.9 * FREED_MIB * MIB
 
-    guest.fill()
-    assert_used(guest.migrate("--bandwidth", FAST))
-    guest.check()
+    assert_used(guest.fill_and_migrate("--bandwidth", FAST))
 
 
 def link(guest: Traveller, state: str) -> None:
@@ -406,11 +393,9 @@ def test_link_stays_away(guest: Traveller, measured: Dict[str, Any]) -> None:
     assert (guest.host, guest.state()) == (here, "running")
     guest.check()
 
-    guest.fill()
-    there = f"qemu+tcp://host-{OTHER_HOST[here]}/system"
-    guest.wait_until(lambda: not guest.hosts.call(here, "virsh", "-c", there, "list").returncode)
-    assert_used(guest.migrate("--bandwidth", FAST))
-    guest.check()
+    connect = ("virsh", "-c", guest.there(), "list")
+    guest.wait_until(lambda: not guest.hosts.call(here, *connect).returncode)
+    assert_used(guest.fill_and_migrate("--bandwidth", FAST))
 
 
 @pytest.mark.long
