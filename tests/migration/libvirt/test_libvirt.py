@@ -23,7 +23,6 @@ from livemig.domains import PROPERTY, SPEC, TOOL, UNSUPPORTED, Guest, Hosts, ass
 from livemig.domains import assert_unused, assert_used, capability, cold_cache, cold_image
 from livemig.domains import processes_naming, stamped, start_hosts, two_hosts
 from livemig.leftovers import LEFTOVER, leave_data
-from livemig.migration import MigrationResult
 
 
 def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
@@ -89,35 +88,6 @@ def test_refused_migration(hosts: Hosts, tmp_path: Path) -> None:
         assert not capability(guest)
         guest.hmp("migrate_set_capability free-page-hint on")
         assert_unused(guest.fill_and_migrate(), "no-wait")
-
-
-def test_saved_and_restored(hosts: Hosts, measured: Dict[str, Any]) -> None:
-    """A guest comes back whole from a live snapshot, with hints, and from save and managedsave.
-
-    These two stop the guest first, so that it is not asked.
-    """
-    directory = "/var/lib/libvirt/qemu"
-    with stamped(Guest(hosts, "saved")) as guest:
-        guest.fill()
-        memory_file = f"file={directory}/live,snapshot=external"
-        options = ("--memspec", memory_file, "--live", "--atomic")
-        hosts.virsh("a", "snapshot-create-as", guest.name, "one", *options)
-        snapshot = MigrationResult.from_qmp(guest.qmp("query-migrate"))
-        assert_used(snapshot)
-        measured["snapshot_bytes"] = snapshot.sent_bytes
-        guest.check()
-        hosts.virsh("a", "snapshot-delete", guest.name, "one", "--metadata")
-
-        for save, restore in (
-            (("save", guest.name, f"{directory}/saved"), ("restore", f"{directory}/saved")),
-            (("managedsave", guest.name), ("start", guest.name)),
-            (("destroy", guest.name), ("restore", f"{directory}/live")),
-        ):
-            hosts.virsh("a", *save)
-            guest.hang_up()
-            hosts.virsh("a", *restore)
-            assert guest.state() == "running"
-            guest.check()
 
 
 def test_to_stock_and_back(hosts: Hosts, tmp_path: Path) -> None:

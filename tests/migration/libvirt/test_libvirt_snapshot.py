@@ -6,7 +6,7 @@ Each time it migrates with hints afterwards.
 
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, List
 
 import pytest
 
@@ -87,14 +87,27 @@ def test_reverted_to_an_external_snapshot(
     assert read(guest) == everywhere("before")
 
 
-def test_managed_save(hosts: Hosts, guest: Guest) -> None:
-    """What managedsave put away, start brings back, and the guest's next migration has hints."""
+FILE = "/var/lib/libvirt/qemu/saved"
+SAVES = {
+    "managedsave": (["managedsave", "with-disks"], ["start", "with-disks"]),
+    "save": (["save", "with-disks", FILE], ["restore", FILE]),
+}
+
+
+@pytest.mark.parametrize("save, restore", SAVES.values(), ids=SAVES)
+def test_saved_and_restored(
+    hosts: Hosts, guest: Guest, save: List[str], restore: List[str]
+) -> None:
+    """What was put away comes back, and the guest's next migration has hints.
+
+    It is stopped before it is saved, and not asked then.
+    """
     write(guest, "saved")
     guest.fill()
-    hosts.virsh("a", "managedsave", guest.name)
+    hosts.virsh("a", *save)
     guest.hang_up()
     assert guest.state() == "shut off"
-    hosts.virsh("a", "start", guest.name)
+    hosts.virsh("a", *restore)
     assert guest.state() == "running"
     assert read(guest) == everywhere("saved")
     guest.check()
