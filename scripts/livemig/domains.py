@@ -38,6 +38,8 @@ COLD_MIB = 128
 # For tests that are not about how soon a guest answers: the longest wait that there is.
 ANY_TIME = ("-global", "migration.free-page-hint-wait=60000")
 SPEC = GuestSpec(mem_mib=1024, vcpus=2)
+# Memory of a guest that somebody else can look at, of a type
+SHARED = "<memoryBacking><source type='{}'/><access mode='shared'/></memoryBacking>"
 AnyGuest = TypeVar("AnyGuest", bound="Guest")
 
 
@@ -89,17 +91,8 @@ class AgentPort(Port):
 class Guest:
     """A guest that libvirt runs on one of the hosts; on host a first."""
 
-    def __init__(
-        self,
-        hosts: Hosts,
-        name: str,
-        qemu_args: Sequence[str] = (),
-        source: Optional[str] = None,
-        properties: Sequence[str] = (),
-    ):
-        """Describe the guest, with more arguments for its QEMU, a type of shared memory, and more
-        properties of the balloon switched on; entering the context starts it.
-        """
+    def __init__(self, hosts: Hosts, name: str, qemu_args: Sequence[str] = ()):
+        """Describe the guest, with more arguments for QEMU; entering the context starts it."""
         self.hosts = hosts
         self.name = name
         self.spec = SPEC
@@ -115,13 +108,11 @@ class Guest:
         )
         self.xml.write_text(text, "utf-8")
         self.add("qemu:commandline", *(f"<qemu:arg value={quoteattr(arg)}/>" for arg in qemu_args))
-        self.add("qemu:frontend", *(PROPERTY.format(name) for name in properties))
-        if source:
-            memory_backing = f"<source type='{source}'/><access mode='shared'/>"
-            self.add("domain", f"<memoryBacking>{memory_backing}</memoryBacking>")
         self._port: Optional[AgentPort] = None
         # Memory of QEMUs that is kept open to be looked at.
         self._memories = contextlib.ExitStack()
+        # What libvirt's log has of the last migration, on the host that the guest left.
+        self.libvirt_said = ""
 
     def replace(self, old: str, new: str = "") -> None:
         """Replace something that is in its domain XML once."""
@@ -156,8 +147,7 @@ class Guest:
 
     def __exit__(self, exc_type: object, *_: object) -> None:
         """End the guest, whose kernel should not have complained about anything."""
-        consoles = [self._log(host, "console") for host in OTHER_HOST]
-        said = "".join(log.read_text(errors="replace") for log in consoles if log.exists())
+        said = "".join(self._said(host, "console") for host in OTHER_HOST)
         trouble = [match.group(0) for match in KERNEL_TROUBLE.finditer(said)]
         self._end(failed=bool(exc_type or trouble))
         assert exc_type or not trouble, f"the guest's kernel complained: {trouble}"
@@ -168,15 +158,20 @@ class Guest:
         if self._port:
             self._port.close()
         for host in OTHER_HOST:
-            for log in self._log(host, "console"), self._log(host, "log"):
-                if failed and log.exists():
-                    print(f"--- the end of {log}:\n{log.read_text(errors='replace')[-3000:]}")
+            for kind in "console", "log":
+                if failed and (said := self._said(host, kind)):
+                    print(f"--- the end of {self._log(host, kind)}:\n{said[-3000:]}")
             self.hosts.call(host, "virsh", "destroy", self.name)
             self.hosts.call(host, "virsh", "undefine", self.name)
 
     def _log(self, host: str, suffix: str) -> Path:
         """Return the guest's console or its QEMU's log on a host."""
         return self.hosts.path(host, f"/var/log/libvirt/qemu/{self.name}.{suffix}")
+
+    def _said(self, host: str, suffix: str) -> str:
+        """Return what is in one of these so far."""
+        log = self._log(host, suffix)
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def _wait_ready(self, seconds: float) -> bool:
         """Wait for the console's line that says that the agent is up; False if its QEMU ended."""
@@ -198,8 +193,7 @@ class Guest:
 
     def qemu_log(self, host: str) -> str:
         """Return what the guest's QEMUs wrote to their log on a host so far."""
-        log = self._log(host, "log")
-        return log.read_text(errors="replace") if log.exists() else ""
+        return self._said(host, "log")
 
     def hmp(self, command: str) -> str:
         """Run a command of QEMU's human monitor, through libvirt."""
@@ -266,8 +260,9 @@ class Guest:
             log.seek(0, os.SEEK_END)
             done = self.virsh_migrate(*options)
             assert done.returncode == 0, done.stderr
-            text = log.read().decode(errors="replace")
-        answers = re.findall(r"QEMU_MONITOR_RECV_REPLY: .* reply=(.*\"total-time\".*)", text)
+            self.libvirt_said = log.read().decode(errors="replace")
+        reply = r"QEMU_MONITOR_RECV_REPLY: .* reply=(.*\"total-time\".*)"
+        answers = re.findall(reply, self.libvirt_said)
         assert answers, "libvirt did not ask for the statistics of the migration"
         result = MigrationResult.from_qmp(json.loads(answers[-1])["return"])
         assert result.status == "completed"
@@ -351,13 +346,14 @@ def cold_image(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def cold_cache(guest: Guest) -> Iterator[None]:
-    """A guest that has read the file of its first disk once, and finds it whole in the end."""
-    guest.agent.run("mkdir -p /mnt && mount -t ext4 -o ro /dev/vda /mnt")
+    """A running guest that has read the file of its first disk, and finds it whole in the end."""
     read = "sha256sum /mnt/cold"
-    before = guest.agent.run(read, timeout=120)
-    yield
-    guest.check()
-    assert guest.agent.run(read, timeout=120) == before
+    with stamped(guest):
+        guest.agent.run("mkdir -p /mnt && mount -t ext4 -o ro /dev/vda /mnt")
+        before = guest.agent.run(read)
+        yield
+        guest.check()
+        assert guest.agent.run(read) == before
 
 
 def assert_cache_freed(kept: MigrationResult, freed: MigrationResult) -> None:

@@ -19,7 +19,8 @@ import pytest
 from livemig import memory, paths
 from livemig.checks import wait_for
 from livemig.domains import ANY_TIME, DOCUMENTATION, DOMAIN_XML, FREED_MIB, MEMORY_DIRECTORY, MIB
-from livemig.domains import PROPERTY, SPEC, TOOL, UNSUPPORTED, Guest, Hosts, assert_cache_freed
+from livemig.domains import PROPERTY, SHARED, SPEC, TOOL, UNSUPPORTED, Guest, Hosts
+from livemig.domains import assert_cache_freed
 from livemig.domains import assert_unused, assert_used, capability, cold_cache, cold_image
 from livemig.domains import processes_naming, stamped, start_hosts, two_hosts
 from livemig.leftovers import LEFTOVER, leave_data
@@ -31,7 +32,9 @@ def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
     The guest is found unharmed on the other host each time.
     """
     more_args = (*ANY_TIME, "-trace", memory.KEPT_EVENTS, "-trace", memory.ABSENT_EVENT)
-    with stamped(Guest(hosts, "there-and-back", more_args, source="memfd")) as guest:
+    guest = Guest(hosts, "there-and-back", more_args)
+    guest.add("domain", SHARED.format("memfd"))
+    with stamped(guest):
         guest.fill()
         hinted, seen = guest.migrate_and_compare()
         guest.check()
@@ -225,7 +228,9 @@ def test_two_hosts_says_what_is_missing(
 def test_memory_in_a_used_file(hosts: Hosts) -> None:
     """<source type='file'/>: what another guest left in the file does not reach the guest."""
     name = "used-file"
-    with stamped(Guest(hosts, name, source="file")) as guest:
+    guest = Guest(hosts, name)
+    guest.add("domain", SHARED.format("file"))
+    with stamped(guest):
         guest.fill()
         directory = hosts.path("b", MEMORY_DIRECTORY)
         # Nobody knows which id the domain will have there.
@@ -253,14 +258,15 @@ def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> N
         *("-drive", f"file={image},format=raw,if=none,id=files,readonly=on"),
         *("-device", "virtio-blk-pci,drive=files,bus=pcie.0,addr=0x1d"),
     )
-    with stamped(Guest(hosts, "page-cache", args, properties=["free-page-hint-cache"])) as guest:
-        with cold_cache(guest):
-            # Nobody asks for it.
-            kept = guest.migrate()
-            guest.hmp("migrate_set_parameter free-page-hint-cache 1G")
-            freed = guest.migrate()
-        for name, result in ("kept", kept), ("freed", freed):
-            assert result.hints and result.hints.complete, result
-            freed_bytes = result.hints.cache_freed_bytes
-            measured[name] = {"sent_bytes": result.sent_bytes, "cache_freed_bytes": freed_bytes}
-        assert_cache_freed(kept, freed)
+    guest = Guest(hosts, "page-cache", args)
+    guest.add("qemu:frontend", PROPERTY.format("free-page-hint-cache"))
+    with cold_cache(guest):
+        # Nobody asks for it.
+        kept = guest.migrate()
+        guest.hmp("migrate_set_parameter free-page-hint-cache 1G")
+        freed = guest.migrate()
+    for name, result in ("kept", kept), ("freed", freed):
+        assert result.hints and result.hints.complete, result
+        freed_bytes = result.hints.cache_freed_bytes
+        measured[name] = {"sent_bytes": result.sent_bytes, "cache_freed_bytes": freed_bytes}
+    assert_cache_freed(kept, freed)

@@ -15,12 +15,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
 
 import pytest
 
 from livemig import workload
-from livemig.domains import ANY_TIME, FREED_MIB, LIBVIRTD_LOG, MIB, OTHER_HOST, STAMPED_MIB, Guest
+from livemig.domains import ANY_TIME, FREED_MIB, MIB, OTHER_HOST, STAMPED_MIB, Guest
 from livemig.domains import Hosts, assert_used
 from livemig.errors import GuestError
 from livemig.migration import MigrationResult
@@ -29,58 +29,44 @@ from livemig.migration import MigrationResult
 SLOW, MEDIUM, FAST = 1, 40, 10000
 # Nothing that is waited for takes as long, unless the machine is very busy.
 SECONDS = 120
+# What is done with a guest
+Deed = Callable[["Traveller"], None]
 
 
 class Traveller(Guest):
     """A guest that can be looked at while virsh migrates it."""
 
-    meanwhile: Optional[Callable[["Traveller"], None]] = None
-    # Where libvirt's log of the last migration begins, on the host that the guest left.
-    _log_start: Tuple[Path, int] = (Path(), 0)
+    meanwhile: Optional[Deed] = None
     # Its QEMU, before there was a second one.
     before: Set[int] = set()
     # What query-migrate said when RAM was being sent.
     seen: Dict[str, Any] = {}
 
     def virsh_migrate(self, *options: Any) -> "subprocess.CompletedProcess[str]":
-        """Let virsh migrate the guest; once RAM is being sent, call what is to be done then."""
-        if not self.meanwhile:
+        """Let virsh migrate the guest; once RAM is being sent, do what is to be done then."""
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if not meanwhile:
             return super().virsh_migrate(*options)
-        log = self.hosts.path(self.host, LIBVIRTD_LOG)
-        self._log_start = (log, log.stat().st_size)
         self.before = set(self.pids())
         with self.hosts.start(self.host, *self.migration_command(*options)) as virsh:
             try:
                 self.wait_until(lambda: self.sent_bytes() > 0, virsh)
-                self.meanwhile(self)
+                meanwhile(self)
                 out, err = virsh.communicate(timeout=SECONDS)
             except BaseException:
                 self.hosts.call(self.host, "virsh", "domjobabort", self.name)
                 raise
         return subprocess.CompletedProcess(virsh.args, virsh.returncode, out, err)
 
-    def migrate_and(
-        self, meanwhile: Callable[["Traveller"], None], *options: Any, rate: int = SLOW
-    ) -> MigrationResult:
+    def migrate_and(self, meanwhile: Deed, *options: Any, rate: int = SLOW) -> MigrationResult:
         """Migrate the guest at a rate, in MiB/s, and do something when RAM is being sent."""
-        with self.doing(meanwhile):
-            return self.migrate("--bandwidth", rate, *options)
-
-    def fail_and(
-        self, meanwhile: Callable[["Traveller"], None], *options: Any
-    ) -> "subprocess.CompletedProcess[str]":
-        """The same, of a migration that is to fail."""
-        with self.doing(meanwhile):
-            return self.virsh_migrate("--bandwidth", SLOW, *options)
-
-    @contextlib.contextmanager
-    def doing(self, meanwhile: Callable[["Traveller"], None]) -> Iterator[None]:
-        """What is to be done when RAM is being sent."""
         self.meanwhile = meanwhile
-        try:
-            yield
-        finally:
-            self.meanwhile = None
+        return self.migrate("--bandwidth", rate, *options)
+
+    def try_and(self, meanwhile: Deed, *options: Any) -> "subprocess.CompletedProcess[str]":
+        """The same, of a migration that may fail; returns what virsh did."""
+        self.meanwhile = meanwhile
+        return self.virsh_migrate("--bandwidth", SLOW, *options)
 
     def wait_until(
         self, ready: Callable[[], Any], virsh: "Optional[subprocess.Popen[str]]" = None
@@ -107,13 +93,6 @@ class Traveller(Guest):
             return 0
         self.seen = info
         return int(info["ram"]["transferred"])
-
-    def said(self) -> str:
-        """What the source's QEMU told libvirt during the last migration."""
-        path, start = self._log_start
-        with open(path, "rb") as log:
-            log.seek(start)
-            return log.read().decode(errors="replace")
 
     def hurry(self) -> None:
         """Let a migration end."""
@@ -188,7 +167,7 @@ class Way:
     """One way to migrate, and the proof that it was this one."""
 
     options: Sequence[str]
-    meanwhile: Callable[[Traveller], None]
+    meanwhile: Deed
     proof: Callable[[Traveller, MigrationResult], None] = lambda guest, result: None
     rate: int = SLOW
 
@@ -200,7 +179,7 @@ def switch(guest: Traveller) -> None:
 
 def switched(guest: Traveller, result: MigrationResult) -> None:
     """It ran there before it had all."""
-    assert '"status": "postcopy-active"' in guest.said()
+    assert '"status": "postcopy-active"' in guest.libvirt_said
     assert result.raw["ram"]["postcopy-bytes"] > 0
 
 
@@ -329,7 +308,7 @@ def test_source_runs_on(guest: Traveller, measured: Dict[str, Any], name: str) -
     """A migration fails while RAM is sent: the guest runs on at the source, and the next works."""
     options, meanwhile, message = FAILURES[name]
     here, there = guest.host, OTHER_HOST[guest.host]
-    done = guest.fail_and(meanwhile, *options)
+    done = guest.try_and(meanwhile, *options)
     measured["message"] = done.stderr
     assert done.returncode and re.search(message, done.stderr), done
     if name == "abort-on-error":
@@ -384,7 +363,7 @@ def test_link_stays_away(guest: Traveller, measured: Dict[str, Any]) -> None:
 
     here = guest.host
     try:
-        done = guest.fail_and(lose, "--p2p")
+        done = guest.try_and(lose, "--p2p")
     finally:
         link(guest, "up")
     assert lost.is_set()
@@ -410,8 +389,7 @@ def test_three_leave_at_once(hosts: Hosts, measured: Dict[str, Any]) -> None:
             together.wait(SECONDS)
             guest.hurry()
 
-        with guest.doing(look):
-            done = guest.virsh_migrate("--bandwidth", SLOW)
+        done = guest.try_and(look)
         assert done.returncode == 0, done.stderr
         guest.arrived()
         # Whose final statistics are whose cannot be seen in libvirt's log.
