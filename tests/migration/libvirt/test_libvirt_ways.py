@@ -21,7 +21,7 @@ import pytest
 
 from livemig import workload
 from livemig.domains import ANY_TIME, FREED_MIB, MIB, OTHER_HOST, STAMPED_MIB, Guest
-from livemig.domains import Hosts, assert_used
+from livemig.domains import Hosts, assert_used, stamped
 from livemig.errors import GuestError
 from livemig.migration import MigrationResult
 
@@ -109,19 +109,17 @@ class Travellers:
         self.disk.write_bytes(bytes(MIB))
         self.number = 0
         self.guest: Optional[Traveller] = None
+        # Ends the guest.
+        self.stack = contextlib.ExitStack()
 
     def get(self) -> Traveller:
         """A guest that is unharmed, and has much free memory full of old data."""
-        if self.guest:
-            try:
-                if self.guest.state() == "running":
-                    self.guest.check()
-                    self.guest.fill()
-                    return self.guest
-            except (AssertionError, GuestError):
-                pass
-            guest, self.guest = self.guest, None
-            guest.__exit__(AssertionError, None, None)
+        with contextlib.suppress(AssertionError, GuestError), self.stack:
+            assert self.guest and self.guest.state() == "running"
+            self.guest.check()
+            self.guest.fill()
+            self.stack = self.stack.pop_all()
+            return self.guest
         self.number += 1
         # The first write to the disk fails, once in the life of each QEMU. Nothing else writes.
         image = f"file.image.driver=file,file.image.filename={self.disk}"
@@ -131,16 +129,9 @@ class Travellers:
             *("-device", "virtio-blk-pci,drive=disk,bus=pcie.0,addr=0x1d,werror=stop"),
         ]
         guest = Traveller(self.hosts, f"traveller{self.number}", [*ANY_TIME, *args])
-        # Its exit is called when all tests are done, or above.
-        self.guest = guest.__enter__()  # pylint: disable=unnecessary-dunder-call
-        workload.stamp(guest, STAMPED_MIB)
-        guest.fill()
-        return guest
-
-    def end(self) -> None:
-        """End the last guest."""
-        if self.guest:
-            self.guest.__exit__(None, None, None)
+        self.guest = self.stack.enter_context(stamped(guest))
+        self.guest.fill()
+        return self.guest
 
 
 @pytest.fixture(name="travellers", scope="module")
@@ -150,7 +141,7 @@ def travellers_fixture(
     """The guest of this file's tests."""
     travellers = Travellers(hosts, tmp_path_factory.mktemp("ways"))
     yield travellers
-    travellers.end()
+    travellers.stack.close()
 
 
 @pytest.fixture
@@ -399,8 +390,7 @@ def test_three_leave_at_once(hosts: Hosts, measured: Dict[str, Any]) -> None:
         return replace(MigrationResult.from_qmp(guest.seen), sent_bytes=int(sent[1]))
 
     def start(guest: Traveller) -> None:
-        stack.enter_context(guest)
-        workload.stamp(guest, STAMPED_MIB)
+        stack.enter_context(stamped(guest))
         guest.fill()
 
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(guests)) as pool:
