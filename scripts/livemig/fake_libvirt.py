@@ -11,11 +11,11 @@ import libvirt_qemu
 import pytest
 
 from livefph.cli import main
+from livefph.domainxml import ATTRIBUTES
 
 GIB = 1 << 30
 MIB = 1 << 20
 EMULATOR = "/nowhere/qemu"
-ATTRIBUTES = ("freePageHinting", "freePageHintArrays")
 XML = """<domain type='kvm'>
   <name>{name}</name>
   <devices>
@@ -30,14 +30,14 @@ NAMES = {
     "no": [],
 }
 ESTIMATE = {
-    "total-bytes": 1 << 30,
-    "absent-bytes": 400 << 20,
+    "total-bytes": GIB,
+    "absent-bytes": 400 * MIB,
     "scan-time": 120,
-    "free-bytes": 524 << 20,
+    "free-bytes": 524 * MIB,
     "complete": True,
     "ask-to-end": 1830,
     "blocks": [],
-    "remaining-bytes": 100 << 20,
+    "remaining-bytes": 100 * MIB,
 }
 Answer = Union[Mapping[str, Any], List[Any], Exception, Callable[[], Any]]
 
@@ -69,10 +69,7 @@ def status_answers(offered: str, driver: str, ours: bool = True) -> Dict[str, An
     states = ["VIRTIO_CONFIG_S_DRIVER_OK: ready"] if driver != "none" else []
     return {
         "query-migrate-capabilities": [{"capability": n, "state": True} for n in names],
-        "x-query-virtio": [
-            {"name": "virtio-net", "path": "/n"},
-            {"name": "virtio-balloon", "path": "/b"},
-        ],
+        "x-query-virtio": [{"name": f"virtio-{n}", "path": n} for n in ("net", "balloon")],
         "x-query-virtio-status": {
             "host-features": {"dev-features": NAMES[offered]},
             "guest-features": {"dev-features": NAMES.get(driver, [])},
@@ -105,9 +102,7 @@ class FakeDomain:
 
     def qemu(self, **answers: Any) -> "FakeDomain":
         """Have its QEMU answer so; those of InTurn one by one."""
-        for command, answer in answers.items():
-            self.says({command.replace("_", "-"): answer})
-        return self
+        return self.says({name.replace("_", "-"): answer for name, answer in answers.items()})
 
     def says(self, answers: Mapping[str, Any]) -> "FakeDomain":
         for command, answer in answers.items():
@@ -199,8 +194,11 @@ class FakeHost:
     def setKeepAlive(self, *_: int) -> None:
         pass
 
-    def domainEventRegisterAny(self, _domain: Any, _event: int, call: Any, _opaque: Any) -> None:
-        self.listeners["end"] = call
+    def domainEventRegisterAny(self, domain: Any, _event: int, call: Any, opaque: Any) -> None:
+        self.listen(self, domain, "end", call, opaque)
+
+    def listen(self, _host: Any, _domain: Any, event: str, call: Any, _opaque: Any) -> None:
+        self.listeners[event] = call
 
     def listAllDomains(self) -> List[FakeDomain]:
         return list(self.domains.values())
@@ -221,7 +219,7 @@ class FakeHost:
         assert balloon is not None
         device: Dict[str, Any] = {"driver": "virtio-balloon-pci"}
         # One that it does not know is nothing to it.
-        if self.native and {balloon.get(name) for name in ATTRIBUTES} == {"on"}:
+        if self.native and {balloon.get(name) for name in ATTRIBUTES.values()} == {"on"}:
             if not self.ours:
                 raise UNSUPPORTED
             device.update({"free-page-hint": True, "free-page-hint-arrays": True})
@@ -244,11 +242,8 @@ def host_fixture(monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     for name in "open", "openReadOnly":
         monkeypatch.setattr(libvirt, name, lambda _uri: host)
 
-    def listen(_host: Any, _domain: Any, event: str, call: Any, _opaque: Any) -> None:
-        host.listeners[event] = call
-
     monkeypatch.setattr(libvirt_qemu, "qemuMonitorCommand", lambda d, text, _: d.monitor(text))
-    monkeypatch.setattr(libvirt_qemu, "qemuMonitorEventRegister", listen)
+    monkeypatch.setattr(libvirt_qemu, "qemuMonitorEventRegister", host.listen)
     return host
 
 
