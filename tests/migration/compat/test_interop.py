@@ -14,9 +14,9 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import numpy as np
 import pytest
@@ -42,16 +42,10 @@ STOCK_BALLOON = MODES["stock-hints"].balloon
 # Stock QEMU sends pages while it waits for hints: it must not be done before they come.
 STOCK_SLOW = FOR_STOCK.with_parameters(max_bandwidth=64 * MIB)
 
-# Where a 64-bit guest kernel keeps its array of struct page, and what is where in one.
+# Where a 64-bit guest kernel keeps its array of struct page, and what is where in one: 64 bytes.
 VMEMMAP = 0xFFFFEA0000000000
-STRUCT_PAGE = np.dtype(
-    {
-        "names": ["compound_head", "refcount"],
-        "formats": [np.uint64, np.int32],
-        "offsets": [8, 52],
-        "itemsize": 64,
-    }
-)
+STRUCT_PAGE = np.dtype("V8, u8, V36, i4, V8")
+STRUCT_PAGE.names = ("flags", "compound_head", "others", "refcount", "last")
 
 
 def held_by_balloon(guest: Guest, file: Path) -> memory.Masks:
@@ -79,25 +73,19 @@ def stock_without_hints(module_lab: Lab) -> MigrationResult:
     destination = module_lab.incoming(spec)
     result = migrate(source, destination, STOCK_SLOW)
     assert_intact(destination)
-    for guest in (source, destination):
-        guest.close()
+    source.close()
+    destination.close()
     return result
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A source and a destination, each with the balloon that an operator would give it."""
-
-    source: str
-    destination: str
-
-    @property
-    def balloons(self) -> List[str]:
-        """The balloon's properties, of the source and of the destination."""
-        if self.source == "stock":
-            # A guest that came up there does not use arrays; the destination may offer them.
-            return [STOCK_BALLOON, STOCK_BALLOON if self.destination == "stock" else ARRAYS]
-        return [ARRAYS, ARRAYS] if self.destination == "ours" else [BLOCKS, STOCK_BALLOON]
+# The balloons that an operator would give a source and a destination. A guest that came up in a
+# stock QEMU does not use arrays; the destination may offer them.
+BALLOONS = {
+    ("stock", "stock"): (STOCK_BALLOON, STOCK_BALLOON),
+    ("stock", "ours"): (STOCK_BALLOON, ARRAYS),
+    ("ours", "stock"): (BLOCKS, STOCK_BALLOON),
+    ("ours", "ours"): (ARRAYS, ARRAYS),
+}
 
 
 @pytest.mark.parametrize("destination_build", BUILDS)
@@ -114,7 +102,7 @@ def test_matrix(
 ) -> None:
     """Any guest moves from any QEMU to any other one, hints are used, and no write is lost."""
     # pylint: disable=too-many-arguments
-    here, there = Pair(source_build, destination_build).balloons
+    here, there = BALLOONS[source_build, destination_build]
     oracle = Oracle(lab, SMALL.but(kernel=kernel))
     kept = None
     source = oracle.boot(qemu=source_build, balloon=here)
@@ -234,15 +222,12 @@ def test_stock_destination_refuses_arrays(lab: Lab, return_path: bool) -> None:
 # The device, as a guest and as a destination see it. A machine type is the promise of one.
 
 # What stock QEMU knows, and what is the same with ours: only the iothread is not needed.
-SAME = {
-    "off": ("free-page-hint=off", "free-page-hint=off"),
-    "on": (STOCK_BALLOON, BLOCKS),
-}
+SAME = {"off": ("free-page-hint=off", "free-page-hint=off"), "on": (STOCK_BALLOON, BLOCKS)}
 MACHINES = ("pc-q35-10.0", "pc-q35-9.2", "pc-i440fx-10.0", "pc-i440fx-9.2")
 each_machine = pytest.mark.parametrize("machine", MACHINES)
 # A clock that is the same each time.
 CLOCK = ("-rtc", "base=2000-01-01,clock=vm")
-CONFIG_WORDS = 64
+CONFIG_BYTES = 256
 # The name, behind its length, of what is sent first when the guest has stopped.
 FIRST_DEVICE = b"\x05timer"
 QUEUES = 8
@@ -250,30 +235,34 @@ QUEUES = 8
 PORTS = 128
 
 
+def balloon_in(guest: Guest) -> Balloon:
+    """The balloon of a bare-metal guest that has just been started."""
+    machine = Machine(guest)
+    machine.wait_ready()
+    return Balloon(machine)
+
+
 def seen_by_guest(lab: Lab, name: str, **changes: Any) -> Dict[str, Any]:
     """The balloon's PCI configuration, registers and features, read by a guest's program."""
     guest = lab.launch(bare_metal(**changes), name)
-    machine = Machine(guest)
-    machine.wait_ready()
-    device = Balloon(machine)
+    device = balloon_in(guest)
+
+    def pci(slot: int, register: int) -> int:
+        device.machine.write_port(0xCF8, 0x80000000 | slot << 11 | register, 32)
+        return device.machine.read_port(0xCFC, 32)
+
+    slot = next(slot for slot in range(32) if pci(slot, 0) == Balloon.VENDOR_DEVICE)
     seen: Dict[str, Any] = {"features": device.get(Balloon.DEVICE_FEATURES)}
-    for slot in range(32):
-        machine.write_port(0xCF8, 0x80000000 | slot << 11, 32)
-        if machine.read_port(0xCFC, 32) == Balloon.VENDOR_DEVICE:
-            break
-    for word in range(CONFIG_WORDS):
-        machine.write_port(0xCF8, 0x80000000 | slot << 11 | word * 4, 32)
-        seen[f"PCI configuration {word * 4:#x}"] = machine.read_port(0xCFC, 32)
+    seen["PCI configuration"] = [pci(slot, register) for register in range(0, CONFIG_BYTES, 4)]
     for queue in range(QUEUES):
         device.set(Balloon.QUEUE_SELECT, queue, 16)
         seen[f"size of queue {queue}"] = device.get(Balloon.QUEUE_SIZE, 16)
     seen["registers"] = [device.get(port, 8) for port in range(Balloon.CONFIG, PORTS)]
-    for known in guest.qmp("x-query-virtio"):
-        if known["name"] == "virtio-balloon":
-            status = guest.qmp("x-query-virtio-status", path=known["path"])
-            seen.update({name: status[name] for name in ("host-features", "num-vqs")})
+    known = guest.qmp("x-query-virtio")
+    (path,) = (entry["path"] for entry in known if entry["name"] == "virtio-balloon")
+    status = guest.qmp("x-query-virtio-status", path=path)
     guest.close()
-    return seen
+    return {**seen, "host-features": status["host-features"], "num-vqs": status["num-vqs"]}
 
 
 @pytest.mark.check
@@ -342,9 +331,7 @@ REQUEST_BYTES = 4
 def balloon_section(lab: Lab, file: Path, **changes: Any) -> Dict[str, Any]:
     """The stream's description and the balloon in it, for a guest that was asked for hints."""
     guest = lab.launch(bare_metal(**changes), file.name)
-    machine = Machine(guest)
-    machine.wait_ready()
-    device = Balloon(machine)
+    device = balloon_in(guest)
     device.start(Balloon.HINTS & device.get(Balloon.DEVICE_FEATURES))
     # The guest does not answer.
     wait = {"free-page-hint-wait": 1} if guest.spec.qemu == "ours" else {}
@@ -359,7 +346,7 @@ def balloon_section(lab: Lab, file: Path, **changes: Any) -> Dict[str, Any]:
     return {
         "sections": list(state),
         "versions": [
-            {key: device.get(key) for key in ("name", "instance_id", "vmsd_name", "version")}
+            [device.get(key) for key in ("name", "instance_id", "vmsd_name", "version")]
             for device in description["devices"]
         ],
         "description": [d for d in description["devices"] if "balloon" in d["name"]],
