@@ -19,7 +19,7 @@ import pytest
 from livemig import memory, paths
 from livemig.checks import wait_for
 from livemig.domains import ANY_TIME, DOCUMENTATION, DOMAIN_XML, FREED_MIB, MEMORY_DIRECTORY, MIB
-from livemig.domains import PROPERTY, SHARED, SPEC, TOOL, UNSUPPORTED, Guest, Hosts
+from livemig.domains import OTHER_HOST, PROPERTY, SHARED, SPEC, TOOL, UNSUPPORTED, Guest, Hosts
 from livemig.domains import assert_cache_freed
 from livemig.domains import assert_unused, assert_used, capability, cold_cache, cold_image
 from livemig.domains import processes_naming, stamped, start_hosts, two_hosts
@@ -60,11 +60,17 @@ def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
 
 
 def test_off_for_good(hosts: Hosts) -> None:
-    """-global migration.free-page-hint=off in the domain XML holds on both hosts."""
-    with stamped(Guest(hosts, "off", ["-global", "migration.free-page-hint=off"])) as guest:
-        assert not capability(guest)
-        assert_unused(guest.fill_and_migrate(), "disabled")
-        assert not capability(guest)
+    """-global migration.free-page-hint=off in the domain XML holds on both hosts.
+
+    And -global migration.skip-absent-pages=off does.
+    """
+    off = ["-global", "migration.free-page-hint=off", "-global", "migration.skip-absent-pages=off"]
+    with stamped(Guest(hosts, "off", off)) as guest:
+        for _ in OTHER_HOST:
+            assert not capability(guest)
+            result = guest.fill_and_migrate()
+            assert_unused(result, "disabled")
+            assert result.absent and result.absent.reason == "disabled"
 
 
 def test_refused_migration(hosts: Hosts, tmp_path: Path) -> None:
