@@ -23,6 +23,7 @@ from livemig.serial import Agent, Port
 from livemig.spec import GuestSpec
 
 TOOL = paths.REPO / "scripts" / "two-hosts"
+FPH = paths.REPO / "scripts" / "fph"
 DOMAIN_XML = paths.REPO / "tests" / "migration" / "libvirt" / "domain.xml"
 DOCUMENTATION = paths.REPO / "docs" / "libvirt.md"
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -70,6 +71,12 @@ class Hosts:
         done = self.call(host, "virsh", "-q", *args)
         assert done.returncode == 0, f"virsh {' '.join(map(str, args))}: {done.stderr}"
         return done.stdout
+
+    def fph(self, host: str, command: str, name: str) -> Any:
+        """Return what scripts/fph says of a domain; it must succeed."""
+        done = self.call(host, FPH, *command.split(), name, "--json")
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        return json.loads(done.stdout)["domains"][name]
 
     def path(self, host: str, path: str) -> Path:
         """Return where a file of a host's libvirt is on this machine."""
@@ -213,6 +220,12 @@ class Guest:
         """Let virsh migrate the guest to the other host; return what it did."""
         return self.hosts.call(self.host, *self.migration_command(*options))
 
+    def fail_to_migrate(self, *options: Any) -> str:
+        """Let virsh try in vain; return what it complained about."""
+        done = self.virsh_migrate(*options)
+        assert done.returncode and done.stderr, "the guest was migrated"
+        return done.stderr
+
     def migration_command(self, *options: Any) -> Tuple[Any, ...]:
         """What lets virsh migrate the guest to the other host."""
         return ("virsh", "migrate", "--live", *options, self.name, self.there())
@@ -293,28 +306,25 @@ class Guest:
         return result
 
     def check(self) -> None:
-        """Let the guest check each page that it stamped."""
+        """Let the guest, which runs where it should be, check each page that it stamped."""
+        assert self.state() == "running"
         verdict = workload.verify(self)
         assert verdict.good, verdict
         assert verdict.pages >= STAMPED_MIB * MIB // 4096
 
 
-def start_hosts(*options: Any) -> Path:
-    """Start two hosts, which end with this process at the latest; return their state directory.
+@contextlib.contextmanager
+def running_hosts(*options: Any) -> Iterator[Hosts]:
+    """Two libvirt hosts that are ready to run guests, and that leave nothing.
 
     Skips the test where the machine cannot run them, but never in CI.
     """
+    # They end with this process at the latest.
     done = two_hosts("up", "--owner", os.getpid(), *options)
     if done.returncode == UNSUPPORTED and not os.environ.get("CI"):
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr
-    return Path(done.stdout.strip())
-
-
-@contextlib.contextmanager
-def running_hosts(*options: Any) -> Iterator[Hosts]:
-    """Two libvirt hosts that are ready to run guests, and that leave nothing."""
-    hosts = Hosts(start_hosts(*options))
+    hosts = Hosts(Path(done.stdout.strip()))
     try:
         # libvirt probes a QEMU before it first runs it: not something to do during a migration
         for host in OTHER_HOST:

@@ -2,7 +2,6 @@
 """scripts/fph with a real libvirt, real guests and a real "virsh migrate --live"."""
 
 import json
-import shlex
 import subprocess
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
@@ -10,9 +9,8 @@ from typing import Any, Dict, Iterator, List, Tuple
 import pytest
 
 from livemig import paths
-from livemig.domains import ANY_TIME, FREED_MIB, MIB, Guest, Hosts, stamped, start_hosts, two_hosts
+from livemig.domains import ANY_TIME, FPH, FREED_MIB, MIB, Guest, Hosts, running_hosts, stamped
 
-FPH = paths.REPO / "scripts" / "fph"
 # MiB/s, so that a migration can be looked at
 SLOW = 40
 
@@ -21,14 +19,6 @@ def fph(hosts: Hosts, host: str, *args: Any) -> Tuple[int, List[str], List[str]]
     """Run the tool on a host; returns its exit status, its output's lines, and its errors'."""
     done = hosts.call(host, FPH, *args)
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
-
-
-def said(hosts: Hosts, command: str, name: str) -> Dict[str, Any]:
-    """What a command says of a domain on host a, as JSON; it must succeed."""
-    status, out, err = fph(hosts, "a", *shlex.split(command), name, "--json")
-    assert (status, err) == (0, []), err
-    found: Dict[str, Any] = json.loads("\n".join(out))["domains"][name]
-    return found
 
 
 @pytest.fixture(name="guest")
@@ -56,13 +46,13 @@ def test_what_is_estimated_is_seen_to_be_skipped(
 
     Of a paused guest, only absent pages are estimated.
     """
-    found = said(hosts, "status", guest.name)
+    found = hosts.fph("a", "status", guest.name)
     assert (found["offered"], found["driver"], found["hints"]) == ("arrays", "arrays", True)
     hosts.virsh("a", "suspend", guest.name)
-    stopped = said(hosts, "estimate", guest.name)
+    stopped = hosts.fph("a", "estimate", guest.name)
     hosts.virsh("a", "resume", guest.name)
     assert stopped["reason"] == "vm-stopped" and not stopped["free-bytes"]
-    estimated = said(hosts, "estimate --bandwidth 1Gbit", guest.name)
+    estimated = hosts.fph("a", "estimate --bandwidth 1Gbit", guest.name)
     assert estimated["free-bytes"] > 0.9 * FREED_MIB * MIB and "round-time" in estimated
 
     hosts.virsh("a", "migrate-setspeed", guest.name, SLOW)
@@ -81,7 +71,7 @@ def test_what_is_estimated_is_seen_to_be_skipped(
     measured.update(estimated=estimated["free-bytes"] + estimated["absent-bytes"], skipped=skipped)
     assert abs(measured["estimated"] - skipped) < 0.03 * skipped
     assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
-    assert said(hosts, "status", guest.name)["state"] == "shut off"
+    assert hosts.fph("a", "status", guest.name)["state"] == "shut off"
 
 
 def test_read_only_connection_sees_and_changes_nothing(
@@ -117,25 +107,25 @@ def test_enabled_for_the_next_start(hosts: Hosts) -> None:
     guest.replace_element("qemu:override")
     guest.replace("<alias name='ua-balloon0'/>")
     with guest:
-        assert said(hosts, "status", guest.name)["offered"] == "no"
-        assert said(hosts, "estimate", guest.name)["reason"] == "no-device"
+        assert hosts.fph("a", "status", guest.name)["offered"] == "no"
+        assert hosts.fph("a", "estimate", guest.name)["reason"] == "no-device"
         before = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
-        shown = said(hosts, "enable --arrays", guest.name)
+        shown = hosts.fph("a", "enable --arrays", guest.name)
         assert not shown["written"] and "free-page-hint-arrays" in shown["diff"]
         assert hosts.virsh("a", "dumpxml", "--inactive", guest.name) == before
-        written = said(hosts, "enable --arrays --write", guest.name)
+        written = hosts.fph("a", "enable --arrays --write", guest.name)
         assert written == {**shown, "written": True}
         after = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
         assert not [line for line in before.splitlines()[1:] if line not in after.splitlines()]
-        assert said(hosts, "enable --arrays --write", guest.name)["diff"] == ""
-        found = said(hosts, "status", guest.name)
+        assert hosts.fph("a", "enable --arrays --write", guest.name)["diff"] == ""
+        found = hosts.fph("a", "status", guest.name)
         assert (found["offered"], found["defined"]) == ("no", "arrays")
 
         hosts.virsh("a", "destroy", guest.name)
         # What is offered is known before anything runs.
         hosts.virsh("a", "start", "--paused", guest.name)
-        assert said(hosts, "status", guest.name)["offered"] == "arrays"
-        said(hosts, "disable --write", guest.name)
+        assert hosts.fph("a", "status", guest.name)["offered"] == "arrays"
+        hosts.fph("a", "disable --write", guest.name)
         assert "name='free-page-hint" not in hosts.virsh("a", "dumpxml", "--inactive", guest.name)
 
 
@@ -147,7 +137,7 @@ def test_stock_qemu_is_named(hosts: Hosts) -> None:
     guest.replace_element("qemu:commandline")
     guest.replace_element("qemu:override")
     with guest:
-        found = said(hosts, "status", guest.name)
+        found = hosts.fph("a", "status", guest.name)
         assert (found["offered"], found["hints"]) == ("no", None)
         assert "stock" in found["notes"][0]
         before = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
@@ -157,32 +147,27 @@ def test_stock_qemu_is_named(hosts: Hosts) -> None:
             assert "stock" in err[0]
         assert hosts.virsh("a", "dumpxml", "--inactive", guest.name) == before
         ours = paths.qemu_binary("ours")
-        said(hosts, f"enable --write --emulator {ours}", guest.name)
+        hosts.fph("a", f"enable --write --emulator {ours}", guest.name)
         hosts.virsh("a", "destroy", guest.name)
         # What is offered is known before anything runs.
         hosts.virsh("a", "start", "--paused", guest.name)
-        assert said(hosts, "status", guest.name)["offered"] == "blocks"
+        assert hosts.fph("a", "status", guest.name)["offered"] == "blocks"
 
 
 def test_connection_that_is_lost_half_way(tmp_path: Path) -> None:
     """libvirt is killed while a migration is watched: one line, and what was seen is kept."""
-    own = Hosts(start_hosts("--state", tmp_path / "two-hosts-killed"))
     uri = "qemu+tcp://host-a/system"
-    base = tmp_path / "seen"
-    try:
-        with Guest(own, "cut", ANY_TIME) as guest:
-            own.virsh("a", "migrate-setspeed", guest.name, 1)
-            # From the other host, since nothing on this one survives its libvirt.
-            with watch(own, "b", "-c", uri, guest.name, "-o", base) as watcher:
-                with own.start("a", *guest.migration_command()):
-                    assert watcher.stdout
-                    for _ in range(2):
-                        assert "round" in watcher.stdout.readline()
-                    pid = own.call("a", "cat", "/run/libvirtd.pid").stdout
-                    own.call("a", "kill", "-KILL", pid)
-                _, err = watcher.communicate(timeout=120)
-    finally:
-        two_hosts("down", "--state", own.state)
+    with running_hosts() as own, Guest(own, "cut", ANY_TIME) as guest:
+        own.virsh("a", "migrate-setspeed", guest.name, 1)
+        # From the other host, since nothing on this one survives its libvirt.
+        with watch(own, "b", "-c", uri, guest.name, "-o", tmp_path / "seen") as watcher:
+            with own.start("a", *guest.migration_command()):
+                assert watcher.stdout
+                for _ in range(2):
+                    assert "round" in watcher.stdout.readline()
+                pid = own.call("a", "cat", "/run/libvirtd.pid").stdout
+                own.call("a", "kill", "-KILL", pid)
+            _, err = watcher.communicate(timeout=120)
     assert watcher.returncode == 3
     assert err.startswith(f"fph: cut: the connection to {uri} was lost: ")
     assert err.count("\n") == 1
