@@ -202,19 +202,22 @@ class Guest:
         """Return what the guest's QEMUs wrote to their log on a host so far."""
         return self._said(host, "log")
 
+    def virsh(self, command: str, *args: Any) -> str:
+        """Run a command of virsh for the guest where it should be."""
+        return self.hosts.virsh(self.host, command, self.name, *args)
+
     def hmp(self, command: str) -> str:
         """Run a command of QEMU's human monitor, through libvirt."""
-        return self.hosts.virsh(self.host, "qemu-monitor-command", "--hmp", self.name, command)
+        return self.virsh("qemu-monitor-command", "--hmp", command)
 
     def qmp(self, command: str) -> Any:
         """Run a QMP command, through libvirt."""
-        text = json.dumps({"execute": command})
-        answer = self.hosts.virsh(self.host, "qemu-monitor-command", self.name, text)
+        answer = self.virsh("qemu-monitor-command", json.dumps({"execute": command}))
         return json.loads(answer)["return"]
 
     def state(self) -> str:
-        """Return what libvirt says about the guest where it should be."""
-        return self.hosts.virsh(self.host, "domstate", self.name).strip()
+        """Return what libvirt says about the guest."""
+        return self.virsh("domstate").strip()
 
     def virsh_migrate(self, *options: Any) -> "subprocess.CompletedProcess[str]":
         """Let virsh migrate the guest to the other host; return what it did."""
@@ -260,7 +263,7 @@ class Guest:
         different = memory.different_pages(source, self.ram())
         seen = memory.judge(different, memory.kept_pages(log, source, start))
         assert not seen.lost, seen
-        self.hosts.virsh(self.host, "resume", self.name)
+        self.virsh("resume")
         return result, seen
 
     def migrate(self, *options: Any) -> MigrationResult:

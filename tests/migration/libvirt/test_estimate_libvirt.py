@@ -52,8 +52,8 @@ def test_planned_and_accounted_for(hosts: Hosts, guest: Guest, measured: Dict[st
             assert virsh.stdout
             heard = ""
             while "RESUME" not in heard:
-                hosts.virsh("a", "suspend", guest.name)
-                hosts.virsh("a", "resume", guest.name)
+                guest.virsh("suspend")
+                guest.virsh("resume")
                 heard = virsh.stdout.readline()
             result = guest.migrate()
             while EVENT not in heard:

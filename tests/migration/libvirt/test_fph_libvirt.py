@@ -48,14 +48,14 @@ def test_what_is_estimated_is_seen_to_be_skipped(
     """
     found = hosts.fph("a", "status", guest.name)
     assert (found["offered"], found["driver"], found["hints"]) == ("arrays", "arrays", True)
-    hosts.virsh("a", "suspend", guest.name)
+    guest.virsh("suspend")
     stopped = hosts.fph("a", "estimate", guest.name)
-    hosts.virsh("a", "resume", guest.name)
+    guest.virsh("resume")
     assert stopped["reason"] == "vm-stopped" and not stopped["free-bytes"]
     estimated = hosts.fph("a", "estimate --bandwidth 1Gbit", guest.name)
     assert estimated["free-bytes"] > 0.9 * FREED_MIB * MIB and "round-time" in estimated
 
-    hosts.virsh("a", "migrate-setspeed", guest.name, SLOW)
+    guest.virsh("migrate-setspeed", SLOW)
     base = tmp_path / "seen"
     with watch(hosts, "a", guest.name, "-o", base) as watcher:
         guest.migrate()
@@ -78,20 +78,20 @@ def test_read_only_connection_sees_and_changes_nothing(
     hosts: Hosts, guest: Guest, tmp_path: Path
 ) -> None:
     """With --readonly, status has what libvirt knows, watch libvirt's figures; no more is done."""
-    before = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+    before = guest.virsh("dumpxml", "--inactive")
     for command in ("disable", guest.name, "--write"), ("estimate", guest.name):
         status, out, err = fph(hosts, "a", *command, "--readonly")
         assert (status, out) == (3, [])
         assert len(err) == 1 and err[0].startswith(
             f"fph: {guest.name}: the connection is read-only"
         )
-    assert hosts.virsh("a", "dumpxml", "--inactive", guest.name) == before
+    assert guest.virsh("dumpxml", "--inactive") == before
     status, out, err = fph(hosts, "a", "status", guest.name, "--readonly")
     assert (status, err) == (0, [])
     assert out[1].split() == [guest.name, "running", "arrays", *"-----"]
     assert "QEMU was not asked, the connection is read-only" in out[2]
 
-    hosts.virsh("a", "migrate-setspeed", guest.name, SLOW)
+    guest.virsh("migrate-setspeed", SLOW)
     with watch(hosts, "a", guest.name, "--readonly", "-o", tmp_path / "seen") as watcher:
         guest.migrate()
         out, err = watcher.communicate(timeout=120)
@@ -109,24 +109,24 @@ def test_enabled_for_the_next_start(hosts: Hosts) -> None:
     with guest:
         assert hosts.fph("a", "status", guest.name)["offered"] == "no"
         assert hosts.fph("a", "estimate", guest.name)["reason"] == "no-device"
-        before = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+        before = guest.virsh("dumpxml", "--inactive")
         shown = hosts.fph("a", "enable --arrays", guest.name)
         assert not shown["written"] and "free-page-hint-arrays" in shown["diff"]
-        assert hosts.virsh("a", "dumpxml", "--inactive", guest.name) == before
+        assert guest.virsh("dumpxml", "--inactive") == before
         written = hosts.fph("a", "enable --arrays --write", guest.name)
         assert written == {**shown, "written": True}
-        after = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+        after = guest.virsh("dumpxml", "--inactive")
         assert not [line for line in before.splitlines()[1:] if line not in after.splitlines()]
         assert hosts.fph("a", "enable --arrays --write", guest.name)["diff"] == ""
         found = hosts.fph("a", "status", guest.name)
         assert (found["offered"], found["defined"]) == ("no", "arrays")
 
-        hosts.virsh("a", "destroy", guest.name)
+        guest.virsh("destroy")
         # What is offered is known before anything runs.
-        hosts.virsh("a", "start", "--paused", guest.name)
+        guest.virsh("start", "--paused")
         assert hosts.fph("a", "status", guest.name)["offered"] == "arrays"
         hosts.fph("a", "disable --write", guest.name)
-        assert "name='free-page-hint" not in hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+        assert "name='free-page-hint" not in guest.virsh("dumpxml", "--inactive")
 
 
 def test_stock_qemu_is_named(hosts: Hosts) -> None:
@@ -140,17 +140,17 @@ def test_stock_qemu_is_named(hosts: Hosts) -> None:
         found = hosts.fph("a", "status", guest.name)
         assert (found["offered"], found["hints"]) == ("no", None)
         assert "stock" in found["notes"][0]
-        before = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+        before = guest.virsh("dumpxml", "--inactive")
         for command in (["estimate"], ["enable", "--write"]):
             status, out, err = fph(hosts, "a", *command, guest.name)
             assert (status, out, len(err)) == (1, [], 1)
             assert "stock" in err[0]
-        assert hosts.virsh("a", "dumpxml", "--inactive", guest.name) == before
+        assert guest.virsh("dumpxml", "--inactive") == before
         ours = paths.qemu_binary("ours")
         hosts.fph("a", f"enable --write --emulator {ours}", guest.name)
-        hosts.virsh("a", "destroy", guest.name)
+        guest.virsh("destroy")
         # What is offered is known before anything runs.
-        hosts.virsh("a", "start", "--paused", guest.name)
+        guest.virsh("start", "--paused")
         assert hosts.fph("a", "status", guest.name)["offered"] == "blocks"
 
 
@@ -158,7 +158,7 @@ def test_connection_that_is_lost_half_way(tmp_path: Path) -> None:
     """libvirt is killed while a migration is watched: one line, and what was seen is kept."""
     uri = "qemu+tcp://host-a/system"
     with running_hosts() as own, Guest(own, "cut", ANY_TIME) as guest:
-        own.virsh("a", "migrate-setspeed", guest.name, 1)
+        guest.virsh("migrate-setspeed", 1)
         # From the other host, since nothing on this one survives its libvirt.
         with watch(own, "b", "-c", uri, guest.name, "-o", tmp_path / "seen") as watcher:
             with own.start("a", *guest.migration_command()):

@@ -83,7 +83,7 @@ def test_refused_migration(hosts: Hosts, tmp_path: Path) -> None:
     with stamped(Guest(hosts, "refused")) as guest:
         guest.hmp("migrate_set_capability free-page-hint off")
         guest.hmp("migrate_set_parameter free-page-hint-wait 0")
-        xml = hosts.virsh("a", "dumpxml", "--migratable", guest.name)
+        xml = guest.virsh("dumpxml", "--migratable")
         for number, enabled in enumerate(properties):
             assert enabled in xml
             path = tmp_path / f"{number}.xml"
@@ -111,10 +111,10 @@ def test_to_stock_and_back(hosts: Hosts, tmp_path: Path) -> None:
 
     def move(here: str, there: str) -> Optional[Hints]:
         path = tmp_path / "there.xml"
-        xml = hosts.virsh(guest.host, "dumpxml", "--migratable", guest.name)
+        xml = guest.virsh("dumpxml", "--migratable")
         path.write_text(xml.replace(here, there), "utf-8")
         result = guest.fill_and_migrate("--xml", path)
-        assert there in hosts.virsh(guest.host, "dumpxml", guest.name)
+        assert there in guest.virsh("dumpxml")
         return result.hints
 
     with stamped(guest):

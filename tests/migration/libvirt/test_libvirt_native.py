@@ -58,10 +58,6 @@ class NativeGuest(Guest):
         switched_on = "".join(f" {attribute}='on'" for attribute in attributes)
         self.replace_element("memballoon", f"<memballoon model='{model}'{switched_on}/>")
 
-    def virsh(self, *args: Any) -> str:
-        """Run virsh where the guest is."""
-        return self.hosts.virsh(self.host, *args)
-
     def job_info(self, host: str, *options: str) -> Dict[str, str]:
         """What domjobinfo says of the last migration, on a host."""
         words = ("domjobinfo", self.name, "--completed", "--keep-completed", *options)
@@ -110,7 +106,7 @@ def assert_untainted(guest: NativeGuest) -> None:
         # As root; and with mode='maximum'.
         assert "high-privileges" in taints
         assert set(taints) <= {"high-privileges", "host-cpu"}, (host, taints)
-    assert "custom" not in guest.virsh("dominfo", guest.name)
+    assert "custom" not in guest.virsh("dominfo")
 
 
 def test_statistics_have_fields() -> None:
@@ -125,7 +121,7 @@ def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
     virsh domjobinfo has QEMU's figures afterwards, at both ends, with hints and without.
     """
     with stamped(NativeGuest(hosts, "native")) as guest:
-        xml = guest.virsh("dumpxml", "--migratable", guest.name)
+        xml = guest.virsh("dumpxml", "--migratable")
         assert "qemu:" not in xml and "freePageHintArrays='on'" in xml
         for name, wait in ("hints", WAIT), ("no hints", ("--free-page-hint-wait", 0)):
             result = guest.fill_and_migrate(*wait)
@@ -166,11 +162,11 @@ def test_nobody_wanted_hints(hosts: Hosts, model: str) -> None:
             assert info["Operation"].endswith(" migration") and "Absent memory skipped" in info
             assert not [label for label in info if label.startswith(OF_HINTS)], info
         guest.migrate()
-        guest.virsh("managedsave", guest.name)
+        guest.virsh("managedsave")
         info = guest.job_info("a")
         assert info["Operation"] == "Save" and "Absent memory skipped" in info
         assert not [label for label in info if label.startswith(OF_HINTS)], info
-        guest.virsh("managedsave-remove", guest.name)
+        guest.virsh("managedsave-remove")
 
 
 def test_parameters_of_one_migration(hosts: Hosts) -> None:
@@ -187,7 +183,7 @@ def test_parameters_of_one_migration(hosts: Hosts) -> None:
                 query = "query-migrate"
                 wait_for(lambda: guest.qmp(query).get("status") == "active", "nothing migrates")
                 assert guest.parameters() == wanted
-                guest.virsh("domjobabort", guest.name)
+                guest.virsh("domjobabort")
                 assert "canceled by client" in virsh.communicate(timeout=60)[1]
             finally:
                 virsh.kill()
@@ -222,7 +218,7 @@ def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> N
 def test_other_features_at_the_destination(hosts: Hosts, tmp_path: Path) -> None:
     """An XML for the destination with other hint features is refused, and nothing has begun."""
     with stamped(NativeGuest(hosts, "changed", ATTRIBUTES)) as guest:
-        xml = guest.virsh("dumpxml", "--migratable", guest.name)
+        xml = guest.virsh("dumpxml", "--migratable")
         for number, attribute in enumerate(ATTRIBUTES):
             # Those that depend on it have to be off, too.
             changed = xml

@@ -61,7 +61,7 @@ def migrate_there_and_back(guest: Guest) -> None:
 
 
 def test_reverted_to_an_external_snapshot(
-    hosts: Hosts, guest: Guest, tmp_path: Path, measured: Dict[str, Any]
+    guest: Guest, tmp_path: Path, measured: Dict[str, Any]
 ) -> None:
     """A snapshot that was taken live, with hints, brings memory and disks back to its moment."""
     write(guest, "before")
@@ -69,19 +69,19 @@ def test_reverted_to_an_external_snapshot(
     options = ["--memspec", f"file={tmp_path}/memory,snapshot=external", "--live", "--atomic"]
     for name in FORMATS:
         options += ["--diskspec", f"{name},snapshot=external"]
-    hosts.virsh("a", "snapshot-create-as", guest.name, "one", *options)
+    guest.virsh("snapshot-create-as", "one", *options)
     snapshot = MigrationResult.from_qmp(guest.qmp("query-migrate"))
     assert_used(snapshot)
     measured["snapshot_bytes"] = snapshot.sent_bytes
     write(guest, "after")
     assert read(guest) == everywhere("after")
 
-    hosts.virsh("a", "snapshot-revert", guest.name, "one")
+    guest.virsh("snapshot-revert", "one")
     guest.hang_up()
     guest.check()
     assert read(guest) == everywhere("before")
     # libvirt refuses to migrate a domain that has snapshots.
-    hosts.virsh("a", "snapshot-delete", "--metadata", guest.name, "one")
+    guest.virsh("snapshot-delete", "one", "--metadata")
     migrate_there_and_back(guest)
     assert read(guest) == everywhere("before")
 

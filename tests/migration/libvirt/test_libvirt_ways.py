@@ -5,7 +5,6 @@ One guest goes from host to host. While something is to be looked at, RAM is sen
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -15,11 +14,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Set
 
 import pytest
 
 from livemig import workload
+from livemig.checks import in_check, wait_for
 from livemig.domains import ANY_TIME, FREED_MIB, MIB, OTHER_HOST, STAMPED_MIB, Guest
 from livemig.domains import Hosts, assert_used, stamped
 from livemig.errors import GuestError
@@ -50,7 +50,8 @@ class Traveller(Guest):
         self.before = set(self.pids())
         with self.hosts.start(self.host, *self.migration_command(*options)) as virsh:
             try:
-                self.wait_until(lambda: self.sent_bytes() > 0, virsh)
+                wait_for(lambda: self.sent_bytes() or virsh.poll() is not None, "nothing is sent")
+                assert virsh.poll() is None, f"it was over too soon: {virsh.communicate()}"
                 meanwhile(self)
                 out, err = virsh.communicate(timeout=SECONDS)
             except BaseException:
@@ -68,27 +69,13 @@ class Traveller(Guest):
         self.meanwhile = meanwhile
         return self.fail_to_migrate("--bandwidth", SLOW, *options)
 
-    def wait_until(
-        self, ready: Callable[[], Any], virsh: "Optional[subprocess.Popen[str]]" = None
-    ) -> None:
-        """Wait for something, which has to come before a virsh ends."""
-        deadline = time.monotonic() + SECONDS
-        while not ready():
-            if virsh and virsh.poll() is not None:
-                pytest.fail(f"the migration was over too soon: {virsh.communicate()}")
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    def info(self) -> Dict[str, Any]:
-        """QEMU's answer to query-migrate, or nothing while it cannot be asked."""
-        text = json.dumps({"execute": "query-migrate"})
-        done = self.hosts.call(self.host, "virsh", "-q", "qemu-monitor-command", self.name, text)
-        info: Dict[str, Any] = json.loads(done.stdout)["return"] if not done.returncode else {}
-        return info
-
     def sent_bytes(self) -> int:
         """How much of RAM a migration has sent; nothing before the guest's free pages are known."""
-        info = self.info()
+        try:
+            info = self.qmp("query-migrate")
+        except AssertionError:
+            # It cannot be asked now.
+            return 0
         if info.get("free-page-hint", {}).get("state") != "ended" or info["status"] != "active":
             return 0
         self.seen = info
@@ -96,7 +83,7 @@ class Traveller(Guest):
 
     def hurry(self) -> None:
         """Let a migration end."""
-        self.hosts.virsh(self.host, "migrate-setspeed", self.name, FAST)
+        self.virsh("migrate-setspeed", FAST)
 
 
 class Travellers:
@@ -163,35 +150,24 @@ class Way:
     rate: int = SLOW
 
 
-def switch(guest: Traveller) -> None:
-    """Let the guest run at the destination, before it has all its memory."""
-    guest.hosts.virsh(guest.host, "migrate-postcopy", guest.name)
-
-
 def switched(guest: Traveller, result: MigrationResult) -> None:
     """It ran there before it had all."""
     assert '"status": "postcopy-active"' in guest.libvirt_said
     assert result.raw["ram"]["postcopy-bytes"] > 0
 
 
-def connections(guest: Traveller) -> List[int]:
-    """How much each of QEMU's connections to the other host has sent."""
-    states = guest.hosts.call(
-        guest.host, "ss", "-tinH", "state", "established", "dport", ">=", 49152
-    )
-    assert states.returncode == 0, states.stderr
-    return [int(sent) for sent in re.findall(r"\bbytes_sent:(\d+)", states.stdout)]
-
-
 def in_parallel(guest: Traveller) -> None:
     """Two channels of their own carry RAM, beside the stream."""
+    # QEMU's connections to the other host
+    command = "ss -tinH state established dport >= 49152".split()
 
     def two_busy() -> bool:
-        found = connections(guest)
-        assert len(found) == 3, found
-        return sorted(found)[1] > MIB // 4
+        states = guest.hosts.call(guest.host, *command)
+        sent = sorted(map(int, re.findall(r"\bbytes_sent:(\d+)", states.stdout)))
+        assert len(sent) == 3, states
+        return sent[1] > MIB // 4
 
-    guest.wait_until(two_busy)
+    wait_for(two_busy, "no two channels are busy")
     guest.hurry()
 
 
@@ -203,31 +179,28 @@ def by_channels(_: Traveller, result: MigrationResult) -> None:
 
 def limited(guest: Traveller) -> None:
     """QEMU has the limit."""
-    parameters = guest.qmp("query-migrate-parameters")
-    assert parameters["max-bandwidth"] == SLOW * MIB
+    assert guest.qmp("query-migrate-parameters")["max-bandwidth"] == SLOW * MIB
     guest.hurry()
 
 
 def throttled(guest: Traveller) -> None:
     """The guest's vCPUs are slowed down, as it writes faster than RAM is sent."""
-    guest.wait_until(lambda: guest.info().get("cpu-throttle-percentage", 0) >= 30)
+    now = "query-migrate"
+    wait_for(lambda: guest.qmp(now).get("cpu-throttle-percentage", 0) >= 30, "it is not slowed")
     guest.hurry()
 
 
 def moved_for_good(guest: Traveller, _: MigrationResult) -> None:
     """The domain is defined here, with its hints, and over there it is not known any more."""
-    names = {
-        host: guest.hosts.virsh(host, "list", "--all", "--persistent", "--name").split()
-        for host in OTHER_HOST
-    }
-    assert guest.name in names[guest.host]
-    assert guest.name not in names[OTHER_HOST[guest.host]]
-    xml = guest.hosts.virsh(guest.host, "dumpxml", "--inactive", guest.name)
+    for host in OTHER_HOST:
+        names = guest.hosts.virsh(host, "list", "--all", "--persistent", "--name").split()
+        assert (guest.name in names) == (host == guest.host)
+    xml = guest.virsh("dumpxml", "--inactive")
     assert xml.count("name='free-page-hint") == 2
 
 
 WAYS = {
-    "postcopy": Way(["--postcopy"], switch, switched),
+    "postcopy": Way(["--postcopy"], lambda guest: guest.virsh("migrate-postcopy"), switched),
     "parallel": Way(["--parallel", "--parallel-connections", "2"], in_parallel, by_channels),
     "persistent": Way(["--persistent", "--undefinesource"], Traveller.hurry, moved_for_good),
     "auto-converge": Way(
@@ -241,9 +214,7 @@ WAYS = {
 SLOWEST = "auto-converge"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (name == SLOWEST)) for name in WAYS]
-)
+@pytest.mark.parametrize("name", in_check(WAYS, long=[SLOWEST]))
 def test_way(guest: Traveller, measured: Dict[str, Any], name: str) -> None:
     """Hints are used in each way to migrate, and the guest arrives whole."""
     way = WAYS[name]
@@ -271,7 +242,7 @@ def test_way(guest: Traveller, measured: Dict[str, Any], name: str) -> None:
 
 def abort(guest: Traveller) -> None:
     """The operator thinks better of it."""
-    guest.hosts.virsh(guest.host, "domjobabort", guest.name)
+    guest.virsh("domjobabort")
 
 
 def kill_destination(guest: Traveller) -> None:
@@ -298,13 +269,14 @@ FAILURES = {
 def test_source_runs_on(guest: Traveller, measured: Dict[str, Any], name: str) -> None:
     """A migration fails while RAM is sent: the guest runs on at the source, and the next works."""
     options, meanwhile, message = FAILURES[name]
-    here, there = guest.host, OTHER_HOST[guest.host]
+    there = OTHER_HOST[guest.host]
     measured["message"] = guest.fail_and(meanwhile, *options)
     assert re.search(message, measured["message"]), measured
     if name == "abort-on-error":
         assert guest.state() == "paused"
-        guest.hosts.virsh(here, "resume", guest.name)
-    guest.wait_until(lambda: guest.name not in guest.hosts.virsh(there, "list", "--name"))
+        guest.virsh("resume")
+    listed = ("list", "--name")
+    wait_for(lambda: guest.name not in guest.hosts.virsh(there, *listed), "it is on both hosts")
     guest.check()
     # Pages had been taken out by then, all of which the next migration has to ask for anew.
     assert guest.seen["free-page-hint"]["skipped-bytes"] > 0.9 * FREED_MIB * MIB
@@ -331,7 +303,7 @@ def test_link_comes_back(guest: Traveller) -> None:
     def lose(guest: Traveller) -> None:
         link(guest, "down")
         try:
-            guest.wait_until(lambda: stands_still(guest))
+            wait_for(lambda: stands_still(guest), "the link is not lost")
         finally:
             link(guest, "up")
         guest.hurry()
@@ -354,7 +326,7 @@ def test_link_stays_away(guest: Traveller, measured: Dict[str, Any]) -> None:
     guest.check()
 
     connect = ("virsh", "-c", guest.there(), "list")
-    guest.wait_until(lambda: not guest.hosts.call(here, *connect).returncode)
+    wait_for(lambda: not guest.hosts.call(here, *connect).returncode, "the link stays away")
     assert_used(guest.fill_and_migrate("--bandwidth", FAST))
 
 
