@@ -5,8 +5,10 @@ libvirt knows nothing of the hints.  These tests hold what docs/libvirt.md promi
 XML that switches them on, that they are used then, how to switch them off, what must match.
 """
 
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ from livemig.domains import OTHER_HOST, PROPERTY, SHARED, SPEC, TOOL, UNSUPPORTE
 from livemig.domains import assert_cache_freed
 from livemig.domains import assert_unused, assert_used, capability, cold_cache, cold_image
 from livemig.domains import processes_naming, running_hosts, stamped, two_hosts
+from livemig.host import process_mib
 from livemig.leftovers import LEFTOVER, leave_data
 from livemig.migration import Hints
 
@@ -271,3 +274,86 @@ def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> N
         freed_bytes = result.hints.cache_freed_bytes
         measured[name] = {"sent_bytes": result.sent_bytes, "cache_freed_bytes": freed_bytes}
     assert_cache_freed(kept, freed)
+
+
+EVENT = "MIGRATION_FREE_PAGES"
+
+
+def documented(words: str, name: str) -> List[str]:
+    """The command of virsh of the guide that has these words, for a domain."""
+    text = DOCUMENTATION.read_text("utf-8")
+    (line,) = re.findall(rf"^ {{4,}}virsh (.*{words}.*)$", text, re.MULTILINE)
+    return shlex.split(line.replace("DOMAIN", name))
+
+
+def test_planned_and_accounted_for(hosts: Hosts, measured: Dict[str, Any]) -> None:
+    """What was estimated is what the event says was skipped, when the source's QEMU is gone.
+
+    The commands are those of docs/libvirt.md.
+    """
+    with stamped(Guest(hosts, "planned", ANY_TIME)) as guest:
+        guest.fill()
+        hosts.virsh("a", *documented("calc-free-page-estimate", guest.name))
+        command = documented("query-free-page-estimate", guest.name)
+        while (info := json.loads(hosts.virsh("a", *command))["return"])["status"] != "measured":
+            assert info["status"] == "measuring"
+        found = info["estimate"]
+        assert found["complete"] and found["free-bytes"] > 0.9 * FREED_MIB * MIB
+
+        listener = documented("qemu-monitor-event", guest.name)
+        assert listener[-4:] == ["--event", EVENT, "--timeout", "600"]
+        # Of all events, so that one of them shows that it listens.
+        command = ("virsh", *listener[:-4], "--loop", "--timeout", "600")
+        with hosts.start("a", *command) as virsh:
+            try:
+                assert virsh.stdout
+                heard = ""
+                while "RESUME" not in heard:
+                    guest.virsh("suspend")
+                    guest.virsh("resume")
+                    heard = virsh.stdout.readline()
+                result = guest.migrate()
+                while EVENT not in heard:
+                    heard = virsh.stdout.readline()
+            finally:
+                virsh.terminate()
+        guest.check()
+    match = re.search(r"(\{.*\})", heard)
+    assert match and result.hints and result.absent
+    data = json.loads(match.group(1))
+    skipped = data["free-page-hint"]["skipped-bytes"] + data["absent-pages"]["absent-bytes"]
+    assert data["free-page-hint"]["skipped-bytes"] == result.hints.skipped_bytes
+    measured.update(skipped=skipped, estimated=found["free-bytes"] + found["absent-bytes"])
+    assert abs(measured["estimated"] - skipped) < 0.03 * skipped
+
+
+# Of what was given back, nearly all: the guest goes on allocating.
+MOST_MIB = 400
+
+
+def test_reporting_pays(hosts: Hosts, measured: Dict[str, Any]) -> None:
+    """What was freed and reported is skipped; with the capability switched off it is looked at."""
+    # The domain has no more of ours than the <emulator>, and libvirt's own free page reporting.
+    guest = Guest(hosts, "stock")
+    guest.replace_element("qemu:override")
+    guest.replace_element("memballoon", "<memballoon model='virtio' freePageReporting='on'/>")
+    with stamped(guest):
+        (pid,) = guest.pids()
+        most = process_mib(pid) + FREED_MIB - MOST_MIB
+        guest.fill()
+        wait_for(lambda: process_mib(pid) <= most, "the guest does not report what it freed")
+        rss = int(process_mib(pid))
+        result = guest.migrate()
+        guest.check()
+        assert result.absent and result.absent.reason is None
+        absent_mib = result.absent.absent_bytes // MIB
+        # QEMU itself is in its memory, too.
+        assert absent_mib >= SPEC.mem_mib - rss - 8
+        measured["absent"] = {"rss_mib": rss, "absent_mib": absent_mib, "ms": result.total_ms}
+
+        guest.hmp("migrate_set_capability skip-absent-pages off")
+        result = guest.migrate()
+        guest.check()
+        assert result.absent
+        assert (result.absent.reason, result.absent.absent_bytes) == ("disabled", 0)
+        measured["off"] = {"ms": result.total_ms, "zero_pages": result.zero_pages}
