@@ -101,10 +101,8 @@ def change(host: Host, domain: Domain, wish: Wish, write: bool) -> Change:
         _check_emulator(host, domainxml.read(new).emulator)
         attributes = _knows_attributes(host, new)
         new = _wanted(public, wish, attributes)
-    lines = difflib.unified_diff(
-        public.splitlines(), new.splitlines(), f"{domain.name}, now", f"{domain.name}, then", "", ""
-    )
-    diff = "\n".join(line.rstrip("\n") for line in lines)
+    names = (f"{domain.name}, now", f"{domain.name}, then")
+    diff = difflib.unified_diff(public.splitlines(), new.splitlines(), *names, lineterm="")
     running = domain.active()
     written = write and new != public
     if written:
@@ -112,4 +110,4 @@ def change(host: Host, domain: Domain, wish: Wish, write: bool) -> Change:
         if domain.definition() != public:
             raise FphError("its definition was changed by somebody else meanwhile")
         host.define(complete)
-    return Change(domain.name, diff, written, running)
+    return Change(domain.name, "\n".join(diff), written, running)

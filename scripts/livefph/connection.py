@@ -151,21 +151,17 @@ class Host:
         # Without this, libvirt writes what it raises to stderr too.
         libvirt.registerErrorHandler(lambda *_: None, None)
         self.connection: Any = None
-        self._uri = uri
+        # Where libvirt is
+        self.uri = uri or "libvirt"
         if events:
             libvirt.virEventRegisterDefaultImpl()
             threading.Thread(target=_run_events, daemon=True).start()
         self.connection = self.ask(libvirt.openReadOnly if read_only else libvirt.open, uri)
-        self._uri = self.ask(self.connection.getURI)
+        self.uri = self.ask(self.connection.getURI)
         if events:
             # Not all of libvirt's drivers have a server that could fall silent.
             with contextlib.suppress(libvirt.libvirtError):
                 self.connection.setKeepAlive(*KEEPALIVE)
-
-    @property
-    def uri(self) -> str:
-        """Where libvirt is."""
-        return self._uri or "libvirt"
 
     def domains(self) -> List[Domain]:
         """All domains, by name."""
