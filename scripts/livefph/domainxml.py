@@ -5,6 +5,7 @@ The text is changed where it has to be, and stays byte for byte what it was else
 elements that nobody here knows, the order, the quotes.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -81,17 +82,14 @@ class _Editor:
     def alias(self, balloon: Element) -> Tuple[str, bool]:
         """The name of the balloon in overrides, and whether it has to be given that yet."""
         alias = balloon.find("alias")
-        if alias:
-            name = alias.attributes.get("name", "")
-            if name.startswith("ua-"):
-                return name, False
+        name = alias.attributes.get("name", "") if alias else ""
+        if name.startswith("ua-"):
+            return name, False
         if self.device(DEFAULT_ALIAS):
             return DEFAULT_ALIAS, False
         taken = {a.attributes.get("name") for a in self.domain.descendants("alias")}
-        number = 0
-        while f"ua-balloon{number}" in taken:
-            number += 1
-        return f"ua-balloon{number}", True
+        names = (f"ua-balloon{number}" for number in itertools.count())
+        return next(name for name in names if name not in taken), True
 
     def device(self, alias: str) -> Optional[Element]:
         """What is overridden of a device."""

@@ -45,16 +45,13 @@ def estimate(domain: Domain, **arguments: Optional[int]) -> Dict[str, Any]:
     except QmpError as err:
         raise FphError(STOCK) if err.missing else err
     deadline = time.monotonic() + LIMIT_SECONDS
-    while True:
-        info = domain.qmp("query-free-page-estimate")
-        if info["status"] == "measured":
-            result: Dict[str, Any] = info["estimate"]
-            return result
-        if info["status"] != "measuring":
-            raise FphError("its estimate was given up")
+    while (info := domain.qmp("query-free-page-estimate"))["status"] == "measuring":
         if time.monotonic() > deadline:
             raise FphError(f"there is no estimate after {LIMIT_SECONDS} s")
         time.sleep(POLL_SECONDS)
+    if info["status"] != "measured":
+        raise FphError("its estimate was given up")
+    return dict(info["estimate"])
 
 
 def notes(found: Dict[str, Any], cache: Optional[int]) -> List[str]:
