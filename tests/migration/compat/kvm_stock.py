@@ -23,7 +23,6 @@ import pytest
 
 from livemig import kvm, workload
 from livemig.checks import FOR_STOCK
-from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, trouble_with_kvm
 from livemig.migration import let_end, restore, save, start
@@ -71,16 +70,6 @@ def saved(module_lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     file.unlink()
 
 
-def move_under_pressure(source: Guest, destination: Guest) -> Seen:
-    """Migrate; returns what the guest did with hinted blocks in the first round."""
-    before = Seen.reported_by(source)
-    start(source, destination, SLOW)
-    time.sleep(PRESSED)
-    seen = Seen.reported_by(source).since(before)
-    let_end(source, destination)
-    return seen
-
-
 @pytest.mark.parametrize("shift", [6, 18])
 @pytest.mark.parametrize("qemu", ["stock", "ours"])
 def test_short_of_memory(
@@ -97,7 +86,12 @@ def test_short_of_memory(
         # Another moment in the guest's life each time.
         time.sleep(0.5 * number)
         destination = lab.incoming(spec(qemu, shift))
-        seen = move_under_pressure(source, destination)
+        before = Seen.reported_by(source)
+        start(source, destination, SLOW)
+        time.sleep(PRESSED)
+        # What the guest did with hinted blocks in the first round
+        seen = Seen.reported_by(source).since(before)
+        let_end(source, destination)
         verdict = workload.verify(destination)
         measured["losing"] += verdict.errors > 0
         measured["lost"] += verdict.errors

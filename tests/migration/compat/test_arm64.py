@@ -13,7 +13,6 @@ from livemig import memory, paths
 from livemig.checks import FREED_PAGES, MIB, NO_HINTS, SMALL, WITH_HINTS, assert_hints_if
 from livemig.checks import assert_whole, keep_busy
 from livemig.errors import MissingArtifact
-from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import migrate
 from livemig.oracle import Oracle
@@ -49,11 +48,6 @@ def spec_of_size(request: pytest.FixtureRequest) -> GuestSpec:
     return spec
 
 
-def page_kib(guest: Guest) -> int:
-    """The size of the guest's pages, as its kernel reports it."""
-    return int(guest.agent.run("grep -m 1 KernelPageSize /proc/self/smaps").split()[1])
-
-
 @pytest.mark.parametrize("hints", [True, False], ids=["arrays", "none"])
 def test_arm64_arrives_intact(
     lab: Lab, measured: Dict[str, Any], spec: GuestSpec, hints: bool
@@ -65,7 +59,8 @@ def test_arm64_arrives_intact(
     size = spec.kernel.removeprefix("arm64-")
     oracle = Oracle(lab, spec.but(trace=f"{memory.KEPT_EVENTS} virtio_balloon_hint_*"))
     source = oracle.boot()
-    assert page_kib(source) == PAGE_KIB[size]
+    seen = source.agent.run("grep -m 1 KernelPageSize /proc/self/smaps")
+    assert int(seen.split()[1]) == PAGE_KIB[size]
     least_bytes = PAGE_KIB[size] * 1024 << int(source.agent.run(f"cat {HINT_ORDER}"))
     assert least_bytes == MIB // 16
     keep_busy(source)

@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import numpy as np
 import pytest
@@ -88,8 +88,7 @@ BALLOONS = {
 }
 
 
-@pytest.mark.parametrize("destination_build", BUILDS)
-@pytest.mark.parametrize("source_build", BUILDS)
+@pytest.mark.parametrize("builds", BALLOONS, ids="-".join)
 @pytest.mark.parametrize("kernel", BUILDS)
 def test_matrix(
     lab: Lab,
@@ -97,12 +96,10 @@ def test_matrix(
     measured: Dict[str, Any],
     tmp_path: Path,
     kernel: str,
-    source_build: str,
-    destination_build: str,
+    builds: Tuple[str, str],
 ) -> None:
     """Any guest moves from any QEMU to any other one, hints are used, and no write is lost."""
-    # pylint: disable=too-many-arguments
-    here, there = BALLOONS[source_build, destination_build]
+    (source_build, destination_build), (here, there) = builds, BALLOONS[builds]
     oracle = Oracle(lab, SMALL.but(kernel=kernel))
     kept = None
     source = oracle.boot(qemu=source_build, balloon=here)
