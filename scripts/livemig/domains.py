@@ -54,7 +54,6 @@ class Hosts:
     """Two libvirt hosts, a and b."""
 
     def __init__(self, state: Path):
-        """Use the hosts whose state directory is given."""
         self.state = state
 
     def call(self, host: str, *command: Any) -> "subprocess.CompletedProcess[str]":
@@ -87,7 +86,6 @@ class AgentPort(Port):
     """A guest's serial port that QEMU offers as a socket in the file system."""
 
     def __init__(self, path: Path):
-        """Connect to the socket."""
         super().__init__(f"agent at {path}")
         self._ours.close()
         self._ours = socket.socket(socket.AF_UNIX)

@@ -57,12 +57,6 @@ UNSUPPORTED = error(
 )
 
 
-def not_found(command: str = "calc-free-page-estimate") -> Dict[str, Any]:
-    """What QEMU answers to a command that it does not know."""
-    desc = f"The command {command} has not been found"
-    return {"error": {"class": "CommandNotFound", "desc": desc}}
-
-
 def status_answers(offered: str, driver: str, ours: bool = True) -> Dict[str, Answer]:
     """What a QEMU says about its balloon and capabilities."""
     names = ["free-page-hint", "skip-absent-pages"] if ours else ["xbzrle"]
@@ -145,7 +139,8 @@ class FakeDomain:
             raise GONE
         request = json.loads(text)
         self.asked.append(request)
-        answer = self._next(self.answers.get(request["execute"], [not_found(request["execute"])]))
+        unknown = {"error": {"class": "CommandNotFound", "desc": "The command has not been found"}}
+        answer = self._next(self.answers.get(request["execute"], [unknown]))
         wrapped = isinstance(answer, dict) and "error" in answer
         return json.dumps(answer if wrapped else {"return": answer})
 

@@ -61,8 +61,8 @@ class NativeGuest(Guest):
     def job_info(self, host: str, *options: str) -> Dict[str, str]:
         """What domjobinfo says of the last migration, on a host."""
         words = ("domjobinfo", self.name, "--completed", "--keep-completed", *options)
-        lines = re.findall(r"^ *([^:\n]+): +(.*?) *$", self.hosts.virsh(host, *words), re.MULTILINE)
-        return dict(lines)
+        said = self.hosts.virsh(host, *words)
+        return dict(re.findall(r"^ *([^:\n]+): +(.*?) *$", said, re.MULTILINE))
 
     def parameters(self) -> Any:
         """QEMU's migration parameters that are ours."""

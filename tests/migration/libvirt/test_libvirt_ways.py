@@ -90,7 +90,6 @@ class Travellers:
     """Lends a guest that runs; a new one where a test has left none."""
 
     def __init__(self, hosts: Hosts, directory: Path):
-        """Boot nothing yet."""
         self.hosts = hosts
         self.disk = directory / "disk"
         self.disk.write_bytes(bytes(MIB))
