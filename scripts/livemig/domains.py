@@ -50,6 +50,11 @@ def two_hosts(*args: Any) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
 
 
+def uri(host: str) -> str:
+    """Return where a host's libvirt is for the other one."""
+    return f"qemu+tcp://host-{host}/system"
+
+
 class Hosts:
     """Two libvirt hosts, a and b."""
 
@@ -229,17 +234,13 @@ class Guest:
 
     def migration_command(self, *options: Any) -> Tuple[Any, ...]:
         """What lets virsh migrate the guest to the other host."""
-        return ("virsh", "migrate", "--live", *options, self.name, self.there())
-
-    def there(self) -> str:
-        """The URI of the other host."""
-        return f"qemu+tcp://host-{OTHER_HOST[self.host]}/system"
+        return ("virsh", "migrate", "--live", *options, self.name, uri(OTHER_HOST[self.host]))
 
     def pids(self) -> List[int]:
         """Return the processes of its QEMUs."""
         return sorted(processes_naming(f"guest={self.name},"))
 
-    def ram(self) -> Dict[str, memory.Block]:
+    def _ram(self) -> Dict[str, memory.Block]:
         """Return the guest's RAM in its QEMU, also for after that has ended.
 
         The domain XML must ask for memory that is an open file of QEMU.
@@ -255,10 +256,10 @@ class Guest:
 
     def migrate_and_compare(self) -> Tuple[MigrationResult, memory.Comparison]:
         """Migrate the guest and compare the memories before it runs on."""
-        source, log = self.ram(), self._log(self.host, "log")
+        source, log = self._ram(), self._log(self.host, "log")
         start = log.stat().st_size
         result = self.migrate("--suspend")
-        different = memory.different_pages(source, self.ram())
+        different = memory.different_pages(source, self._ram())
         seen = memory.judge(different, memory.kept_pages(log, source, start))
         assert not seen.lost, seen
         self.virsh("resume")

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 import pytest
 
 from livemig import paths
-from livemig.domains import ANY_TIME, FPH, FREED_MIB, MIB, Guest, Hosts, running_hosts, stamped
+from livemig.domains import ANY_TIME, FPH, FREED_MIB, MIB, Guest, Hosts, running_hosts, stamped, uri
 
 # MiB/s, so that a migration can be looked at
 SLOW = 40
@@ -156,11 +156,11 @@ def test_stock_qemu_is_named(hosts: Hosts) -> None:
 
 def test_connection_that_is_lost_half_way(tmp_path: Path) -> None:
     """libvirt is killed while a migration is watched: one line, and what was seen is kept."""
-    uri = "qemu+tcp://host-a/system"
+    there = uri("a")
     with running_hosts() as own, Guest(own, "cut", ANY_TIME) as guest:
         guest.virsh("migrate-setspeed", 1)
         # From the other host, since nothing on this one survives its libvirt.
-        with watch(own, "b", "-c", uri, guest.name, "-o", tmp_path / "seen") as watcher:
+        with watch(own, "b", "-c", there, guest.name, "-o", tmp_path / "seen") as watcher:
             with own.start("a", *guest.migration_command()):
                 assert watcher.stdout
                 for _ in range(2):
@@ -169,7 +169,7 @@ def test_connection_that_is_lost_half_way(tmp_path: Path) -> None:
                 own.call("a", "kill", "-KILL", pid)
             _, err = watcher.communicate(timeout=120)
     assert watcher.returncode == 3
-    assert err.startswith(f"fph: cut: the connection to {uri} was lost: ")
+    assert err.startswith(f"fph: cut: the connection to {there} was lost: ")
     assert err.count("\n") == 1
     record = json.loads((tmp_path / "seen.json").read_text("utf-8"))
     assert record["status"] == "lost" and record["samples"]

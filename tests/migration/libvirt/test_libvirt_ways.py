@@ -21,7 +21,7 @@ import pytest
 from livemig import workload
 from livemig.checks import in_check, wait_for
 from livemig.domains import ANY_TIME, FREED_MIB, MIB, OTHER_HOST, STAMPED_MIB, Guest
-from livemig.domains import Hosts, assert_used, stamped
+from livemig.domains import Hosts, assert_used, stamped, uri
 from livemig.errors import GuestError
 from livemig.migration import MigrationResult
 
@@ -324,7 +324,7 @@ def test_link_stays_away(guest: Traveller, measured: Dict[str, Any]) -> None:
     assert guest.host == here
     guest.check()
 
-    connect = ("virsh", "-c", guest.there(), "list")
+    connect = ("virsh", "-c", uri(OTHER_HOST[here]), "list")
     wait_for(lambda: not guest.hosts.call(here, *connect).returncode, "the link stays away")
     assert_used(guest.fill_and_migrate("--bandwidth", FAST))
 
