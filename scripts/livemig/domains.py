@@ -25,7 +25,7 @@ from livemig.spec import GuestSpec
 TOOL = paths.REPO / "scripts" / "two-hosts"
 FPH = paths.REPO / "scripts" / "fph"
 DOMAIN_XML = paths.REPO / "tests" / "migration" / "libvirt" / "domain.xml"
-DOCUMENTATION = paths.REPO / "docs" / "libvirt.md"
+DOCUMENTED = (paths.REPO / "docs" / "libvirt.md").read_text("utf-8")
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 PROPERTY = "<qemu:property name='{}' type='bool' value='true'/>"
 OTHER_HOST = {"a": "b", "b": "a"}
@@ -238,7 +238,7 @@ class Guest:
 
     def pids(self) -> List[int]:
         """Return the processes of its QEMUs."""
-        return sorted(processes_naming(f"guest={self.name},"))
+        return processes_naming(f"guest={self.name},")
 
     def _ram(self) -> Dict[str, memory.Block]:
         """Return the guest's RAM in its QEMU, also for after that has ended.
@@ -352,7 +352,7 @@ def cold_image(directory: Path) -> Path:
     (directory / "files" / "cold").write_bytes(os.urandom(COLD_MIB * MIB))
     image = directory / "image"
     command = ["/sbin/mke2fs", "-q", "-t", "ext4", "-d", directory / "files", image, "192M"]
-    subprocess.run(list(map(str, command)), check=True)
+    subprocess.run(command, check=True)
     return image
 
 
@@ -398,14 +398,12 @@ def capability(guest: Guest) -> bool:
     return bool(states["free-page-hint"])
 
 
-def processes_naming(text: str) -> Dict[int, str]:
-    """Return the command lines of the processes that have a text among their arguments."""
-    found = {}
-    for name in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = name.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if text in command:
-            found[int(name.parent.name)] = command
+def processes_naming(text: str) -> List[int]:
+    """Return the processes that have a text in one of their arguments."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        # It may have ended.
+        with contextlib.suppress(OSError):
+            if text.encode() in file.read_bytes():
+                found.append(int(file.parent.name))
     return found

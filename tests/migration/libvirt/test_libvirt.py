@@ -20,7 +20,7 @@ import pytest
 
 from livemig import memory, paths
 from livemig.checks import wait_for
-from livemig.domains import ANY_TIME, DOCUMENTATION, DOMAIN_XML, FREED_MIB, MEMORY_DIRECTORY, MIB
+from livemig.domains import ANY_TIME, DOCUMENTED, DOMAIN_XML, FREED_MIB, MEMORY_DIRECTORY, MIB
 from livemig.domains import OTHER_HOST, PROPERTY, SHARED, SPEC, TOOL, UNSUPPORTED, Guest, Hosts
 from livemig.domains import assert_cache_freed
 from livemig.domains import assert_unused, assert_used, capability, cold_cache, cold_image
@@ -106,7 +106,7 @@ def test_to_stock_and_back(hosts: Hosts, tmp_path: Path) -> None:
     ours, stock = (str(paths.qemu_binary(build)) for build in ("ours", "stock"))
     guest = Guest(hosts, "to-stock")
     iothread = "<qemu:property name='iothread' type='string' value='iothread1'/>"
-    assert iothread in DOCUMENTATION.read_text("utf-8")
+    assert iothread in DOCUMENTED
     guest.replace(PROPERTY.format("free-page-hint-arrays"), iothread)
     guest.add("domain", "<iothreads>1</iothreads>")
     # Stock QEMU does not know the trace event.
@@ -134,12 +134,11 @@ def test_to_stock_and_back(hosts: Hosts, tmp_path: Path) -> None:
 
 def test_documented_xml_is_the_tested_one() -> None:
     """docs/libvirt.md shows the XML of these tests."""
-    documented, tested = (
-        " ".join(p.read_text("utf-8").split()) for p in (DOCUMENTATION, DOMAIN_XML)
-    )
+    texts = (DOCUMENTED, DOMAIN_XML.read_text("utf-8"))
+    documented, tested = (" ".join(text.split()) for text in texts)
     for element in "memballoon", "qemu:override":
         match = re.search(rf"<{element}\b[^`]*?</{element}>", documented)
-        assert match and match[0] in tested, f"<{element}> of {DOCUMENTATION}"
+        assert match and match[0] in tested, f"<{element}> of docs/libvirt.md"
 
 
 def assert_gone(state: Path) -> None:
@@ -274,8 +273,7 @@ EVENT = "MIGRATION_FREE_PAGES"
 
 def documented(words: str, name: str) -> List[str]:
     """The command of virsh of the guide that has these words, for a domain."""
-    text = DOCUMENTATION.read_text("utf-8")
-    (line,) = re.findall(rf"^ {{4,}}virsh (.*{words}.*)$", text, re.MULTILINE)
+    (line,) = re.findall(rf"^ {{4,}}virsh (.*{words}.*)$", DOCUMENTED, re.MULTILINE)
     return shlex.split(line.replace("DOMAIN", name))
 
 
