@@ -29,21 +29,18 @@ def say(args: argparse.Namespace, text: str) -> None:
         print(text)
 
 
-def print_json(args: argparse.Namespace, found: Dict[str, Any]) -> None:
-    """Print for programs."""
-    if args.json:
-        print(json.dumps({"domains": found}, indent=2))
-
-
 def chosen(args: argparse.Namespace, host: Host) -> List[Domain]:
     """The domains that are meant: those that are named, or all."""
     return [host.domain(name) for name in dict.fromkeys(args.domain)] or host.domains()
 
 
 def each(
-    domains: Sequence[Domain], work: Callable[[Domain], Found]
+    args: argparse.Namespace, domains: Sequence[Domain], work: Callable[[Domain], Found]
 ) -> Tuple[Dict[str, Found], int]:
-    """Do something with each domain; returns what came of it, and the worst exit status."""
+    """Do something with each domain; returns what came of it, and the worst exit status.
+
+    For programs, it is printed.
+    """
     found: Dict[str, Found] = {}
     worst = DONE
     for domain in domains:
@@ -52,15 +49,15 @@ def each(
         except FphError as err:
             complain(f"{domain.name}: {err}")
             worst = max(worst, err.status)
+    if args.json:
+        print(json.dumps({"domains": found}, indent=2, default=asdict))
     return found, worst
 
 
 def run_status(args: argparse.Namespace) -> int:
     """Show what each domain says."""
     host = Host(args.connect, args.readonly)
-    domains = chosen(args, host)
-    found, worst = each(domains, status.look)
-    print_json(args, {name: asdict(seen) for name, seen in found.items()})
+    found, worst = each(args, chosen(args, host), status.look)
     rows = [
         (
             seen.name,
@@ -90,8 +87,7 @@ def run_estimate(args: argparse.Namespace) -> int:
     if not domains:
         raise FphError(f"no domain is running on {host.uri}")
     asked = {"bandwidth": args.bandwidth, "cache": args.cache}
-    found, worst = each(domains, lambda d: estimate.estimate(d, **asked))
-    print_json(args, found)
+    found, worst = each(args, domains, lambda d: estimate.estimate(d, **asked))
     if found:
         say(args, estimate_table(found))
     notes = {name: estimate.notes(e, args.cache) for name, e in found.items()}
@@ -126,8 +122,8 @@ def run_change(args: argparse.Namespace) -> int:
     """Switch hints on or off in definitions, or show what would be changed."""
     host = Host(args.connect, args.readonly)
     wish = change.Wish(args.command == "enable", args.arrays, args.emulator)
-    found, worst = each(chosen(args, host), lambda d: change.change(host, d, wish, args.write))
-    print_json(args, {name: asdict(made) for name, made in found.items()})
+    domains = chosen(args, host)
+    found, worst = each(args, domains, lambda d: change.change(host, d, wish, args.write))
     for made in found.values():
         say(args, made.diff)
     for made in found.values():
@@ -200,7 +196,7 @@ def _watch(args: argparse.Namespace, watcher: watch.Watcher, screen: Screen) -> 
         if record.samples or record.hints:
             say(args, show.outcome(record))
             if args.json:
-                print(json.dumps(record.as_json(), indent=2))
+                print(record.as_json())
             if args.output:
                 save(args, record)
     return DONE if record.status == "completed" else NOT_DONE
@@ -209,8 +205,7 @@ def _watch(args: argparse.Namespace, watcher: watch.Watcher, screen: Screen) -> 
 def save(args: argparse.Namespace, record: watch.Record) -> None:
     """Write what was seen; a picture is not worth losing the rest for."""
     try:
-        text = json.dumps(record.as_json(), indent=2) + "\n"
-        Path(args.output + ".json").write_text(text, encoding="utf-8")
+        Path(args.output + ".json").write_text(record.as_json() + "\n", "utf-8")
     except OSError as err:
         complain(f"{args.output}.json: {err.strerror}")
         return

@@ -2,6 +2,7 @@
 """Follows a migration: samples of QEMU's or libvirt's figures, and what they add up to."""
 
 import contextlib
+import json
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -67,9 +68,9 @@ class Record:
         info = {"free-page-hint": self.hints, "absent-pages": self.absent}
         return skipped_bytes(info) if self.hints or self.absent else None
 
-    def as_json(self) -> Dict[str, Any]:
-        """All of it, for a file."""
-        return {**asdict(self), "skipped": self.skipped}
+    def as_json(self) -> str:
+        """All of it, for programs."""
+        return json.dumps({**asdict(self), "skipped": self.skipped}, indent=2)
 
 
 def from_qmp(info: Dict[str, Any]) -> Sample:
