@@ -39,15 +39,11 @@ def duration(seconds: Optional[float]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Rows in columns, those of some numbers flush right."""
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    )
+    columns = []
+    for number, cells in enumerate(zip(head, *rows)):
+        width = max(map(len, cells))
+        columns.append([c.rjust(width) if number in right else c.ljust(width) for c in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 
 def filled(sample: Sample, width: int = BAR) -> str:
@@ -57,12 +53,6 @@ def filled(sample: Sample, width: int = BAR) -> str:
     skipped = round(width * (sample.skipped or 0) / sample.total)
     left = min(math.ceil(width * sample.remaining / sample.total), width - skipped)
     return "#" * (width - left - skipped) + "." * left + "/" * skipped
-
-
-def _when(sample: Sample) -> str:
-    if sample.expected is not None:
-        return f"in {duration(sample.expected)}"
-    return "not in sight" if sample.dirty_rate else "not known"
 
 
 def progress(record: Record, width: int) -> str:
@@ -75,7 +65,11 @@ def progress(record: Record, width: int) -> str:
     whole = max(1, last.total - (last.skipped or 0))
     share = 100 * max(0, whole - last.remaining) // whole
     line = f"{record.name}  [{filled(last)}] {share:3} % sent"
-    words = [f"end {_when(last)}" if last.status == "active" else last.status]
+    words = [last.status]
+    if last.status == "active" and last.expected is not None:
+        words = [f"end in {duration(last.expected)}"]
+    elif last.status == "active":
+        words = ["end not in sight" if last.dirty_rate else "end not known"]
     if last.skipped is not None:
         words.append(f"skipped {size(last.skipped)}")
     words += [f"round {last.round}", f"{size(last.rate)}/s", f"dirty {size(last.dirty_rate)}/s"]
