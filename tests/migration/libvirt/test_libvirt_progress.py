@@ -90,10 +90,8 @@ def test_no_controller_gives_up(hosts: Hosts, measured: Dict[str, Any]) -> None:
             finally:
                 sampler.terminate()
         guest.check()
-    jobs = [json.loads(text) for text in [first, *text.splitlines()]]
-    jobs = [
-        job for job in jobs if job.get("operation") == MIGRATION_OUT and "data_remaining" in job
-    ]
+    seen = [json.loads(text) for text in [first, *text.splitlines()]]
+    jobs = [j for j in seen if j.get("operation") == MIGRATION_OUT and "data_remaining" in j]
     start = jobs[0]["seconds"]
     samples = [
         Sample(job["seconds"] - start, job["data_remaining"], job["memory_processed"])
