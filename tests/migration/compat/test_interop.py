@@ -157,15 +157,15 @@ POLLED = {"path": "/machine/peripheral/balloon"}
 INTERVAL = "guest-stats-polling-interval"
 
 
-def last_polled(guest: Guest) -> int:
-    """The second in which the last statistics came."""
-    return int(guest.qmp("qom-get", **POLLED, property="guest-stats")["last-update"])
+def poll(guest: Guest) -> None:
+    """Have statistics polled, and wait for new ones."""
 
+    def last_update() -> Any:
+        return guest.qmp("qom-get", **POLLED, property="guest-stats")["last-update"]
 
-def wait_polled(guest: Guest) -> None:
-    """Wait for new statistics."""
-    before = last_polled(guest)
-    wait_for(lambda: last_polled(guest) > before, "no statistics come", 60)
+    guest.qmp("qom-set", **POLLED, property=INTERVAL, value=1)
+    before = last_update()
+    wait_for(lambda: last_update() > before, "no statistics come", 60)
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -178,15 +178,13 @@ def test_statistics_have_to_be_asked_for_again(lab: Lab, build: str) -> None:
     spec = SMALL.but(qemu=build, kernel=build, balloon=balloon)
     source = lab.boot(spec)
     workload.stamp(source, 16)
-    source.qmp("qom-set", **POLLED, property=INTERVAL, value=1)
-    wait_polled(source)
+    poll(source)
     destination = lab.incoming(spec)
     result = migrate(source, destination, WITH_HINTS if build == "ours" else FOR_STOCK)
     if build == "ours":
         assert_hints_used(result, FREED_MIB * MIB)
     assert destination.qmp("qom-get", **POLLED, property=INTERVAL) == 0
-    destination.qmp("qom-set", **POLLED, property=INTERVAL, value=1)
-    wait_polled(destination)
+    poll(destination)
     assert_intact(destination)
 
 
