@@ -29,7 +29,6 @@ DOCUMENTED = (paths.REPO / "docs" / "libvirt.md").read_text("utf-8")
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
 PROPERTY = "<qemu:property name='{}' type='bool' value='true'/>"
 OTHER_HOST = {"a": "b", "b": "a"}
-MEMORY_DIRECTORY = "/var/lib/libvirt/qemu/ram"
 LIBVIRTD_LOG = "/var/log/libvirt/libvirtd.log"
 # Exit status of two-hosts where the machine cannot run the hosts
 UNSUPPORTED = 77
@@ -41,6 +40,8 @@ ANY_TIME = ("-global", "migration.free-page-hint-wait=60000")
 SPEC = GuestSpec(mem_mib=1024, vcpus=2)
 # Memory of a guest that somebody else can look at, of a type
 SHARED = "<memoryBacking><source type='{}'/><access mode='shared'/></memoryBacking>"
+DISK = """<disk type='file' device='disk'><driver name='qemu' type='{type}'/>
+<source file='{file}'/><target dev='{name}' bus='virtio'/>{more}</disk>"""
 AnyGuest = TypeVar("AnyGuest", bound="Guest")
 
 
@@ -157,7 +158,7 @@ class Guest:
 
     def __exit__(self, exc_type: object, *_: object) -> None:
         """End the guest, whose kernel should not have complained about anything."""
-        said = "".join(self._said(host, "console") for host in OTHER_HOST)
+        said = "".join(self.qemu_log(host, "console") for host in OTHER_HOST)
         trouble = [match.group(0) for match in KERNEL_TROUBLE.finditer(said)]
         self._end(failed=bool(exc_type or trouble))
         assert exc_type or not trouble, f"the guest's kernel complained: {trouble}"
@@ -169,7 +170,7 @@ class Guest:
             self._port.close()
         for host in OTHER_HOST:
             for kind in "console", "log":
-                if failed and (said := self._said(host, kind)):
+                if failed and (said := self.qemu_log(host, kind)):
                     print(f"--- the end of {self._log(host, kind)}:\n{said[-3000:]}")
             self.hosts.call(host, "virsh", "destroy", self.name)
             self.hosts.call(host, "virsh", "undefine", self.name)
@@ -177,11 +178,6 @@ class Guest:
     def _log(self, host: str, suffix: str) -> Path:
         """Return the guest's console or its QEMU's log on a host."""
         return self.hosts.path(host, f"/var/log/libvirt/qemu/{self.name}.{suffix}")
-
-    def _said(self, host: str, suffix: str) -> str:
-        """Return what is in one of these so far."""
-        log = self._log(host, suffix)
-        return log.read_text(errors="replace") if log.exists() else ""
 
     def _wait_ready(self, seconds: float) -> bool:
         """Wait for the console's line that says that the agent is up; False if its QEMU ended."""
@@ -201,9 +197,10 @@ class Guest:
             self._port = AgentPort(self.hosts.path(self.host, path))
         return Agent(self._port)
 
-    def qemu_log(self, host: str) -> str:
-        """Return what the guest's QEMUs wrote to their log on a host so far."""
-        return self._said(host, "log")
+    def qemu_log(self, host: str, kind: str = "log") -> str:
+        """Return what the guest's QEMUs wrote to their log or its console on a host so far."""
+        log = self._log(host, kind)
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def virsh(self, command: str, *args: Any) -> str:
         """Run a command of virsh for the guest where it should be."""
@@ -346,19 +343,15 @@ def stamped(guest: AnyGuest) -> Iterator[AnyGuest]:
         yield guest
 
 
-def cold_image(directory: Path) -> Path:
-    """A disk with a file, for cold_cache()."""
+@contextlib.contextmanager
+def cold_cache(guest: Guest, directory: Path) -> Iterator[None]:
+    """A running guest that has read the file of its only disk, and finds it whole in the end."""
     (directory / "files").mkdir()
     (directory / "files" / "cold").write_bytes(os.urandom(COLD_MIB * MIB))
     image = directory / "image"
     command = ["/sbin/mke2fs", "-q", "-t", "ext4", "-d", directory / "files", image, "192M"]
     subprocess.run(command, check=True)
-    return image
-
-
-@contextlib.contextmanager
-def cold_cache(guest: Guest) -> Iterator[None]:
-    """A running guest that has read the file of its first disk, and finds it whole in the end."""
+    guest.add("devices", DISK.format(file=image, type="raw", name="vda", more="<readonly/>"))
     read = "sha256sum /mnt/cold"
     with stamped(guest):
         guest.agent.run("mkdir -p /mnt && mount -t ext4 -o ro /dev/vda /mnt")

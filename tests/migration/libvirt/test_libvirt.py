@@ -20,10 +20,10 @@ import pytest
 
 from livemig import memory, paths
 from livemig.checks import wait_for
-from livemig.domains import ANY_TIME, DOCUMENTED, DOMAIN_XML, FREED_MIB, MEMORY_DIRECTORY, MIB
+from livemig.domains import ANY_TIME, DOCUMENTED, DOMAIN_XML, FREED_MIB, MIB
 from livemig.domains import OTHER_HOST, PROPERTY, SHARED, SPEC, TOOL, UNSUPPORTED, Guest, Hosts
 from livemig.domains import assert_cache_freed
-from livemig.domains import assert_unused, assert_used, capability, cold_cache, cold_image
+from livemig.domains import assert_unused, assert_used, capability, cold_cache
 from livemig.domains import processes_naming, running_hosts, stamped, two_hosts
 from livemig.host import process_mib
 from livemig.leftovers import LEFTOVER, leave_data
@@ -228,15 +228,14 @@ def test_memory_in_a_used_file(hosts: Hosts) -> None:
     guest.add("domain", SHARED.format("file"))
     with stamped(guest):
         guest.fill()
-        directory = hosts.path("b", MEMORY_DIRECTORY)
+        directory = hosts.path("b", "/var/lib/libvirt/qemu/ram")
         # Nobody knows which id the domain will have there.
         files = [directory / f"{number}-{name}" / "pc.ram" for number in range(1, 100)]
         for file in files:
             file.parent.mkdir(parents=True)
-            if file != files[0]:
-                os.link(files[0], file)
-            else:
-                leave_data(file, SPEC.mem_mib * MIB)
+        leave_data(files[0], SPEC.mem_mib * MIB)
+        for file in files[1:]:
+            os.link(files[0], file)
         with open(files[0], "rb") as used:
             assert_used(guest.migrate())
             guest.check()
@@ -248,15 +247,9 @@ def test_memory_in_a_used_file(hosts: Hosts) -> None:
 
 def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> None:
     """Cold page cache is freed for the one migration that it is asked for, as in the guide."""
-    image = cold_image(tmp_path)
-    args = (
-        *ANY_TIME,
-        *("-drive", f"file={image},format=raw,if=none,id=files,readonly=on"),
-        *("-device", "virtio-blk-pci,drive=files,bus=pcie.0,addr=0x1d"),
-    )
-    guest = Guest(hosts, "page-cache", args)
+    guest = Guest(hosts, "page-cache", ANY_TIME)
     guest.add("qemu:frontend", PROPERTY.format("free-page-hint-cache"))
-    with cold_cache(guest):
+    with cold_cache(guest, tmp_path):
         # Nobody asks for it.
         kept = guest.migrate()
         guest.hmp("migrate_set_parameter free-page-hint-cache 1G")

@@ -16,7 +16,7 @@ import pytest
 from livemig import paths
 from livemig.checks import wait_for
 from livemig.domains import ANY_TIME, DOCUMENTED, MIB, OTHER_HOST, Guest, Hosts
-from livemig.domains import assert_cache_freed, assert_unused, assert_used, cold_cache, cold_image
+from livemig.domains import assert_cache_freed, assert_unused, assert_used, cold_cache
 from livemig.domains import running_hosts, stamped, two_hosts
 from livemig.migration import Absent, Hints, MigrationResult
 
@@ -194,14 +194,8 @@ def test_parameters_of_one_migration(hosts: Hosts) -> None:
 
 def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> None:
     """Cold page cache is dropped for the migration that says how much, and domjobinfo says so."""
-    image = cold_image(tmp_path)
-    disk = (
-        "<disk type='file' device='disk'><driver name='qemu' type='raw'/>"
-        f"<source file='{image}'/><target dev='vda' bus='virtio'/><readonly/></disk>"
-    )
     guest = NativeGuest(hosts, "page-cache", ATTRIBUTES)
-    guest.add("devices", disk)
-    with cold_cache(guest):
+    with cold_cache(guest, tmp_path):
         kept = guest.migrate(*WAIT)
         assert_reported(guest, kept)
         dropped = guest.migrate(*WAIT, "--free-page-hint-cache", 1 << 30)

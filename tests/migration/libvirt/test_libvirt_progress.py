@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Sequence
 
 import pytest
 
+from livefph.watch import MIGRATION_OUT
 from livemig.domains import ANY_TIME, FREED_MIB, MIB, SPEC, Guest, Hosts, stamped
 from livemig.stall import GIB, GivenUp, Sample, given_up, longest_standstill
 
@@ -26,8 +27,6 @@ while True:
     print(json.dumps({"seconds": time.monotonic(), **stats}), flush=True)
     time.sleep(0.02)
 """
-# Of virDomainJobOperation
-MIGRATION_OUT = 5
 
 
 def line(*remaining: int, every: float = 10) -> List[Sample]:

@@ -10,12 +10,10 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from livemig.domains import ANY_TIME, Guest, Hosts, assert_used, stamped
+from livemig.domains import ANY_TIME, DISK, Guest, Hosts, assert_used, stamped
 from livemig.migration import MigrationResult
 
 FORMATS = {"vda": "raw", "vdb": "qcow2"}
-DISK = """<disk type='file' device='disk'><driver name='qemu' type='{format}'/>
-<source file='{path}'/><target dev='{name}' bus='virtio'/></disk>"""
 
 
 @pytest.fixture(name="guest", scope="module")
@@ -23,11 +21,10 @@ def guest_fixture(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """A running guest with a raw and a qcow2 disk."""
     guest = Guest(hosts, "with-disks", ANY_TIME)
     directory = tmp_path_factory.mktemp("disks")
-    for name, disk_format in FORMATS.items():
-        path = directory / name
-        create = ["qemu-img", "create", "-q", "-f", disk_format, str(path), "4M"]
-        subprocess.run(create, check=True)
-        guest.add("devices", DISK.format(format=disk_format, path=path, name=name))
+    for name, kind in FORMATS.items():
+        file = directory / name
+        subprocess.run(["qemu-img", "create", "-q", "-f", kind, file, "4M"], check=True)
+        guest.add("devices", DISK.format(file=file, type=kind, name=name, more=""))
     with stamped(guest):
         yield guest
 
