@@ -137,23 +137,19 @@ class Watcher:
     def follow(self, wait: float, interval: float) -> None:
         """Look until the migration has ended; wait so many seconds for it to begin."""
         self._listen()
-        deadline, waiting = time.monotonic() + wait, False
+        deadline = time.monotonic() + wait
         while True:
             try:
                 running = self._look()
             except NotRunning as err:
                 self._gone(err)
                 return
-            if self.record.status not in IDLE:
-                self._seen(self.record)
-                deadline = 0
-            if not running and self.record.status != "none":
-                return
-            if not running and time.monotonic() >= deadline:
-                raise FphError("no migration is running")
-            if not running and not waiting:
-                waiting = True
-                self._seen(self.record)
+            if not running:
+                if self.record.status != "none":
+                    return
+                if time.monotonic() >= deadline:
+                    raise FphError("no migration is running")
+            self._seen(self.record)
             time.sleep(interval)
 
     def _listen(self) -> None:
