@@ -29,14 +29,13 @@ def differences(source: Path, destination: Path) -> str:
 
 @pytest.mark.parametrize("machine", ["pc-q35-9.2", "pc-q35-10.0", "pc-i440fx-10.0"])
 def test_same_as_stock(tmp_path: Path, machine: str) -> None:
-    """vmstate-static-checker finds nothing, whichever of the two a guest comes from."""
+    """vmstate-static-checker finds nothing, whichever of the two a guest comes from.
+
+    It does find a field of the balloon's state that has another name.
+    """
     ours, stock = (described(build, machine, tmp_path) for build in ("ours", "stock"))
     assert differences(stock, ours) == differences(ours, stock) == ""
 
-
-def test_a_difference_is_found(tmp_path: Path) -> None:
-    """The premise: a field that has another name in the balloon's state is named."""
-    stock = described("stock", "pc-q35-10.0", tmp_path)
     devices = json.loads(stock.read_text("utf-8"))
     devices["virtio-balloon-device"]["Description"]["Fields"][0]["field"] = "another"
     changed = tmp_path / "changed.json"
