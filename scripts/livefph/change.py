@@ -4,7 +4,7 @@
 import difflib
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 from urllib.parse import urlsplit
 
@@ -75,17 +75,16 @@ def _knows_attributes(host: Host, text: str) -> bool:
 
 
 def _wanted(text: str, wish: Wish, attributes: bool = False) -> str:
+    before = domainxml.read(text)
+    right = replace(before, emulator=wish.emulator or before.emulator)
     if wish.hints:
         new = domainxml.enable(text, wish.arrays, wish.emulator, attributes)
+        right = replace(right, hints=True, arrays=wish.arrays or before.arrays)
     else:
         new = domainxml.disable(text, arrays_only=wish.arrays, emulator=wish.emulator)
+        right = replace(right, hints=before.hints and wish.arrays, arrays=False)
     # Whatever else is in a definition, nothing is written that is not what was asked for.
-    now, before = domainxml.read(new), domainxml.read(text)
-    if wish.hints:
-        right = now.hints and now.arrays == (wish.arrays or before.arrays)
-    else:
-        right = not now.arrays and now.hints == (before.hints and wish.arrays)
-    if not right or now.emulator != (wish.emulator or before.emulator):
+    if domainxml.read(new) != right:
         raise FphError("its XML is of a kind that cannot be changed here: see 'virsh edit'")
     return new
 
