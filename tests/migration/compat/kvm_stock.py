@@ -57,8 +57,7 @@ def spec(qemu: str, shift: int = 18) -> GuestSpec:
 @pytest.fixture(scope="module")
 def saved(module_lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A guest that has booted, and takes and gives back memory, in a file."""
-    trouble = trouble_with_kvm()
-    if trouble:
+    if trouble := trouble_with_kvm():
         pytest.skip(trouble)
     file = tmp_path_factory.mktemp("saved") / "guest"
     guest = module_lab.boot(spec("stock"))
