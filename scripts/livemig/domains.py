@@ -251,8 +251,9 @@ class Guest:
         path = Path(f"/proc/self/fd/{file.fileno()}")
         return {"pc.ram": memory.Block(path, 0, SPEC.mem_mib * MIB // memory.PAGE_BYTES)}
 
-    def migrate_and_compare(self) -> Tuple[MigrationResult, memory.Comparison]:
-        """Migrate the guest and compare the memories before it runs on."""
+    def fill_and_compare(self) -> Tuple[MigrationResult, memory.Comparison]:
+        """Do what fill_and_migrate() does, and compare the memories before it runs on."""
+        self.fill()
         source, log = self._ram(), self._log(self.host, "log")
         start = log.stat().st_size
         result = self.migrate("--suspend")
@@ -260,6 +261,7 @@ class Guest:
         seen = memory.judge(different, memory.kept_pages(log, source, start))
         assert not seen.lost, seen
         self.virsh("resume")
+        self.check()
         return result, seen
 
     def migrate(self, *options: Any) -> MigrationResult:

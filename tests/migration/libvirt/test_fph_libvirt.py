@@ -4,7 +4,7 @@
 import json
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator
 
 import pytest
 
@@ -13,12 +13,6 @@ from livemig.domains import ANY_TIME, FPH, FREED_MIB, MIB, Guest, Hosts, running
 
 # MiB/s, so that a migration can be looked at
 SLOW = 40
-
-
-def fph(hosts: Hosts, host: str, *args: Any) -> Tuple[int, List[str], List[str]]:
-    """Run the tool on a host; returns its exit status, its output's lines, and its errors'."""
-    done = hosts.call(host, FPH, *args)
-    return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
 
 @pytest.fixture(name="guest")
@@ -80,16 +74,15 @@ def test_read_only_connection_sees_and_changes_nothing(
     """With --readonly, status has what libvirt knows, watch libvirt's figures; no more is done."""
     before = guest.virsh("dumpxml", "--inactive")
     for command in ("disable", guest.name, "--write"), ("estimate", guest.name):
-        status, out, err = fph(hosts, "a", *command, "--readonly")
-        assert (status, out) == (3, [])
-        assert len(err) == 1 and err[0].startswith(
-            f"fph: {guest.name}: the connection is read-only"
-        )
+        done = hosts.call("a", FPH, *command, "--readonly")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+        assert done.stderr.startswith(f"fph: {guest.name}: the connection is read-only")
     assert guest.virsh("dumpxml", "--inactive") == before
-    status, out, err = fph(hosts, "a", "status", guest.name, "--readonly")
-    assert (status, err) == (0, [])
-    assert out[1].split() == [guest.name, "running", "arrays", *"-----"]
-    assert "QEMU was not asked, the connection is read-only" in out[2]
+    done = hosts.call("a", FPH, "status", guest.name, "--readonly")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[1].split() == [guest.name, "running", "arrays", *"-----"]
+    assert "QEMU was not asked, the connection is read-only" in lines[2]
 
     guest.virsh("migrate-setspeed", SLOW)
     with watch(hosts, "a", guest.name, "--readonly", "-o", tmp_path / "seen") as watcher:
@@ -142,9 +135,9 @@ def test_stock_qemu_is_named(hosts: Hosts) -> None:
         assert "stock" in found["notes"][0]
         before = guest.virsh("dumpxml", "--inactive")
         for command in (["estimate"], ["enable", "--write"]):
-            status, out, err = fph(hosts, "a", *command, guest.name)
-            assert (status, out, len(err)) == (1, [], 1)
-            assert "stock" in err[0]
+            done = hosts.call("a", FPH, *command, guest.name)
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+            assert "stock" in done.stderr
         assert guest.virsh("dumpxml", "--inactive") == before
         ours = paths.qemu_binary("ours")
         hosts.fph("a", f"enable --write --emulator {ours}", guest.name)

@@ -39,19 +39,15 @@ def test_migrate_there_and_back(hosts: Hosts, measured: Dict[str, Any]) -> None:
     guest = Guest(hosts, "there-and-back", more_args)
     guest.add("domain", SHARED.format("memfd"))
     with stamped(guest):
-        guest.fill()
-        hinted, seen = guest.migrate_and_compare()
-        guest.check()
+        hinted, seen = guest.fill_and_compare()
         assert_used(hinted)
         # The premise of the comparison: what was freed is full of old data.
         assert seen.different > FREED_MIB * MIB // 2 // memory.PAGE_BYTES
         # The other place where an operator can look after the migration
         assert re.search(r"\bfree_page_hint_end\b.*complete", guest.qemu_log("a"))
 
-        guest.fill()
         guest.hmp("migrate_set_capability free-page-hint off")
-        control, seen = guest.migrate_and_compare()
-        guest.check()
+        control, seen = guest.fill_and_compare()
         assert_unused(control, "disabled")
         assert (seen.kept, seen.different) == (0, 0)
         assert control.sent_bytes - hinted.sent_bytes > 0.9 * FREED_MIB * MIB
