@@ -113,33 +113,25 @@ class Domain:
 
     def job(self, completed: bool = False) -> Dict[str, Any]:
         """libvirt's statistics of the domain's job, or of the last one."""
-        flags = 0
-        if completed:
-            # Whoever asks next is to have them, too.
-            flags = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED
-            flags |= libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
+        # Whoever asks for those of the last one next is to have them, too.
+        keep = libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
+        flags = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | keep if completed else 0
         return dict(self._ask(self._domain.jobStats, flags))
 
     def on_end(self, call: Callable[[Dict[str, Any]], None]) -> None:
         """Have libvirt's statistics of a migration reported when it ends, from another thread."""
-        self._ask(
-            self._host.connection.domainEventRegisterAny,
-            self._domain,
-            libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED,
-            lambda *arguments: call(arguments[2]),
-            None,
-        )
+        register = self._host.connection.domainEventRegisterAny
+        event = libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED
+        self._ask(register, self._domain, event, lambda *arguments: call(arguments[2]), None)
 
     def on_event(self, event: str, call: Callable[[Any], None]) -> None:
         """Have an event of QEMU's reported, from another thread."""
-        self._ask(
-            libvirt_qemu.qemuMonitorEventRegister,
-            self._host.connection,
-            self._domain,
-            event,
-            lambda *arguments: call(json.loads(arguments[5] or "{}")),
-            None,
-        )
+
+        def received(*arguments: Any) -> None:
+            call(json.loads(arguments[5] or "{}"))
+
+        register = libvirt_qemu.qemuMonitorEventRegister
+        self._ask(register, self._host.connection, self._domain, event, received, None)
 
 
 class Host:
@@ -220,7 +212,6 @@ class Socket:
 
     def __init__(self, path: str):
         self.name = path
-        self._path = path
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(QMP_SECONDS)
         self._lines = self._socket.makefile("r", encoding="utf-8")
@@ -245,11 +236,11 @@ class Socket:
             line = self._lines.readline()
             message: Dict[str, Any] = json.loads(line) if line else {}
         except socket.timeout as err:
-            raise LibvirtFailure(f"{self._path}: no answer; is somebody connected to it?") from err
+            raise LibvirtFailure(f"{self.name}: no answer; is somebody connected to it?") from err
         except (OSError, ValueError) as err:
-            raise ConnectionLost(f"{self._path}: {err}") from err
+            raise ConnectionLost(f"{self.name}: {err}") from err
         if not message:
-            raise NotRunning(f"{self._path}: QEMU has ended")
+            raise NotRunning(f"{self.name}: QEMU has ended")
         return message
 
     def qmp(self, command: str, **arguments: Any) -> Any:
@@ -257,7 +248,7 @@ class Socket:
         try:
             self._socket.sendall(_pack(command, arguments).encode() + b"\n")
         except OSError as err:
-            raise NotRunning(f"{self._path}: QEMU has ended") from err
+            raise NotRunning(f"{self.name}: QEMU has ended") from err
         while True:
             message = self._read()
             if "event" in message:
