@@ -29,12 +29,12 @@ while True:
 """
 
 
-def line(*remaining: int, every: float = 10) -> List[Sample]:
-    """Samples at equal distances."""
-    return [Sample(every * number, left) for number, left in enumerate(remaining)]
+def line(*remaining: int) -> List[Sample]:
+    """Samples of every 10 s."""
+    return [Sample(10 * number, left) for number, left in enumerate(remaining)]
 
 
-# In 10 s each: rounds of 20 s, of which each leaves less than the last one did.
+# Rounds of 20 s, of which each leaves less than the last one did.
 ROUNDS = line(*(left for top in range(40, 0, -1) for left in (2 * top, top)))
 
 SERIES = {
