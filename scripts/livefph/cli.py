@@ -143,14 +143,13 @@ class Screen:
 
     def __init__(self, args: argparse.Namespace):
         self._out = sys.stderr if args.json else sys.stdout
-        self._terminal = self._out.isatty()
         self._drawn = ""
         self._second = -2
 
     def draw(self, record: watch.Record) -> None:
         """Show a migration as it is now."""
         second = int(record.samples[-1].seconds) if record.samples else -1
-        if self._terminal:
+        if self._out.isatty():
             line = show.progress(record, shutil.get_terminal_size().columns)
             print("\r" + line.ljust(len(self._drawn)), end="", file=self._out, flush=True)
             self._drawn = line
