@@ -401,4 +401,4 @@ def processes_naming(text: str) -> List[int]:
         with contextlib.suppress(OSError):
             if text.encode() in file.read_bytes():
                 found.append(int(file.parent.name))
-    return found
+    return sorted(found)

@@ -87,7 +87,7 @@ def test_read_only_connection_sees_and_changes_nothing(
     guest.virsh("migrate-setspeed", SLOW)
     with watch(hosts, "a", guest.name, "--readonly", "-o", tmp_path / "seen") as watcher:
         guest.migrate()
-        out, err = watcher.communicate(timeout=120)
+        _, err = watcher.communicate(timeout=120)
     guest.check()
     assert (watcher.returncode, err) == (0, "")
     record = json.loads((tmp_path / "seen.json").read_text("utf-8"))

@@ -346,7 +346,7 @@ def test_three_leave_at_once(hosts: Hosts, measured: Dict[str, Any]) -> None:
         assert done.returncode == 0, done.stderr
         guest.arrived()
         # Whose final statistics are whose cannot be seen in libvirt's log.
-        job = hosts.virsh(guest.host, "domjobinfo", "--completed", "--rawstats", guest.name)
+        job = guest.virsh("domjobinfo", "--completed", "--rawstats")
         sent = re.search(r"memory_processed: +(\d+)", job)
         assert sent, job
         return replace(MigrationResult.from_qmp(guest.seen), sent_bytes=int(sent[1]))
