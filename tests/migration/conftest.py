@@ -37,8 +37,12 @@ def pytest_configure() -> None:
         raise pytest.UsageError(str(err)) from err
 
 
-def _lab(name: str) -> Iterator[Lab]:
-    logs = paths.OUT / "logs" / "tests" / re.sub(r"[^\w.-]+", "-", name)
+def _lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """A lab, whose guests are watched.
+
+    The test fails if a guest's kernel says WARNING, BUG or the like, or a QEMU's sanitizer does.
+    """
+    logs = paths.OUT / "logs" / "tests" / re.sub(r"[^\w.-]+", "-", request.node.name)
     shutil.rmtree(logs, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         lab = Lab(logs, stack)
@@ -49,19 +53,9 @@ def _lab(name: str) -> Iterator[Lab]:
     assert not findings, "a sanitizer complained: " + "; ".join(findings)
 
 
-@pytest.fixture
-def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    """A lab of the test's own.
-
-    The test fails if a guest's kernel says WARNING, BUG or the like, or a QEMU's sanitizer does.
-    """
-    yield from _lab(request.node.name)
-
-
-@pytest.fixture(scope="module")
-def module_lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    """A lab that the tests of a file share."""
-    yield from _lab(request.node.name)
+# A test's own, and one that the tests of a file share.
+lab = pytest.fixture(_lab)
+module_lab = pytest.fixture(_lab, scope="module")
 
 
 @pytest.fixture
