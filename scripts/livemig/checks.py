@@ -7,18 +7,20 @@ import re
 import subprocess
 import time
 from dataclasses import replace
-from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
+from typing import Tuple
 
 import pytest
 
-from livemig import host, paths, workload
+from livemig import host, memory, paths, workload
 from livemig.errors import NotPossibleHere
 from livemig.guest import Guest
 from livemig.host import MIB
-from livemig.lab import ABSENT
-from livemig.migration import POSTCOPY, Hints, MigrationResult, cancel, finish, query
+from livemig.lab import ABSENT, Lab
+from livemig.migration import POSTCOPY, Hints, MigrationResult, cancel, finish, migrate, query
 from livemig.migration import set_capabilities, start, status_is
 from livemig.modes import MODES, Mode, migration_for_mode
+from livemig.oracle import Oracle
 from livemig.spec import GuestSpec, MigrationSpec
 
 # A small guest boots fast, and most of it is free.
@@ -29,6 +31,9 @@ INIT_ON_FREE = ("init_on_free=1", "transparent_hugepage=never")
 # What tests write and free so that there is something for hints to skip.
 FREED_MIB = 512
 FREED_PAGES = FREED_MIB * 256
+
+# Room for memory that is plugged in while a guest runs.
+ROOM = ("-m", "maxmem=8G,slots=4")
 
 # As long as a migration can be told to wait: tests are not about how soon a guest answers, and on a
 # machine that has other things to do it may take seconds.
@@ -77,6 +82,27 @@ def keep_busy(guest: Guest) -> Guest:
     fill_and_free(guest)
     start_churn(guest)
     return guest
+
+
+def busy(lab: Lab, spec: GuestSpec = SMALL) -> Tuple[Oracle, Guest, Guest]:
+    """A guest at work that is watched, and the QEMU that it goes to."""
+    oracle = Oracle(lab, spec)
+    return oracle, keep_busy(oracle.boot()), oracle.arrival()
+
+
+def dimm(mib: int) -> Tuple[str, ...]:
+    """Arguments for a memory module."""
+    return (
+        *("-object", f"memory-backend-ram,id=dimm,size={mib}M,reserve=off"),
+        *("-device", "pc-dimm,id=dimm0,memdev=dimm"),
+    )
+
+
+def plug_dimm(guest: Guest, mib: int) -> None:
+    """Plug a memory module like this into a guest that runs."""
+    backend = {"qom-type": "memory-backend-ram", "id": "dimm", "size": mib * MIB, "reserve": False}
+    guest.qmp_dict("object-add", backend)
+    guest.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="dimm")
 
 
 def assert_intact(guest: Guest, name: str = "default") -> workload.Verdict:
@@ -134,6 +160,27 @@ def assert_hints_if(wanted: bool, result: MigrationResult, least_bytes: int) -> 
         return assert_hints_used(result, least_bytes)
     assert_not_asked(result, "disabled")
     return hints_of(result)
+
+
+def assert_arrived(oracle: Oracle, measured: Dict[str, Any]) -> memory.Comparison:
+    """After a migration no write is lost, and a guest at work goes on where it is now."""
+    seen = oracle.check()
+    measured.update(kept=seen.kept)
+    assert_whole(oracle.destination)
+    return seen
+
+
+def assert_arrives(
+    oracle: Oracle,
+    measured: Dict[str, Any],
+    least_bytes: int = FREED_MIB * MIB,
+    spec: MigrationSpec = WITH_HINTS,
+) -> Hints:
+    """Migrate a guest at work: hints take out at least so many bytes, and no write is lost."""
+    hints = assert_hints_used(migrate(oracle.source, oracle.destination, spec), least_bytes)
+    measured.update(skipped=hints.skipped_bytes)
+    assert_arrived(oracle, measured)
+    return hints
 
 
 def assert_not_asked(result: MigrationResult, reason: str) -> None:
