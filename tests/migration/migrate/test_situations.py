@@ -12,8 +12,9 @@ from typing import Any, Callable, Counter, Dict, Mapping, Tuple
 import pytest
 
 from livemig import workload
-from livemig.checks import INIT_ON_FREE, SMALL, WITH_HINTS, ask, assert_hints_used, assert_whole
-from livemig.checks import going_on, hints_now, hints_of, in_check, migration, rounds, wait_for
+from livemig.checks import INIT_ON_FREE, ROOM, SMALL, WITH_HINTS, ask, assert_arrived
+from livemig.checks import assert_arrives, assert_hints_used, assert_whole, dimm, going_on
+from livemig.checks import hints_now, hints_of, in_check, migration, plug_dimm, rounds, wait_for
 from livemig.checks import wait_hints_ended
 from livemig.errors import MigrationError
 from livemig.guest import Guest
@@ -24,13 +25,11 @@ from livemig.metal import HINTED_PAGES, let_go, metal
 from livemig.migration import Hints, cancel, finish, let_end, migrate, query, set_capabilities
 from livemig.migration import start
 from livemig.oracle import Oracle
-from livemig.spec import GuestSpec
+from livemig.spec import ARRAYS, BLOCKS, GuestSpec
 from livemig.workload import meminfo
 
-ARRAYS = "free-page-hint=on,free-page-hint-arrays=on"
-BLOCKS = "free-page-hint=on,free-page-hint-arrays=off"
 # There are many of them: smaller than elsewhere.
-GUEST = SMALL.but(mem_mib=512, balloon=ARRAYS)
+GUEST = SMALL.but(mem_mib=512)
 FREED_MIB = 192
 # So slow that there is time for what is to happen while RAM is sent.
 SLOW = migration(max_bandwidth=MIB)
@@ -43,13 +42,32 @@ def prepare(guest: Guest) -> None:
     workload.stamp(guest, 16, churn=True, realloc_mib=32, name="churn")
 
 
-def assert_arrives(oracle: Oracle, source: Guest) -> Hints:
+def prepared(lab: Lab, spec: GuestSpec = GUEST) -> Tuple[Oracle, Guest]:
+    """A guest like that, which is watched."""
+    oracle = Oracle(lab, spec)
+    prepare(oracle.boot())
+    return oracle, oracle.source
+
+
+def assert_moves(oracle: Oracle, measured: Dict[str, Any]) -> Hints:
     """Migrate what prepare() prepared, with hints: nothing is lost."""
-    destination = oracle.arrival()
-    hints = assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
-    oracle.check()
+    oracle.arrival()
+    return assert_arrives(oracle, measured, FREED_MIB * MIB)
+
+
+def assert_moves_now(source: Guest, lab: Lab) -> None:
+    """The same after what went wrong before, with a guest that is not watched."""
+    destination = lab.incoming(GUEST)
+    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
     assert_whole(destination)
-    return hints
+
+
+def boot_again(guest: Guest, reset: Callable[[Guest], object]) -> None:
+    """Let a guest boot anew, and prepare it."""
+    so_far = len(guest.console.text())
+    reset(guest)
+    guest.console.wait_for(r"^READY\n", 120, so_far)
+    prepare(guest)
 
 
 def release(source: Guest, destination: Guest) -> Hints:
@@ -68,44 +86,38 @@ VERSION_1 = 32
 RING_PACKED = 34
 
 
+def with_balloon(properties: str, **changes: Any) -> GuestSpec:
+    """A guest whose balloon has these properties, too."""
+    return GUEST.but(balloon=f"{ARRAYS},{properties}", **changes)
+
+
 @dataclass(frozen=True)
 class Shape:
-    """Properties of a balloon, and how the guest can tell."""
+    """A guest with a certain balloon, and how it can tell."""
 
-    properties: str
+    guest: GuestSpec
     # Feature bits that the driver has accepted, or not.
     features: Mapping[int, bool] = field(default_factory=dict)
     # A shell command of the guest, which must succeed.
     seen: str = "true"
-    cmdline: Tuple[str, ...] = ()
-    # A PCI Express device, as it is not on the root bus.
-    express: bool = False
-
-    @property
-    def guest(self) -> GuestSpec:
-        """A guest with such a balloon."""
-        balloon = f"{ARRAYS},{self.properties}"
-        spec = GUEST.but(cmdline=self.cmdline)
-        if not self.express:
-            return spec.but(balloon=balloon)
-        device = f"virtio-balloon-pci,id=balloon,bus=hot,{balloon}"
-        port = "pcie-root-port,id=hot,chassis=1,slot=1"
-        return spec.but(balloon=None, args=("-device", port, "-device", device))
 
 
+# A PCI Express device, as it is not on the root bus.
+EXPRESS = (
+    *("-device", "pcie-root-port,id=hot,chassis=1,slot=1"),
+    *("-device", f"virtio-balloon-pci,id=balloon,bus=hot,{ARRAYS},ats=on"),
+)
+# ATS: the extended capability with the id 15, in the registers from 256 on.
+ATS_SEEN = f"od -A n -v -t x4 -w4 -j 256 {BALLOON}/../config | grep -q '1000f$'"
+NO_POISON = with_balloon("page-poison=off", cmdline=INIT_ON_FREE)
 SHAPES = {
-    "packed": Shape("packed=on,disable-modern=off", {RING_PACKED: True}),
-    "no-event-idx": Shape("event_idx=off", {EVENT_IDX: False}),
-    "legacy": Shape("disable-legacy=off,disable-modern=on", {VERSION_1: False}),
-    "no-vectors": Shape("vectors=0", seen=f"! ls {BALLOON}/../msi_irqs"),
-    # ATS: the extended capability with the id 15, in the registers from 256 on.
-    "ats": Shape(
-        "ats=on",
-        seen=f"od -A n -v -t x4 -w4 -j 256 {BALLOON}/../config | grep -q '1000f$'",
-        express=True,
-    ),
-    "no-poison": Shape("page-poison=off", {PAGE_POISON: False}, cmdline=INIT_ON_FREE),
-    "iothread": Shape("iothread=hints"),
+    "packed": Shape(with_balloon("packed=on,disable-modern=off"), {RING_PACKED: True}),
+    "no-event-idx": Shape(with_balloon("event_idx=off"), {EVENT_IDX: False}),
+    "legacy": Shape(with_balloon("disable-legacy=off,disable-modern=on"), {VERSION_1: False}),
+    "no-vectors": Shape(with_balloon("vectors=0"), seen=f"! ls {BALLOON}/../msi_irqs"),
+    "ats": Shape(GUEST.but(balloon=None, args=EXPRESS), seen=ATS_SEEN),
+    "no-poison": Shape(NO_POISON, {PAGE_POISON: False}),
+    "iothread": Shape(with_balloon("iothread=hints")),
 }
 
 
@@ -115,8 +127,7 @@ SHAPES = {
 def test_balloon_of_shape(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """Whatever kind of virtio device the balloon is, its arrays are used."""
     shape = SHAPES[name]
-    oracle = Oracle(lab, shape.guest)
-    source = oracle.boot()
+    oracle, source = prepared(lab, shape.guest)
     # The premise
     features = source.agent.run(f"cat {BALLOON}/features").strip()
     assert {bit: features[bit] == "1" for bit in shape.features} == shape.features
@@ -124,8 +135,7 @@ def test_balloon_of_shape(lab: Lab, measured: Dict[str, Any], name: str) -> None
     backend = "/machine/peripheral/balloon/virtio-backend"
     iothread = source.qmp("qom-get", path=backend, property="iothread")
     assert bool(iothread) == (name == "iothread")
-    prepare(source)
-    hints = assert_arrives(oracle, source)
+    hints = assert_moves(oracle, measured)
     measured.update(messages=hints.messages, blocks=hints.blocks)
     assert hints.messages < hints.blocks
 
@@ -144,88 +154,58 @@ def test_with_reporting(lab: Lab, measured: Dict[str, Any], machine: str, kernel
     wait_for(lambda: process_mib(source.pid) < before + FREED_MIB // 2, "nothing is reported")
     measured["resident_mib"] = (before, process_mib(source.pid))
     prepare(source)
-    hints = assert_arrives(oracle, source)
+    hints = assert_moves(oracle, measured)
     assert (hints.messages < hints.blocks) == (kernel == "ours")
 
 
 # Memory in other layouts
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How a guest's memory is laid out."""
-
-    guest: Mapping[str, Any]
-    freed_mib: int
-    # A shell command that prints a number, which must not be 0.
-    premise: str
-    # What hints must take out at least.
-    skipped_mib: int
-
-
-MOVABLE_KIB = "awk '/^Node/ {zone = $4} /managed/ && zone == \"Movable\" {print $2 * 4}'"
+MOVABLE_KIB = (
+    "awk '/^Node/ {zone = $4} /managed/ && zone == \"Movable\" {print $2 * 4}' /proc/zoneinfo"
+)
+# A third node, which has a processor and no memory.
+THIRD_NODE = (
+    *("-smp", "2,sockets=2", "-numa", "node,nodeid=2"),
+    *("-numa", "cpu,node-id=0,socket-id=0", "-numa", "cpu,node-id=2,socket-id=1"),
+)
+EMPTY_NODES = "cat /sys/devices/system/node/node*/meminfo | grep -c 'MemTotal: *0 kB'"
+# A guest, a shell command that prints a number, which must not be 0, how many MiB are freed, and
+# how many hints must take out at least.
 LAYOUTS = {
-    # More than there is in all other zones.
-    "movable-zone": Layout(
-        {"cmdline": ("movablecore=384M",)}, 256, f"{MOVABLE_KIB} /proc/zoneinfo", 192
-    ),
-    # A third node, which has a processor and no memory.
-    "node-without-memory": Layout(
-        {
-            "nodes": 2,
-            "args": (
-                *("-smp", "2,sockets=2", "-numa", "node,nodeid=2"),
-                *("-numa", "cpu,node-id=0,socket-id=0", "-numa", "cpu,node-id=2,socket-id=1"),
-            ),
-        },
-        FREED_MIB,
-        "cat /sys/devices/system/node/node*/meminfo | grep -c 'MemTotal: *0 kB'",
-        FREED_MIB,
-    ),
-    "96-mib": Layout({"mem_mib": 96}, 24, "echo 1", 8),
+    # More is freed than there is in all other zones.
+    "movable-zone": (GUEST.but(cmdline=("movablecore=384M",)), MOVABLE_KIB, 256, 192),
+    "node-without-memory": (GUEST.but(nodes=2, args=THIRD_NODE), EMPTY_NODES, FREED_MIB, FREED_MIB),
+    "96-mib": (GUEST.but(mem_mib=96), "echo 1", 24, 8),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_memory_of_layout(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """Free memory is hinted wherever it is, and however little there is."""
-    layout = LAYOUTS[name]
-    oracle = Oracle(lab, GUEST.but(**layout.guest))
+    spec, premise, freed_mib, skipped_mib = LAYOUTS[name]
+    oracle = Oracle(lab, spec)
     source = oracle.boot()
-    measured["premise"] = int(source.agent.run(layout.premise))
+    measured["premise"] = int(source.agent.run(premise))
     assert measured["premise"] > 0
-    workload.dirty_and_free(source, layout.freed_mib)
+    workload.dirty_and_free(source, freed_mib)
     workload.stamp(source, 8)
     workload.stamp(source, 8, churn=True, realloc_mib=8, name="churn")
-    destination = oracle.arrival()
-    result = migrate(source, destination, WITH_HINTS)
-    hints = assert_hints_used(result, layout.skipped_mib * MIB)
-    measured["skipped_mib"] = hints.skipped_bytes // MIB
-    oracle.check()
-    assert_whole(destination)
+    oracle.arrival()
+    assert_arrives(oracle, measured, skipped_mib * MIB)
 
 
 DIMM_MIB = 512
-ROOM = ("-m", "maxmem=8G,slots=4")
-DIMM = (
-    *("-object", f"memory-backend-ram,id=dimm,size={DIMM_MIB}M,reserve=off"),
-    *("-device", "pc-dimm,id=dimm0,memdev=dimm"),
-)
 
 
 def test_memory_plugged_a_moment_before(lab: Lab, measured: Dict[str, Any]) -> None:
     """Memory that the guest is still taking into use when it is asked arrives and is used."""
     online = ("memhp_default_state=online_movable",)
-    oracle = Oracle(lab, GUEST.but(args=ROOM, cmdline=online))
-    source = oracle.boot()
-    prepare(source)
+    oracle, source = prepared(lab, GUEST.but(args=ROOM, cmdline=online))
     before = meminfo(source)["MemTotal"]
-    backend = {"qom-type": "memory-backend-ram", "id": "dimm", "size": DIMM_MIB * MIB}
-    destination = oracle.arrival(args=(*ROOM, *DIMM))
-    source.qmp_dict("object-add", {**backend, "reserve": False})
-    source.qmp("device_add", driver="pc-dimm", id="dimm0", memdev="dimm")
+    destination = oracle.arrival(args=(*ROOM, *dimm(DIMM_MIB)))
+    plug_dimm(source, DIMM_MIB)
     hints = assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
-    measured["skipped_mib"] = hints.skipped_bytes // MIB
+    measured["skipped"] = hints.skipped_bytes
     oracle.check()
     wait_for(
         lambda: meminfo(destination)["MemTotal"] > before + DIMM_MIB // 2,
@@ -241,9 +221,7 @@ def test_memory_plugged_a_moment_before(lab: Lab, measured: Dict[str, Any]) -> N
 
 def test_vcpus_come_and_go(lab: Lab, measured: Dict[str, Any]) -> None:
     """Processors that go off- and online while the guest is asked keep no page from a report."""
-    oracle = Oracle(lab, GUEST.but(vcpus=4))
-    source = oracle.boot()
-    prepare(source)
+    oracle, source = prepared(lab, GUEST.but(vcpus=4))
     online = "/sys/devices/system/cpu/cpu$cpu/online"
     command = f"for cpu in 1 2 3; do echo 0 > {online}; echo 1 > {online}; done"
     with going_on(source, command):
@@ -257,7 +235,7 @@ def test_vcpus_come_and_go(lab: Lab, measured: Dict[str, Any]) -> None:
             assert hints.hinted_bytes > FREED_MIB * MIB
             measured["asked"] += 1
         measured["rounds"] = rounds(source) - so_far
-    assert_arrives(oracle, source)
+    assert_moves(oracle, measured)
 
 
 @pytest.mark.check
@@ -266,9 +244,7 @@ def test_driver_comes_and_goes(lab: Lab, measured: Dict[str, Any]) -> None:
 
     The same with arrays in flight and with a kernel that checks itself is in test_guest_faults.
     """
-    oracle = Oracle(lab, GUEST)
-    source = oracle.boot()
-    prepare(source)
+    oracle, source = prepared(lab)
     driver = "/sys/bus/virtio/drivers/virtio_balloon"
     dev = source.agent.run(f"basename {BALLOON}").strip()
     reasons = set()
@@ -276,7 +252,7 @@ def test_driver_comes_and_goes(lab: Lab, measured: Dict[str, Any]) -> None:
         while not {"no-driver", "reset"} & reasons:
             reasons.add(ask(source, wait_ms=2000).reason)
     measured["reasons"] = sorted(map(str, reasons))
-    assert_arrives(oracle, source)
+    assert_moves(oracle, measured)
 
 
 def balloon_mib(guest: Guest) -> int:
@@ -331,16 +307,12 @@ def test_boots_again_while_ram_is_sent(lab: Lab, measured: Dict[str, Any], how: 
         guest.qmp("set-action", reboot="reset")
     start(source, destination, SLOW)
     wait_hints_ended(source)
-    so_far = len(source.console.text())
-    RESETS[how](source)
-    source.console.wait_for(r"^READY\n", 120, so_far)
-    prepare(source)
+    boot_again(source, RESETS[how])
     hints = release(source, destination)
     measured["redirtied_mib"] = hints.redirtied_bytes // MIB
     # The premise
     assert measured["redirtied_mib"] > FREED_MIB // 2
-    oracle.check()
-    assert_whole(destination)
+    assert_arrived(oracle, measured)
 
 
 @pytest.mark.check
@@ -394,9 +366,7 @@ def test_a_hundred_cancels(lab: Lab, measured: Dict[str, Any]) -> None:
     # The premise: some were cancelled before the guest had answered.
     assert states["cancelled"] > 0
     assert_whole(source)
-    destination = lab.incoming(GUEST)
-    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
-    assert_whole(destination)
+    assert_moves_now(source, lab)
 
 
 def test_twenty_requests_without_an_answer(lab: Lab) -> None:
@@ -406,13 +376,8 @@ def test_twenty_requests_without_an_answer(lab: Lab) -> None:
     for _ in range(20):
         hints = ask(source, wait_ms=20)
         assert (hints.state, hints.reason, hints.hinted_bytes) == ("ended", "timeout", 0)
-    so_far = len(source.console.text())
-    source.qmp("system_reset")
-    source.console.wait_for(r"^READY\n", 120, so_far)
-    prepare(source)
-    destination = lab.incoming(GUEST)
-    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
-    assert_whole(destination)
+    boot_again(source, RESETS["reset"])
+    assert_moves_now(source, lab)
 
 
 # Other ways to go
@@ -420,9 +385,7 @@ def test_twenty_requests_without_an_answer(lab: Lab) -> None:
 
 def test_zero_copy_multifd(lab: Lab, measured: Dict[str, Any]) -> None:
     """Pages that the kernel sends from the guest's memory itself are left out by hints too."""
-    oracle = Oracle(lab, GUEST)
-    source = oracle.boot()
-    prepare(source)
+    oracle, source = prepared(lab)
     destination = oracle.arrival()
     set_capabilities(destination, {"events": True, "multifd": True})
     destination.qmp("migrate-incoming", uri="tcp:127.0.0.1:0")
@@ -442,8 +405,7 @@ def test_zero_copy_multifd(lab: Lab, measured: Dict[str, Any]) -> None:
         raise
     assert_hints_used(result, FREED_MIB * MIB)
     measured["copied_all_the_same"] = result.raw["ram"]["dirty-sync-missed-zero-copy"]
-    oracle.check()
-    assert_whole(destination)
+    assert_arrived(oracle, measured)
 
 
 @pytest.mark.long
