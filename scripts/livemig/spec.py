@@ -42,6 +42,10 @@ class MigrationSpec:
         """A copy with these capabilities only; underscores stand for QMP's dashes."""
         return replace(self, capabilities=dashed(capabilities))
 
+    def with_common(self, **capabilities: bool) -> "MigrationSpec":
+        """The same for those of both sides."""
+        return replace(self, common=dashed(capabilities))
+
 
 # Properties of virtio-balloon-pci, for hints block by block and for hints in arrays.
 BLOCKS = "free-page-hint=on"

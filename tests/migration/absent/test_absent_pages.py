@@ -4,51 +4,43 @@
 A bare-metal guest knows which of its pages it has touched, and when.
 """
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 
-from livemig.absence import absent_of, assert_same
+from livemig.absence import ABSENT, absent_of, assert_absent_used, assert_same
 from livemig.checks import SMALL, assert_intact, fill_and_free, hints_now, hints_of
 from livemig.checks import huge_pages_set_aside, in_check, wait_hints_ended, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.leftovers import LEFTOVER, leave_data, leftovers
 from livemig.machine import MIB, PAGE
-from livemig.metal import CHURN, CHURN_PAGES, HELD, WAIT_MS, Metal, accelerators, each_accelerator
-from livemig.metal import let_go, metal
-from livemig.migration import Absent, cancel, finish, migrate, query, restore, save, start
+from livemig.metal import CHURN, CHURN_PAGES, HELD, Metal, accelerators, each_accelerator, let_go
+from livemig.metal import metal
+from livemig.migration import Absent, cancel, migrate, query, restore, save, start
 from livemig.oracle import Oracle
 from livemig.spec import MigrationSpec
 
 MEM_MIB = 128
 # Never touched, but for the parts that a test writes: a part of 16 pages in each MiB.
-ABSENT = 80 * MIB
+UNTOUCHED = 80 * MIB
 PART_PAGES = 16
 # Written, so that the first round takes a while.
 KEPT = 24 * MIB
 KEPT_PAGES = 2048
 # What the program, its queues and what else a test writes may populate.
 USED_MIB = 24
+NEVER_USED = (MEM_MIB - USED_MIB) * MIB
+# What shows that a page is absent, by block.
 PROOF = re.compile(r"^absent_pages_block block '(\S+)': proof is (.*)$", re.MULTILINE)
 
 
-def absent(hints: bool = False, **common: bool) -> MigrationSpec:
-    """A migration without absent pages, as fast as it can."""
-    return MigrationSpec(
-        capabilities={"free-page-hint": hints, "skip-absent-pages": True},
-        parameters={"max-bandwidth": 0, "downtime-limit": 2000, "free-page-hint-wait": WAIT_MS},
-        common={name.replace("_", "-"): value for name, value in common.items()},
-    )
-
-
-def proofs(source: Guest) -> Dict[str, str]:
-    """What shows that a page is absent, by block."""
-    return dict(PROOF.findall(source.trace_log.read_text()))
+HINTS_TOO = ABSENT.with_capabilities(free_page_hint=True, skip_absent_pages=True)
 
 
 @dataclass
@@ -59,7 +51,7 @@ class Parts:
     addrs: Dict[str, int] = field(default_factory=dict)
 
     def _addr(self, part: str) -> int:
-        return self.addrs.setdefault(part, ABSENT + len(self.addrs) * MIB)
+        return self.addrs.setdefault(part, UNTOUCHED + len(self.addrs) * MIB)
 
     def write(self, part: str) -> None:
         """Write a part that was never touched."""
@@ -84,11 +76,38 @@ class Parts:
         ]
 
 
-PRIVATE = {"mem_file": None}
-MEMORIES: Dict[str, Dict[str, Any]] = {
-    "private": PRIVATE,
-    "memfd": {"mem_file": None, "mem_backend": "memory-backend-memfd,share=on"},
-    "private-memfd": {"mem_file": None, "mem_backend": "memory-backend-memfd,share=off"},
+@contextlib.contextmanager
+def parts_written(lab: Lab, **changes: Any) -> Iterator[Parts]:
+    """A bare-metal guest with private memory, which has written a part of it."""
+    with metal(lab, **{"mem_file": None, **changes}) as guest:
+        parts = Parts(guest)
+        parts.write("before the migration")
+        yield parts
+
+
+@pytest.fixture(name="parts")
+def parts_fixture(lab: Lab, accel: str) -> Iterator[Parts]:
+    """See parts_written()."""
+    with parts_written(lab, accel=accel) as parts:
+        yield parts
+
+
+def arrival(guest: Metal, **changes: Any) -> Guest:
+    """A QEMU that waits for the guest, with memory of the same kind but for changes."""
+    return guest.lab.incoming(guest.source.spec.but(**changes), running=False)
+
+
+def move(guest: Metal, destination: Guest, spec: MigrationSpec = ABSENT) -> None:
+    """Migrate: what the guest never used is skipped, and all memory is the same."""
+    result = migrate(guest.source, destination, spec)
+    assert_absent_used(result, NEVER_USED)
+    assert_same(guest.source, destination)
+
+
+MEMORIES = {
+    "private": "memory-backend-ram",
+    "memfd": "memory-backend-memfd,share=on",
+    "private-memfd": "memory-backend-memfd,share=off",
 }
 
 
@@ -98,12 +117,11 @@ def test_whenever_it_is_populated(
     lab: Lab, measured: Dict[str, Any], accel: str, name: str
 ) -> None:
     """What is written at any moment arrives, in memory that was absent when it was looked at."""
-    with metal(lab, accel=accel, **MEMORIES[name]) as guest:
-        parts = Parts(guest)
-        parts.write("before the migration")
+    with parts_written(lab, accel=accel, mem_backend=MEMORIES[name]) as parts:
+        guest = parts.guest
         guest.machine.stamp(KEPT, KEPT_PAGES, 2)
-        destination = lab.incoming(guest.source.spec, "destination", running=False)
-        spec = absent(True).with_parameters(max_bandwidth=HELD, downtime_limit=1)
+        destination = arrival(guest)
+        spec = HINTS_TOO.with_parameters(max_bandwidth=HELD, downtime_limit=1)
         start(guest.source, destination, spec)
         cmd_id = guest.balloon.wait_asked()
         looked = absent_of(query(guest.source))
@@ -125,7 +143,7 @@ def test_whenever_it_is_populated(
         assert_same(guest.source, destination)
         # The premises: what was written after the look was absent, and the rest is.
         assert looked.reason is None
-        assert (MEM_MIB - USED_MIB) * MIB <= looked.absent_bytes < MEM_MIB * MIB
+        assert NEVER_USED <= looked.absent_bytes < MEM_MIB * MIB
         assert redirtied >= CHURN_PAGES + 2 * PART_PAGES
         assert result.rounds >= 3
         assert result.zero_pages * PAGE <= USED_MIB * MIB
@@ -137,90 +155,77 @@ def test_whenever_it_is_populated(
 class Kind:
     """A kind of memory."""
 
-    backend: Optional[str]
+    backend: str
+    # What shows that a page of it is absent.
     proof: str
-    # In front of it
-    directory: Optional[str] = None
-    changes: Dict[str, Any] = field(default_factory=dict)
-    huge_kib: int = 0
+    nodes: int = 1
     # All of it is populated.
     populated: bool = False
 
 
+FILE = "mapping and file"
 KINDS = {
     "private": Kind("memory-backend-ram", "mapping"),
     "prealloc": Kind("memory-backend-ram,prealloc=on", "mapping", populated=True),
-    "memfd": Kind("memory-backend-memfd,share=on", "mapping and file"),
-    "private-memfd": Kind("memory-backend-memfd,share=off", "mapping and file"),
-    "shm": Kind("memory-backend-shm", "mapping and file"),
-    "tmpfs": Kind("memory-backend-file,share=on", "mapping and file", "/dev/shm"),
-    "private-tmpfs": Kind("memory-backend-file,share=off", "mapping and file", "/dev/shm"),
-    "disk": Kind("memory-backend-file,share=on", "nothing", "."),
-    "private-disk": Kind("memory-backend-file,share=off", "nothing", "."),
-    "huge": Kind("memory-backend-memfd,hugetlb=on,share=on", "nothing", huge_kib=2048),
-    "private-huge": Kind("memory-backend-memfd,hugetlb=on,share=off", "mapping", huge_kib=2048),
-    "nodes": Kind("memory-backend-ram", "mapping", changes={"nodes": 2}),
+    "memfd": Kind("memory-backend-memfd,share=on", FILE),
+    "private-memfd": Kind("memory-backend-memfd,share=off", FILE),
+    "shm": Kind("memory-backend-shm", FILE),
+    "tmpfs": Kind("memory-backend-file,share=on,mem-path=/dev/shm/{name}", FILE),
+    "private-tmpfs": Kind("memory-backend-file,share=off,mem-path=/dev/shm/{name}", FILE),
+    "disk": Kind("memory-backend-file,share=on,mem-path={disk}/{name}", "nothing"),
+    "private-disk": Kind("memory-backend-file,share=off,mem-path={disk}/{name}", "nothing"),
+    "huge": Kind("memory-backend-memfd,hugetlb=on,share=on", "nothing"),
+    "private-huge": Kind("memory-backend-memfd,hugetlb=on,share=off", "mapping"),
+    "nodes": Kind("memory-backend-ram", "mapping", nodes=2),
 }
-
-
-def backends(kind: Kind, tmp_path: Path) -> Iterator[str]:
-    """The memory backends of the source and the destination."""
-    for name in ("source", "destination"):
-        if kind.directory:
-            directory = tmp_path if kind.directory == "." else Path(kind.directory)
-            path = directory / f"livemig-{os.getpid()}-{name}"
-            yield f"{kind.backend},mem-path={path}"
-        else:
-            assert kind.backend
-            yield kind.backend
 
 
 @pytest.mark.parametrize("name", in_check(KINDS, "private", "shm", "private-tmpfs", "disk"))
 def test_kind_of_memory(lab: Lab, measured: Dict[str, Any], tmp_path: Path, name: str) -> None:
     """Of each kind of memory, what is known to be absent is skipped, and all arrives."""
     kind = KINDS[name]
-    pages = 2 * MEM_MIB * 1024 // kind.huge_kib if kind.huge_kib else 0
-    here, there = backends(kind, tmp_path)
+    prefix = f"livemig-{os.getpid()}"
+    here, there = (
+        kind.backend.format(disk=tmp_path, name=f"{prefix}-{end}") for end in ("here", "there")
+    )
     events = "free_page_hint_* absent_pages_block"
-    changes = {"mem_file": None, "mem_backend": here, "trace": events, **kind.changes}
-    with huge_pages_set_aside(kind.huge_kib or 2048, pages):
-        with metal(lab, **changes) as guest:
-            parts = Parts(guest)
-            parts.write("before the migration")
-            arrival = guest.source.spec.but(mem_backend=there)
-            destination = lab.incoming(arrival, "destination", running=False)
-            for path in (tmp_path, Path("/dev/shm")):
-                for file in path.glob(f"livemig-{os.getpid()}-*"):
-                    file.unlink()
-            result = migrate(guest.source, destination, absent())
-            looked = absent_of(result)
-            measured.update(absent=looked.absent_bytes, us=looked.scan_time)
-            assert_same(guest.source, destination)
-            known = proofs(guest.source)
-            blocks = ("pc.ram0", "pc.ram1") if kind.changes else ("pc.ram",)
-            assert {known.pop(block) for block in blocks} == {kind.proof}
-            # Firmware, tables, video memory: the destination's may be another version's.
-            assert len(known) > 2 and set(known.values()) == {"nothing"}
-            if kind.proof == "nothing":
-                assert looked == Absent(reason="no-proof")
-                assert hints_of(result).state == "idle"
-            else:
-                assert looked.reason is None
-                assert hints_of(result).state == "ended"
-                assert (looked.absent_bytes == 0) == kind.populated
-                if not kind.populated:
-                    assert looked.absent_bytes >= (MEM_MIB - USED_MIB) * MIB
-            guest.goes_on_at(destination)
-            assert not parts.wrong()
-            guest.source.close()
-            destination.close()
+    changes = {"mem_backend": here, "trace": events, "nodes": kind.nodes}
+    # For both guests.
+    pages = 2 * MEM_MIB // 2 if "hugetlb" in here else 0
+    with huge_pages_set_aside(2048, pages), parts_written(lab, **changes) as parts:
+        guest = parts.guest
+        destination = arrival(guest, mem_backend=there)
+        for path in (tmp_path, Path("/dev/shm")):
+            for file in path.glob(f"{prefix}-*"):
+                file.unlink()
+        result = migrate(guest.source, destination, ABSENT)
+        looked = absent_of(result)
+        measured.update(absent=looked.absent_bytes, us=looked.scan_time)
+        assert_same(guest.source, destination)
+        known = dict(PROOF.findall(guest.source.trace_log.read_text()))
+        blocks = ("pc.ram0", "pc.ram1") if kind.nodes == 2 else ("pc.ram",)
+        assert {known.pop(block) for block in blocks} == {kind.proof}
+        # Firmware, tables, video memory: the destination's may be another version's.
+        assert len(known) > 2 and set(known.values()) == {"nothing"}
+        if kind.proof == "nothing":
+            assert looked == Absent(reason="no-proof")
+            assert hints_of(result).state == "idle"
+        else:
+            assert looked.reason is None
+            assert hints_of(result).state == "ended"
+            assert (looked.absent_bytes == 0) == kind.populated
+            assert kind.populated or looked.absent_bytes >= NEVER_USED
+        guest.goes_on_at(destination)
+        assert not parts.wrong()
+        guest.source.close()
+        destination.close()
 
 
 @accelerators("tcg")
 @pytest.mark.parametrize("common", [{}, {"multifd": True}], ids=["plain", "multifd"])
 @pytest.mark.parametrize("directory", [None, "/dev/shm"], ids=["disk", "tmpfs"])
 def test_leftovers_at_the_destination(
-    lab: Lab, accel: str, tmp_path: Path, common: Dict[str, bool], directory: Optional[str]
+    parts: Parts, tmp_path: Path, common: Dict[str, bool], directory: Optional[str]
 ) -> None:
     """Where the source's pages are absent, the destination's are zero, whatever was there before.
 
@@ -228,139 +233,116 @@ def test_leftovers_at_the_destination(
     """
     program = tmp_path / "program"
     program.write_bytes(LEFTOVER * 8)
-    args = ("-device", f"loader,file={program},addr={ABSENT:#x},force-raw=on")
-    with metal(lab, accel=accel, **PRIVATE) as guest, leftovers(directory) as file:
-        parts = Parts(guest)
-        parts.read("never written")
-        parts.write("before the migration")
-        there = guest.source.spec.but(
-            mem_backend=f"memory-backend-file,share=on,mem-path={file}", args=args
-        )
-        destination = lab.incoming(there, "destination", running=False)
-        result = migrate(guest.source, destination, absent(**common))
-        assert absent_of(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
-        assert_same(guest.source, destination)
+    args = ("-device", f"loader,file={program},addr={UNTOUCHED:#x},force-raw=on")
+    parts.read("never written")
+    with leftovers(directory) as file:
+        backend = f"memory-backend-file,share=on,mem-path={file}"
+        destination = arrival(parts.guest, mem_backend=backend, args=args)
+        move(parts.guest, destination, ABSENT.with_common(**common))
 
 
 @accelerators("tcg")
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped-ram", "stream"])
 def test_through_a_file(
-    lab: Lab, measured: Dict[str, Any], accel: str, tmp_path: Path, mapped: bool
+    parts: Parts, measured: Dict[str, Any], tmp_path: Path, mapped: bool
 ) -> None:
     """A guest that is saved to a file and restored is the same, over another guest's leftovers."""
-    with metal(lab, accel=accel, **PRIVATE) as guest:
-        parts = Parts(guest)
-        parts.write("before the migration")
-        spec = absent(mapped_ram=mapped, multifd=mapped)
-        saved = tmp_path / "saved"
-        result = save(guest.source, saved, spec)
-        measured.update(file=saved.stat().st_blocks * 512, absent=absent_of(result).absent_bytes)
-        assert absent_of(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
-        leave_data(guest.files[1])
-        there = guest.source.spec.but(mem_file=guest.files[1])
-        destination = lab.incoming(there, "destination", running=False)
-        restore(destination, saved, spec)
-        assert_same(guest.source, destination)
+    guest, saved = parts.guest, tmp_path / "saved"
+    spec = ABSENT.with_common(mapped_ram=mapped, multifd=mapped)
+    looked = assert_absent_used(save(guest.source, saved, spec), NEVER_USED)
+    measured.update(file=saved.stat().st_blocks * 512, absent=looked.absent_bytes)
+    leave_data(guest.files[1])
+    destination = guest.incoming()
+    restore(destination, saved, spec)
+    assert_same(guest.source, destination)
 
 
 @accelerators("tcg")
 def test_stock_destination(lab: Lab, accel: str) -> None:
     """A QEMU without our patches takes a guest without its absent pages."""
-    with metal(lab, 0, accel=accel, balloon="free-page-hint=off", **PRIVATE) as guest:
-        parts = Parts(guest)
-        parts.write("before the migration")
-        there = guest.source.spec.but(qemu="stock", trace=None)
-        destination = lab.incoming(there, "destination", running=False)
-        result = migrate(guest.source, destination, absent())
-        assert absent_of(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
-        assert_same(guest.source, destination)
-        guest.goes_on_at(destination)
+    plain = {"features": 0, "balloon": "free-page-hint=off"}
+    with parts_written(lab, accel=accel, **plain) as parts:
+        destination = arrival(parts.guest, qemu="stock", trace=None)
+        move(parts.guest, destination)
+        parts.guest.goes_on_at(destination)
         assert not parts.wrong()
 
 
-REFUSALS: Dict[str, Tuple[str, Dict[str, bool], Dict[str, Any]]] = {
-    "switched-off": ("disabled", {"skip-absent-pages": False}, {}),
-    "no-wait": ("no-wait", {}, {"free-page-hint-wait": 0}),
-    "ignore-shared": ("unsupported", {"x-ignore-shared": True}, {}),
+NEITHER = ABSENT.with_capabilities(free_page_hint=False, skip_absent_pages=False)
+REFUSALS = {
+    "switched-off": ("disabled", NEITHER),
+    "no-wait": ("no-wait", ABSENT.with_parameters(free_page_hint_wait=0)),
+    "ignore-shared": ("unsupported", ABSENT.with_common(x_ignore_shared=True)),
 }
 
 
 @accelerators("tcg")
 @pytest.mark.parametrize("name", in_check(REFUSALS, *REFUSALS))
-def test_not_looked_for(lab: Lab, accel: str, name: str) -> None:
+def test_not_looked_for(parts: Parts, name: str) -> None:
     """Where absent pages cannot be used, all is sent, and the reason is given."""
-    reason, capabilities, parameters = REFUSALS[name]
-    common = {key: value for key, value in capabilities.items() if key.startswith("x-")}
-    with metal(lab, accel=accel, **PRIVATE) as guest:
-        spec = absent()
-        spec = MigrationSpec(
-            capabilities={**spec.capabilities, **capabilities},
-            parameters={**spec.parameters, **parameters},
-            common=common,
-        )
-        destination = lab.incoming(guest.source.spec, "destination", running=False)
-        result = migrate(guest.source, destination, spec)
-        assert absent_of(result) == Absent(reason=reason)
-        assert hints_of(result).state == "idle"
-        assert result.zero_pages * PAGE >= (MEM_MIB - USED_MIB) * MIB
-        assert_same(guest.source, destination)
+    reason, spec = REFUSALS[name]
+    destination = arrival(parts.guest)
+    result = migrate(parts.guest.source, destination, spec)
+    assert absent_of(result) == Absent(reason=reason)
+    assert hints_of(result).state == "idle"
+    assert result.zero_pages * PAGE >= NEVER_USED
+    assert_same(parts.guest.source, destination)
 
 
 @accelerators("tcg")
-def test_background_snapshot(lab: Lab, accel: str, tmp_path: Path) -> None:
+def test_background_snapshot(parts: Parts, tmp_path: Path) -> None:
     """A background snapshot, which write-protects memory with userfaultfd, has all pages."""
-    with metal(lab, accel=accel, **PRIVATE) as guest:
-        result = save(guest.source, tmp_path / "saved", absent(background_snapshot=True))
-        assert absent_of(result) == Absent(reason="unsupported")
-        assert result.zero_pages * PAGE >= (MEM_MIB - USED_MIB) * MIB
+    spec = ABSENT.with_common(background_snapshot=True)
+    result = save(parts.guest.source, tmp_path / "saved", spec)
+    assert absent_of(result) == Absent(reason="unsupported")
+    assert result.zero_pages * PAGE >= NEVER_USED
 
 
-def populate_every_second_page(file: Path) -> None:
-    """Populate a file so that looking for what is absent takes as long as it can."""
-    with open(file, "r+b", buffering=0) as memory_file:
-        # Not the program's, nor what a firmware's shadow or a queue may use.
-        for offset in range(16 * MIB, os.fstat(memory_file.fileno()).st_size, 2 * PAGE):
-            os.pwrite(memory_file.fileno(), b"x", offset)
+@contextlib.contextmanager
+def hard_to_search(lab: Lab, accel: str, mem_mib: int = 1024) -> Iterator[Metal]:
+    """A guest that has every second page, so that a search takes as long as it can."""
+    with metal(lab, accel=accel, mem_mib=mem_mib) as guest:
+        with open(guest.files[0], "r+b", buffering=0) as file:
+            # Not the program's, nor what a firmware's shadow or a queue may use.
+            for offset in range(16 * MIB, mem_mib * MIB, 2 * PAGE):
+                os.pwrite(file.fileno(), b"x", offset)
+        yield guest
+
+
+def search(guest: Metal, measured: Dict[str, Any], wait_ms: int) -> Absent:
+    """Migrate with a search that takes too long: nothing is lost."""
+    destination = guest.incoming()
+    spec = HINTS_TOO.with_parameters(free_page_hint_wait=wait_ms)
+    looked = absent_of(migrate(guest.source, destination, spec))
+    measured.update(absent=looked.absent_bytes, us=looked.scan_time)
+    # The premise; it has 131 072 pages to look up, a microsecond each.
+    assert looked.reason == "timeout"
+    assert_same(guest.source, destination)
+    return looked
 
 
 @accelerators("tcg")
 def test_time_is_over(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
     """A search that takes too long is given up, what it found is used, and nothing is lost."""
-    with metal(lab, accel=accel, mem_mib=1024) as guest:
-        populate_every_second_page(guest.files[0])
-        destination = guest.incoming()
-        spec = absent(True).with_parameters(free_page_hint_wait=1)
-        result = migrate(guest.source, destination, spec)
-        looked = absent_of(result)
-        measured.update(absent=looked.absent_bytes, us=looked.scan_time)
-        assert looked.reason == "timeout"
-        assert 0 < looked.absent_bytes < 496 * MIB
-        assert_same(guest.source, destination)
+    with hard_to_search(lab, accel) as guest:
+        assert 0 < search(guest, measured, 1).absent_bytes < 496 * MIB
 
 
 @accelerators("tcg")
 def test_a_long_search_leaves_time_to_ask(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
     """A search that finds little and takes long has half of the time; then the guest is asked."""
-    with metal(lab, accel=accel, mem_mib=1024) as guest:
-        populate_every_second_page(guest.files[0])
-        destination = guest.incoming()
-        spec = absent(True).with_parameters(free_page_hint_wait=80)
-        result = migrate(guest.source, destination, spec)
-        measured.update(us=absent_of(result).scan_time)
-        # The premise; it has 131 072 pages to look up, a microsecond each.
-        assert absent_of(result).reason == "timeout"
+    with hard_to_search(lab, accel) as guest:
+        search(guest, measured, 80)
         assert "free_page_hint_ask" in guest.source.trace_log.read_text()
-        assert_same(guest.source, destination)
 
 
 @accelerators("tcg")
 def test_cancelled(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
     """A migration that is cancelled while it looks for absent pages ends, and another one works."""
-    with metal(lab, accel=accel, mem_mib=3072) as guest:
-        populate_every_second_page(guest.files[0])
+    with hard_to_search(lab, accel, 3072) as guest:
         source = guest.source
         abandoned = guest.incoming("abandoned")
-        start(source, abandoned, absent())
+        start(source, abandoned, ABSENT)
         while (state := hints_now(source).state) != "scanning":
             assert state in ("idle", "arming")
         cancel(source)
@@ -370,7 +352,7 @@ def test_cancelled(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
         assert looked.absent_bytes < (3072 - 16) // 2 * MIB
         abandoned.close()
         destination = guest.incoming()
-        result = migrate(source, destination, absent())
+        result = migrate(source, destination, ABSENT)
         measured["second"] = absent_of(result).scan_time
         assert absent_of(result).reason is None
         assert_same(source, destination)
@@ -384,7 +366,7 @@ def test_linux_guest(lab: Lab, measured: Dict[str, Any], hints: bool) -> None:
     source = oracle.boot()
     fill_and_free(source)
     destination = oracle.arrival()
-    result = migrate(source, destination, absent(hints))
+    result = migrate(source, destination, HINTS_TOO if hints else ABSENT)
     looked, told = absent_of(result), hints_of(result)
     measured.update(
         absent=looked.absent_bytes, skipped=told.skipped_bytes, again=told.redirtied_bytes
@@ -401,13 +383,6 @@ def test_linux_guest(lab: Lab, measured: Dict[str, Any], hints: bool) -> None:
 
 
 @accelerators("tcg")
-def test_postcopy_advised(lab: Lab, accel: str) -> None:
+def test_postcopy_advised(parts: Parts) -> None:
     """With postcopy-ram on, a migration that ends before the switch is a migration like any."""
-    with metal(lab, accel=accel, **PRIVATE) as guest:
-        parts = Parts(guest)
-        parts.write("before the migration")
-        destination = lab.incoming(guest.source.spec, "destination", running=False)
-        start(guest.source, destination, absent(postcopy_ram=True))
-        result = finish(guest.source, destination)
-        assert absent_of(result).absent_bytes >= (MEM_MIB - USED_MIB) * MIB
-        assert_same(guest.source, destination)
+    move(parts.guest, arrival(parts.guest), ABSENT.with_common(postcopy_ram=True))
