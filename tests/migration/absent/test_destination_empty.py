@@ -8,7 +8,6 @@ data, in a file that is used again; after the migration each page is the source'
 import mmap
 import re
 import subprocess
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Tuple
@@ -17,18 +16,17 @@ import pytest
 
 from livemig import memory, paths, workload
 from livemig.checks import FREED_MIB, INIT_ON_FREE, NO_HINTS, SMALL, WITH_HINTS, assert_hints_if
-from livemig.checks import assert_intact, fill_and_free, huge_pages_set_aside, wait_hints_ended
-from livemig.checks import wait_rounds
+from livemig.checks import assert_intact, fill_and_free, huge_pages_set_aside, migration
+from livemig.checks import wait_hints_ended, wait_rounds
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.leftovers import LEFTOVER, RAM_BYTES, leave_data, leftovers
 from livemig.machine import MIB, PAGE
 from livemig.metal import CHURN, CHURN_PAGES, DOWNTIME_MS, HELD, HINTED_PAGES, SLOW, STRIP_PAGES
-from livemig.metal import WAIT_MS, Metal, metal, strips, written_metal
+from livemig.metal import Metal, metal, read_page, strips, written_metal
 from livemig.migration import MigrationResult, cancel, finish, migrate, restore, set_capabilities
 from livemig.migration import start, status_is
-from livemig.spec import GuestSpec, MigrationSpec
 
 EMPTIED = re.compile(r"^ram_make_empty block '(\S+)' (\w+) (\d+) bytes$", re.MULTILINE)
 
@@ -44,23 +42,23 @@ def blocks_used(file: Path) -> int:
     return file.stat().st_blocks * 512
 
 
-def arrival(guest: Metal, name: str = "destination", **changes: Any) -> Guest:
+def arrival(guest: Metal, **changes: Any) -> Guest:
     """A QEMU that waits for the guest, with other memory."""
     there = guest.source.spec.but(mem_file=None, trace="ram_make_empty").but(**changes)
-    return guest.lab.incoming(there, name, running=False)
+    return guest.lab.incoming(there, running=False)
 
 
-def hold(hints: bool, **common: bool) -> MigrationSpec:
-    """A migration that waits for the guest's hints, and then goes as fast as it can."""
-    return MigrationSpec(
-        capabilities={"free-page-hint": hints},
-        parameters={
-            "free-page-hint-wait": WAIT_MS,
-            "max-bandwidth": 0,
-            "downtime-limit": 2000,
-        },
-        common={name.replace("_", "-"): value for name, value in common.items()},
-    )
+def in_leftovers(guest: Metal) -> Guest:
+    """One whose memory is a file with another guest's data."""
+    leave_data(guest.files[1])
+    return arrival(guest, mem_file=guest.files[1])
+
+
+@pytest.fixture(name="guest")
+def guest_fixture(lab: Lab) -> Iterator[Metal]:
+    """A guest that has written its memory."""
+    with written_metal(lab) as guest:
+        yield guest
 
 
 def hint(guest: Metal) -> None:
@@ -73,7 +71,7 @@ def hint(guest: Metal) -> None:
 
 def move(guest: Metal, destination: Guest, hints: bool = True, **common: bool) -> MigrationResult:
     """Migrate, with hints for pages that hold data, or without."""
-    start(guest.source, destination, hold(hints, **common))
+    start(guest.source, destination, migration(hints=hints).with_common(**common))
     if hints:
         hint(guest)
     return finish(guest.source, destination)
@@ -91,8 +89,7 @@ def assert_empty_or_sent(guest: Metal, destination: Guest, hints: bool = True) -
     assert different == ({("pc.ram", addr) for addr in HINTED_PAGES} if hints else set())
     with open(there["pc.ram"].path, "rb") as file:
         for addr in HINTED_PAGES if hints else []:
-            file.seek(there["pc.ram"].offset + addr)
-            assert file.read(PAGE) == bytes(PAGE)
+            assert read_page(file, there["pc.ram"].offset + addr) == bytes(PAGE)
 
 
 @dataclass(frozen=True)
@@ -105,10 +102,6 @@ class Kind:
     how: str
     directory: Optional[str] = None
     changes: Dict[str, Any] = field(default_factory=dict)
-    # A preloaded library.
-    preload: Optional[str] = None
-    # Contents of a file that is mapped privately are its owner's.
-    file_changes: bool = True
     # It is populated, and that was paid for.
     populated: bool = False
 
@@ -116,24 +109,24 @@ class Kind:
 KINDS = {
     "tmpfs": Kind("share=on", "punched", "/dev/shm"),
     "disk": Kind("share=on", "punched"),
-    "cannot-punch": Kind("share=on", "zeroed", preload="no-punch-hole.so"),
+    "cannot-punch": Kind("share=on", "zeroed", changes={"preload": "no-punch-hole.so"}),
     "preallocated": Kind("share=on,prealloc=on", "zeroed", "/dev/shm", populated=True),
     "locked": Kind(
         "share=on", "zeroed", "/dev/shm", {"args": ("-overcommit", "mem-lock=on")}, populated=True
     ),
-    "private": Kind("share=off", "zeroed", file_changes=False),
-    "read-only-file": Kind("share=off,readonly=on,rom=off", "zeroed", file_changes=False),
+    "private": Kind("share=off", "zeroed"),
+    "read-only-file": Kind("share=off,readonly=on,rom=off", "zeroed"),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_leftovers_of_another_guest(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+def test_leftovers_of_another_guest(guest: Metal, measured: Dict[str, Any], name: str) -> None:
     """A guest that hints pages to read what was in the destination's memory reads zeroes."""
     kind = KINDS[name]
-    with written_metal(lab) as guest, leftovers(kind.directory) as file:
+    with leftovers(kind.directory) as file:
         changes = dict(kind.changes)
-        if kind.preload:
-            changes["preload"] = paths.bare_metal(kind.preload)
+        if "preload" in changes:
+            changes["preload"] = paths.bare_metal(changes["preload"])
         backend = f"memory-backend-file,mem-path={file},{kind.properties}"
         destination = arrival(guest, mem_backend=backend, **changes)
         move(guest, destination)
@@ -142,7 +135,8 @@ def test_leftovers_of_another_guest(lab: Lab, measured: Dict[str, Any], name: st
         assert emptied(destination)["pc.ram"] == (kind.how, RAM_BYTES)
         if kind.populated:
             assert blocks_used(file) == RAM_BYTES
-        if not kind.file_changes:
+        # Contents of a file that is mapped privately are its owner's.
+        if "share=off" in kind.properties:
             assert file.read_bytes() == LEFTOVER * (RAM_BYTES // PAGE)
         # The guest itself sees the same.
         guest.goes_on_at(destination)
@@ -151,69 +145,60 @@ def test_leftovers_of_another_guest(lab: Lab, measured: Dict[str, Any], name: st
 
 @pytest.mark.parametrize("hints", [True, False], ids=["hints", "no-hints"])
 @pytest.mark.parametrize("common", [{}, {"multifd": True}], ids=["plain", "multifd"])
-def test_ways_to_migrate(lab: Lab, common: Dict[str, bool], hints: bool) -> None:
+def test_ways_to_migrate(guest: Metal, common: Dict[str, bool], hints: bool) -> None:
     """Nothing is left by any way to send RAM, with hints and without.
 
     multifd does not write a zero page that is sent first, so that it needs this without hints too.
     """
-    with written_metal(lab) as guest:
-        leave_data(guest.files[1])
-        destination = arrival(guest, mem_file=guest.files[1])
-        move(guest, destination, hints, **common)
-        assert_empty_or_sent(guest, destination, hints)
+    destination = in_leftovers(guest)
+    move(guest, destination, hints, **common)
+    assert_empty_or_sent(guest, destination, hints)
 
 
 @pytest.mark.parametrize("hints", [True, False], ids=["hints", "no-hints"])
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped-ram", "stream"])
-def test_saved_to_a_file(lab: Lab, tmp_path: Path, mapped: bool, hints: bool) -> None:
+def test_saved_to_a_file(guest: Metal, tmp_path: Path, mapped: bool, hints: bool) -> None:
     """A saved guest, whose file lacks what was hinted or is zero, comes back as it was."""
     saved = tmp_path / "saved"
-    with written_metal(lab) as guest:
-        spec = hold(hints, mapped_ram=mapped)
-        # As migration.save() does, but for the guest that has to answer meanwhile.
-        set_capabilities(guest.source, {**spec.capabilities, **spec.common, "events": True})
-        guest.source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
-        guest.source.qmp("migrate", uri=f"file:{saved}")
-        if hints:
-            hint(guest)
-        guest.source.wait_event(status_is("completed"), "end of the save", 60)
-
-        leave_data(guest.files[1])
-        destination = arrival(guest, mem_file=guest.files[1])
-        restore(destination, saved, spec)
-        assert_empty_or_sent(guest, destination, hints)
-
-
-def test_postcopy(lab: Lab) -> None:
-    """After a switch to postcopy nothing is left either."""
-    with written_metal(lab) as guest:
-        leave_data(guest.files[1])
-        destination = arrival(guest, mem_file=guest.files[1])
-        spec = hold(True, postcopy_ram=True).with_parameters(max_bandwidth=HELD)
-        start(guest.source, destination, spec)
+    spec = migration(hints=hints).with_common(mapped_ram=mapped)
+    # As migration.save() does, but for the guest that has to answer meanwhile.
+    set_capabilities(guest.source, {**spec.capabilities, **spec.common, "events": True})
+    guest.source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
+    guest.source.qmp("migrate", uri=f"file:{saved}")
+    if hints:
         hint(guest)
-        guest.source.qmp("migrate-start-postcopy")
-        assert finish(guest.source, destination).raw["ram"]["postcopy-bytes"] > 0
-        assert_empty_or_sent(guest, destination)
+    guest.source.wait_event(status_is("completed"), "end of the save", 60)
+
+    destination = in_leftovers(guest)
+    restore(destination, saved, spec)
+    assert_empty_or_sent(guest, destination, hints)
 
 
-def test_second_attempt(lab: Lab) -> None:
+def test_postcopy(guest: Metal) -> None:
+    """After a switch to postcopy nothing is left either."""
+    destination = in_leftovers(guest)
+    start(guest.source, destination, migration(max_bandwidth=HELD).with_common(postcopy_ram=True))
+    hint(guest)
+    guest.source.qmp("migrate-start-postcopy")
+    assert finish(guest.source, destination).raw["ram"]["postcopy-bytes"] > 0
+    assert_empty_or_sent(guest, destination)
+
+
+def test_second_attempt(guest: Metal) -> None:
     """What an attempt that was cancelled has left is gone when the next one begins."""
-    with written_metal(lab) as guest:
-        first = guest.incoming("abandoned")
-        held = hold(False).with_parameters(downtime_limit=DOWNTIME_MS, max_bandwidth=SLOW)
-        start(guest.source, first, held)
-        guest.machine.stamp(CHURN, CHURN_PAGES, 1)
-        wait_rounds(guest.source, 2)
-        cancel(guest.source)
-        first.close()
-        # The premise: what is hinted in the second attempt was sent in the first one.
-        with open(guest.files[1], "rb") as file:
-            file.seek(HINTED_PAGES[0])
-            assert file.read(PAGE) != bytes(PAGE)
-        destination = arrival(guest, mem_file=guest.files[1])
-        move(guest, destination)
-        assert_empty_or_sent(guest, destination)
+    first = guest.incoming("abandoned")
+    held = migration(hints=False, downtime_limit=DOWNTIME_MS, max_bandwidth=SLOW)
+    start(guest.source, first, held)
+    guest.machine.stamp(CHURN, CHURN_PAGES, 1)
+    wait_rounds(guest.source, 2)
+    cancel(guest.source)
+    first.close()
+    # The premise: what is hinted in the second attempt was sent in the first one.
+    with open(guest.files[1], "rb") as file:
+        assert read_page(file, HINTED_PAGES[0]) != bytes(PAGE)
+    destination = arrival(guest, mem_file=guest.files[1])
+    move(guest, destination)
+    assert_empty_or_sent(guest, destination)
 
 
 # Where memory stays populated, and where QEMU's own memory is shared, too
@@ -248,22 +233,23 @@ def test_what_qemu_itself_put_there(lab: Lab, tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("template", [False, True], ids=["moved", "template"])
-def test_memory_that_stays(lab: Lab, template: bool) -> None:
+def test_memory_that_stays(guest: Metal, template: bool) -> None:
     """With x-ignore-shared, a file is the guest's memory, also for clones that only read it."""
-    with written_metal(lab) as guest:
-        changes: Dict[str, Any] = {"mem_file": guest.files[0]}
-        if template:
-            properties = f"mem-path={guest.files[0]},share=off,readonly=on,rom=off"
-            changes = {"mem_backend": f"memory-backend-file,{properties}"}
-        destination = arrival(guest, **changes)
-        start(guest.source, destination, hold(False, x_ignore_shared=True))
-        finish(guest.source, destination)
-        assert "pc.ram" not in emptied(destination)
-        assert not any(guest.lost(part, destination=False) for part in guest.seeds)
-        assert_empty_or_sent(guest, destination, hints=False)
-        guest.goes_on_at(destination)
-        for part, seed in guest.seeds.items():
-            assert guest.machine.wrong_pages(strips(part)[0], STRIP_PAGES, seed) == 0
+    changes: Dict[str, Any] = {"mem_file": guest.files[0]}
+    if template:
+        properties = f"mem-path={guest.files[0]},share=off,readonly=on,rom=off"
+        changes = {"mem_backend": f"memory-backend-file,{properties}"}
+    destination = arrival(guest, **changes)
+    move(guest, destination, hints=False, x_ignore_shared=True)
+    assert "pc.ram" not in emptied(destination)
+    assert not any(guest.lost(part, destination=False) for part in guest.seeds)
+    assert_empty_or_sent(guest, destination, hints=False)
+    guest.goes_on_at(destination)
+    for part, seed in guest.seeds.items():
+        assert guest.machine.wrong_pages(strips(part)[0], STRIP_PAGES, seed) == 0
+
+
+NVDIMM = ("-machine", "nvdimm=on", "-m", "slots=1,maxmem=1G")
 
 
 @pytest.mark.parametrize("contents", [True, False], ids=["contents", "zero"])
@@ -275,9 +261,8 @@ def test_read_only_memory(lab: Lab, tmp_path: Path, contents: bool) -> None:
     if contents:
         leave_data(files[1], 2 * MIB)
     args = [
-        ("-machine", "nvdimm=on", "-m", "slots=1,maxmem=1G")
+        (*NVDIMM, "-device", "nvdimm,id=dimm,memdev=rom,unarmed=on")
         + ("-object", f"memory-backend-file,id=rom,mem-path={file},size=2M,share=on,readonly=on")
-        + ("-device", "nvdimm,id=dimm,memdev=rom,unarmed=on")
         for file in files
     ]
     with written_metal(lab, args=args[0]) as guest:
@@ -304,15 +289,14 @@ FRESH = {
 
 
 @pytest.mark.parametrize("name", FRESH)
-def test_fresh_memory_is_left_alone(lab: Lab, tmp_path: Path, name: str) -> None:
+def test_fresh_memory_is_left_alone(guest: Metal, tmp_path: Path, name: str) -> None:
     """Memory that nobody else has used is not looked at, and remains populated if it was."""
-    with written_metal(lab) as guest:
-        destination = arrival(guest, mem_backend=FRESH[name].format(tmp_path))
-        move(guest, destination)
-        assert emptied(destination) == {}
-        assert_empty_or_sent(guest, destination)
-        if name == "new-file":
-            assert blocks_used(tmp_path / "new") >= RAM_BYTES
+    destination = arrival(guest, mem_backend=FRESH[name].format(tmp_path))
+    move(guest, destination)
+    assert emptied(destination) == {}
+    assert_empty_or_sent(guest, destination)
+    if name == "new-file":
+        assert blocks_used(tmp_path / "new") >= RAM_BYTES
 
 
 @pytest.fixture(name="huge_pages")
@@ -338,27 +322,23 @@ HUGE = {
 
 # The pages come first, as they are given back when the lab has ended its guests.
 @pytest.mark.parametrize("name", HUGE)
-def test_huge_pages(huge_pages: Path, lab: Lab, name: str) -> None:
+def test_huge_pages(huge_pages: Path, guest: Metal, name: str) -> None:
     """Nothing is left in hugetlbfs, and pages that were reserved remain so."""
     file = huge_pages / "memory"
     properties, how = HUGE[name]
-    with written_metal(lab) as guest:
-        with open(file, "w+b") as pages:
-            pages.truncate(RAM_BYTES)
-            with mmap.mmap(pages.fileno(), RAM_BYTES) as view:
-                view.write(LEFTOVER * (RAM_BYTES // PAGE))
-        backend = f"memory-backend-file,mem-path={file},{properties}"
-        destination = arrival(guest, mem_backend=backend)
-        move(guest, destination)
-        assert emptied(destination)["pc.ram"] == (how, RAM_BYTES)
-        assert_empty_or_sent(guest, destination)
+    with open(file, "w+b") as pages:
+        pages.truncate(RAM_BYTES)
+        with mmap.mmap(pages.fileno(), RAM_BYTES) as view:
+            view.write(LEFTOVER * (RAM_BYTES // PAGE))
+    backend = f"memory-backend-file,mem-path={file},{properties}"
+    destination = arrival(guest, mem_backend=backend)
+    move(guest, destination)
+    assert emptied(destination)["pc.ram"] == (how, RAM_BYTES)
+    assert_empty_or_sent(guest, destination)
 
 
-LINUX = {
-    "init-on-free": SMALL.but(cmdline=INIT_ON_FREE),
-    "two-nodes": SMALL.but(nodes=2),
-    "no-hints": SMALL.but(cmdline=INIT_ON_FREE),
-}
+CLEARING = SMALL.but(cmdline=INIT_ON_FREE)
+LINUX = {"init-on-free": CLEARING, "two-nodes": SMALL.but(nodes=2), "no-hints": CLEARING}
 
 
 @pytest.mark.parametrize("name", LINUX)
@@ -368,7 +348,7 @@ def test_linux_guest(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     One that clears memory when it frees it gives what was hinted to its programs as it is.
     """
     hints = name != "no-hints"
-    spec: GuestSpec = LINUX[name]
+    spec = LINUX[name]
     with memory.memory_files("memory") as (file,):
         leave_data(file, spec.mem_mib * MIB)
         source = lab.boot(spec)
@@ -386,57 +366,48 @@ def test_linux_guest(lab: Lab, measured: Dict[str, Any], name: str) -> None:
 
 
 PERSISTENT = {
-    "nvdimm": ("-machine", "nvdimm=on", "-m", "maxmem=1G,slots=1", "-device", "nvdimm,memdev=nv"),
+    "nvdimm": (*NVDIMM, "-device", "nvdimm,memdev=nv"),
     "acpi-erst": ("-device", "acpi-erst,memdev=nv"),
 }
 # Of records of errors, QEMU writes the header itself, where there is none.
 ERST_HEADER = 64 << 10
 
 
+def persistent(name: str, file: Path, mib: int) -> Tuple[str, ...]:
+    """Arguments for a device that keeps a file."""
+    backend = f"memory-backend-file,id=nv,mem-path={file},size={mib}M,share=on"
+    return ("-object", backend, *PERSISTENT[name])
+
+
 @pytest.mark.parametrize("name", PERSISTENT)
-def test_persistent_memory_is_not_ours(lab: Lab, name: str) -> None:
+def test_persistent_memory_is_not_ours(lab: Lab, tmp_path: Path, name: str) -> None:
     """A file of persistent memory that source and destination share keeps what is in it."""
     header = ERST_HEADER if name == "acpi-erst" else 0
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "nv"
-        leave_data(file, 16 * MIB)
-        with open(file, "r+b") as contents:
-            contents.write(bytes(header))
-        args = ("-object", f"memory-backend-file,id=nv,mem-path={file},size=16M,share=on")
-        args += PERSISTENT[name]
-        with metal(lab, args=args) as guest:
-            destination = arrival(guest, args=args)
-            start(guest.source, destination, hold(True))
-            hint(guest)
-            # Nothing of it was lost while it could be seen from both sides.
-            finish(guest.source, destination)
-            assert "nv" not in emptied(destination)
-            with open(file, "rb") as contents:
-                contents.seek(header)
-                assert contents.read() == LEFTOVER * ((16 * MIB - header) // PAGE)
+    file = tmp_path / "nv"
+    file.write_bytes(bytes(header) + LEFTOVER * ((16 * MIB - header) // PAGE))
+    args = persistent(name, file, 16)
+    with metal(lab, args=args) as guest:
+        destination = arrival(guest, args=args)
+        # Nothing of it was lost while it could be seen from both sides.
+        move(guest, destination)
+        assert "nv" not in emptied(destination)
+        assert file.read_bytes()[header:] == LEFTOVER * ((16 * MIB - header) // PAGE)
 
 
-def test_persistent_memory_cannot_be_hinted(lab: Lab) -> None:
+def test_persistent_memory_cannot_be_hinted(lab: Lab, tmp_path: Path) -> None:
     """What a destination leaves as it is, is sent whatever a guest hints: no leftovers are read."""
-    with tempfile.TemporaryDirectory() as directory:
-        here, there = (Path(directory) / name for name in ("here", "there"))
-        here.write_bytes(bytes(2 * MIB))
-        leave_data(there, 2 * MIB)
-        args = [
-            ("-machine", "nvdimm=on", "-m", "maxmem=1G,slots=1")
-            + ("-object", f"memory-backend-file,id=nv,mem-path={file},size=2M,share=on")
-            + ("-device", "nvdimm,id=nvdimm0,memdev=nv")
-            for file in (here, there)
-        ]
-        with metal(lab, args=args[0]) as guest:
-            destination = arrival(guest, args=args[1])
-            start(guest.source, destination, hold(True))
-            (dimm,) = guest.source.qmp("query-memory-devices")
-            first = dimm["data"]["addr"]
-            cmd_id = guest.balloon.wait_asked()
-            guest.balloon.send_array(cmd_id, PAGE, range(first, first + 2 * MIB, PAGE))
-            guest.balloon.send_end(cmd_id)
-            hints = wait_hints_ended(guest.source)
-            finish(guest.source, destination)
-            assert there.read_bytes() == bytes(2 * MIB)
-            assert (hints.skipped_bytes, hints.invalid_bytes) == (0, 2 * MIB)
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.write_bytes(bytes(2 * MIB))
+    leave_data(there, 2 * MIB)
+    with metal(lab, args=persistent("nvdimm", here, 2)) as guest:
+        destination = arrival(guest, args=persistent("nvdimm", there, 2))
+        start(guest.source, destination, WITH_HINTS)
+        (dimm,) = guest.source.qmp("query-memory-devices")
+        first = dimm["data"]["addr"]
+        cmd_id = guest.balloon.wait_asked()
+        guest.balloon.send_array(cmd_id, PAGE, range(first, first + 2 * MIB, PAGE))
+        guest.balloon.send_end(cmd_id)
+        hints = wait_hints_ended(guest.source)
+        finish(guest.source, destination)
+        assert there.read_bytes() == bytes(2 * MIB)
+        assert (hints.skipped_bytes, hints.invalid_bytes) == (0, 2 * MIB)
