@@ -6,7 +6,7 @@ Linux in it, what the host never populated is skipped, and the memory arrives as
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple
 
 import pytest
@@ -20,9 +20,9 @@ from livemig.host import process_mib
 from livemig.lab import Lab
 from livemig.machine import MIB
 from livemig.memory import ram_bytes, usage
-from livemig.migration import let_end, migrate, start
+from livemig.migration import MigrationResult, let_end, migrate, start
 from livemig.oracle import Oracle
-from livemig.spec import BLOCKS, CPU, GuestSpec
+from livemig.spec import BLOCKS, CPU, GuestSpec, MigrationSpec
 
 BURST_MIB = 512
 # Of what is not populated, nearly all is skipped: the guest populates more meanwhile.
@@ -32,6 +32,19 @@ NEARLY = 0.95
 def never_populated(guest: Guest) -> int:
     """How much of a guest's private memory has no page behind it."""
     return ram_bytes(guest) - usage(guest)["Rss"]
+
+
+def assert_moves(
+    oracle: Oracle, measured: Dict[str, Any], spec: MigrationSpec = ABSENT_AND_HINTS
+) -> MigrationResult:
+    """Migrate: nearly all that the guest never populated is skipped, and no write is lost."""
+    oracle.arrival()
+    never = never_populated(oracle.source)
+    result = migrate(oracle.source, oracle.destination, spec)
+    absent = assert_absent_used(result, int(NEARLY * never))
+    measured.update(never=never, absent=absent.absent_bytes, us=absent.scan_time)
+    oracle.check()
+    return result
 
 
 def screen(guest: Guest) -> str:
@@ -51,22 +64,17 @@ def test_no_balloon(lab: Lab, measured: Dict[str, Any]) -> None:
     source = oracle.boot()
     workload.stamp(source, STAMP_MIB)
     start_churn(source)
-    destination = oracle.arrival()
-    never = never_populated(source)
-    result = migrate(source, destination, ABSENT_AND_HINTS)
-    absent = assert_absent_used(result, int(NEARLY * never))
+    result = assert_moves(oracle, measured)
     assert hints_of(result).reason == "no-device"
-    measured.update(never=never, absent=absent.absent_bytes, us=absent.scan_time)
     # The premise: most of this guest is not there.
-    assert never > 0.5 * ram_bytes(source)
-    oracle.check()
-    assert_whole(destination)
+    assert measured["never"] > 0.5 * ram_bytes(source)
+    assert_whole(oracle.destination)
 
 
 def test_stock_reporting(lab: Lab, measured: Dict[str, Any]) -> None:
     """What a stock guest freed and reported, and the host took back, is not looked at."""
-    balloon = "free-page-reporting=on"
-    oracle = Oracle(lab, SMALL.but(kernel="stock", balloon=balloon, skip_absent=True))
+    guest = SMALL.but(kernel="stock", balloon="free-page-reporting=on", skip_absent=True)
+    oracle = Oracle(lab, guest)
     source = oracle.boot()
     before = never_populated(source)
     workload.dirty_and_free(source, BURST_MIB)
@@ -75,17 +83,13 @@ def test_stock_reporting(lab: Lab, measured: Dict[str, Any]) -> None:
         "the guest does not report what it freed",
     )
     workload.stamp(source, STAMP_MIB)
-    never = never_populated(source)
-    destination = oracle.arrival()
-    result = migrate(source, destination, ABSENT)
-    absent = assert_absent_used(result, int(NEARLY * never))
-    measured.update(before=before, never=never, absent=absent.absent_bytes)
+    assert_moves(oracle, measured, ABSENT)
+    measured["before"] = before
     # The premise: it was there once, and without what was given back the rest would be less.
     most = process_mib(source.pid, "VmHWM") * MIB
     assert most - usage(source)["Rss"] > BURST_MIB * MIB // 2
-    assert absent.absent_bytes > before - BURST_MIB * MIB // 4
-    oracle.check()
-    assert_intact(destination)
+    assert measured["absent"] > before - BURST_MIB * MIB // 4
+    assert_intact(oracle.destination)
 
 
 def test_stopped(lab: Lab) -> None:
@@ -109,51 +113,42 @@ def test_stopped(lab: Lab) -> None:
 class Other:
     """A guest of another kind."""
 
-    # QEMU's arguments; {} stands for the path of the program, if there is one.
+    # A program, and QEMU's arguments; {} stands for the program's path.
     software: Tuple[str, ...]
-    program: Optional[str]
     # A pattern of the console at which it is migrated.
     until: str
     # What is typed after that, shorter than the BIOS's buffer, and what it says then.
     keys: str
     answer: str
-    # What is typed to get there, at a pattern.
-    before: Tuple[Tuple[str, str], ...] = ()
-    args: Tuple[str, ...] = field(default=("-machine", "graphics=off"))
-
-    def spec(self) -> GuestSpec:
-        """A machine for it, which has its console on a serial port."""
-        path = str(paths.other_guest(self.program)) if self.program else ""
-        software = tuple(word.format(path) for word in self.software)
-        return GuestSpec(
-            mem_mib=512, vcpus=1, balloon=None, software=software, args=self.args, skip_absent=True
-        )
+    # What is typed to get there, and the pattern at which it is.
+    before: Optional[Tuple[str, str]] = None
 
 
-DRIVE = ("-drive", "file={},format=raw,if=virtio,readonly=on")
+def other_guest(program: str, *software: str, **changes: Any) -> GuestSpec:
+    """A machine for such a guest, which has its console on a serial port."""
+    path = paths.other_guest(program)
+    words = tuple(word.format(path) for word in software)
+    spec = GuestSpec(mem_mib=512, vcpus=1, balloon=None, software=words, skip_absent=True)
+    return spec.but(**changes)
+
+
+DRIVE = ("grub.img", "-drive", "file={},format=raw,if=virtio,readonly=on")
+MENU = ("-boot", "menu=on,splash-time=60000")
 OTHERS = {
-    "seabios": Other(
-        ("-boot", "menu=on,splash-time=60000", *DRIVE),
-        "grub.img",
-        r"Press ESC for boot menu",
-        "\x1b",
-        r"Select boot device",
-    ),
+    "seabios": Other((*DRIVE, *MENU), r"Press ESC for boot menu", "\x1b", r"Select boot device"),
     "ipxe": Other(
-        ("-kernel", "{}"),
-        "ipxe.lkrn",
+        ("ipxe.lkrn", "-kernel", "{}"),
         r"iPXE>",
         "show version\r",
         r"version\S* = 1\.",
-        before=((r"Press Ctrl-B", "\x02"),),
+        before=(r"Press Ctrl-B", "\x02"),
     ),
     "grub": Other(
         DRIVE,
-        "grub.img",
         r"grub>",
         "echo $grub_cpu\r",
         r"\ni386\b",
-        before=((r"will be executed automatically", "c"),),
+        before=(r"will be executed automatically", "c"),
     ),
 }
 
@@ -162,34 +157,31 @@ OTHERS = {
 def test_firmware(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """A guest that is no more than firmware or a boot loader arrives whole, and answers there."""
     other = OTHERS[name]
-    oracle = Oracle(lab, other.spec())
+    oracle = Oracle(lab, other_guest(*other.software, args=("-machine", "graphics=off")))
     source = oracle.start()
-    for pattern, keys in other.before:
+    if other.before:
+        pattern, keys = other.before
         wait_screen(source, pattern)
         source.console.send(keys)
     wait_screen(source, other.until)
-    never = never_populated(source)
-    destination = oracle.arrival()
-    result = migrate(source, destination, ABSENT_AND_HINTS)
-    absent = assert_absent_used(result, int(NEARLY * never))
+    result = assert_moves(oracle, measured)
     assert hints_of(result).reason == "no-device"
-    measured.update(never=never, absent=absent.absent_bytes, normal=result.normal_pages)
-    assert never > 0.9 * ram_bytes(source)
-    oracle.check()
-    destination.console.send(other.keys)
-    wait_screen(destination, other.answer)
+    measured["normal"] = result.normal_pages
+    assert measured["never"] > 0.9 * ram_bytes(source)
+    oracle.destination.console.send(other.keys)
+    wait_screen(oracle.destination, other.answer)
 
 
 @pytest.mark.long
 def test_memory_tester(lab: Lab, measured: Dict[str, Any]) -> None:
     """A tester that is writing and reading all memory while it migrates finds no error in it."""
     software = ("-kernel", "{}", "-append", "console=ttyS0,115200 nobench")
-    tester = Other(software, "memtest.bin", r"Memtest86\+ v", "", "", args=())
     # It measures the third cache at its start, which takes minutes under TCG.
-    oracle = Oracle(lab, tester.spec().but(mem_mib=128, cpu=f"{CPU},l3-cache=off"))
+    cpu = f"{CPU},l3-cache=off"
+    oracle = Oracle(lab, other_guest("memtest.bin", *software, mem_mib=128, cpu=cpu))
     source = oracle.start()
     destination = oracle.arrival()
-    wait_screen(source, tester.until)
+    wait_screen(source, r"Memtest86\+ v")
     # So slow that one page keeps it from being stopped, and that much is written in round 1.
     slow = ABSENT.with_parameters(max_bandwidth=2 * MIB, downtime_limit=1)
     start(source, destination, slow)
