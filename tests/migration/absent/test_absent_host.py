@@ -27,7 +27,6 @@ from livemig.memory import ram_bytes, usage
 from livemig.metal import DOWNTIME_MS, HELD, let_go
 from livemig.migration import ENDED, MigrationResult, finish, let_end, migrate, query, start
 from livemig.oracle import Oracle
-from livemig.spec import MigrationSpec
 
 RAM_BYTES = 128 * MIB
 # Where tests write, apart from one another, and how much.
@@ -41,8 +40,10 @@ SHARED = "memory-backend-memfd,share=on"
 HELD_ABSENT = ABSENT.with_parameters(max_bandwidth=HELD, downtime_limit=DOWNTIME_MS)
 
 
-def bare(lab: Lab, **changes: Any) -> Tuple[Guest, Machine]:
-    """A bare-metal guest, which does nothing but what it is told."""
+def bare(lab: Lab, library: Optional[str] = None, **changes: Any) -> Tuple[Guest, Machine]:
+    """A bare-metal guest, which does nothing but what it is told; its QEMU may load a library."""
+    if library:
+        changes["preload"] = paths.bare_metal(library)
     here = spec(trace=memory.ABSENT_EVENT).but(balloon=None, skip_absent=True, **changes)
     source = lab.launch(here, "source")
     machine = Machine(source)
@@ -56,10 +57,10 @@ def arrival(lab: Lab, source: Guest, **changes: Any) -> Guest:
     return lab.incoming(there, running=False)
 
 
-def assert_arrives(lab: Lab, source: Guest, migration: MigrationSpec = ABSENT) -> MigrationResult:
+def assert_arrives(lab: Lab, source: Guest) -> MigrationResult:
     """Migrate the guest, and compare its memory."""
     destination = arrival(lab, source)
-    result = migrate(source, destination, migration)
+    result = migrate(source, destination, ABSENT)
     assert_same(source, destination)
     return result
 
@@ -79,8 +80,7 @@ def test_swapped_pages_arrive(
 ) -> None:
     """What the host has swapped out is data."""
     with swap_space(SWAP_MIB):
-        preload = paths.bare_metal(library) if library else None
-        source, machine = bare(lab, mem_backend=backend, preload=preload)
+        source, machine = bare(lab, library, mem_backend=backend)
         machine.stamp(HERE, PART_PAGES, 1)
         page_out(source)
         swapped = usage(source)["Swap"]
@@ -284,54 +284,44 @@ def test_freed_when_there_is_need(lab: Lab, measured: Dict[str, Any]) -> None:
 # What a guest gives back and takes meanwhile
 
 
-AT_WORK = SMALL.but(kernel="stock", qemu="checked", skip_absent=True)
-# It lasts for some rounds, and may stop a guest that writes as fast as it is sent.
-LASTING = ABSENT.with_parameters(max_bandwidth=100 * MIB, downtime_limit=300)
 DISCARDED = "ram_block_discard_range"
 SCANNED = "absent_pages_scan"
-
-
-def meanwhile(source: Guest, destination: Guest, what: Callable[[], None]) -> MigrationResult:
-    """Migrate, and do something over and over from the first moment on."""
-    start(source, destination, LASTING)
-    rounds = 0
-    while query(source).status not in ENDED:
-        what()
-        if rounds == 30:
-            source.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=20000)
-        rounds += 1
-        time.sleep(0.05)
-    return finish(source, destination)
+AT_WORK = SMALL.but(
+    kernel="stock", qemu="checked", skip_absent=True, trace=f"{DISCARDED} {SCANNED}"
+)
+# It lasts for some rounds, and may stop a guest that writes as fast as it is sent.
+LASTING = ABSENT.with_parameters(max_bandwidth=100 * MIB, downtime_limit=300)
 
 
 def swing_balloon(guest: Guest, actual: List[int]) -> None:
     """Note a balloon's size, and set it: half of the time to less than it can reach till then."""
     actual.append(guest.qmp("query-balloon")["actual"] // MIB)
     guest.qmp("balloon", value=(600 if len(actual) % 10 < 5 else 1024) * MIB)
+    time.sleep(0.05)
 
 
-def test_balloon_at_the_same_time(lab: Lab, measured: Dict[str, Any]) -> None:
-    """A guest whose balloon goes up and down all the while finds its memory after each move."""
-    guest = AT_WORK.but(balloon="free-page-hint=off", trace=f"{DISCARDED} {SCANNED}")
-    here = lab.boot(guest)
-    workload.stamp(here, STAMP_MIB)
-    start_churn(here)
-    measured.update(absent=[], actual=[])
-    for move in range(3):
-        there = lab.incoming(guest, f"destination-{move}")
-        actual: List[int] = []
-        swing = functools.partial(swing_balloon, here, actual)
-        for _ in range(8):
-            swing()
-            time.sleep(0.05)
-        result = meanwhile(here, there, swing)
-        measured["absent"].append(assert_absent_used(result, MIB).absent_bytes)
-        measured["actual"].append(actual)
-        # The premise: it went up before the look and after it.
-        assert all(discards(here))
-        assert_whole(there)
-        here.close()
-        here = there
+def swinging(measured: Dict[str, Any], here: Guest, there: Guest) -> MigrationResult:
+    """Migrate, and let the balloon go up and down from before the first moment on."""
+    actual: List[int] = []
+    measured.setdefault("actual", []).append(actual)
+    for _ in range(8):
+        swing_balloon(here, actual)
+    start(here, there, LASTING)
+    rounds = 0
+    while query(here).status not in ENDED:
+        if rounds == 30:
+            here.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=20000)
+        rounds += 1
+        swing_balloon(here, actual)
+    return finish(here, there)
+
+
+def reporting(here: Guest, there: Guest) -> MigrationResult:
+    """Migrate, until the guest has reported before the look and after it."""
+    wait_for(lambda: discards(here)[0] > 0, "the guest reports nothing")
+    start(here, there, LASTING)
+    wait_for(lambda: discards(here)[1] > 0, "the guest reports nothing now")
+    return let_end(here, there)
 
 
 def discards(guest: Guest) -> Tuple[int, int]:
@@ -340,29 +330,36 @@ def discards(guest: Guest) -> Tuple[int, int]:
     return before.count(DISCARDED), after.count(DISCARDED)
 
 
-def test_reporting_at_the_same_time(lab: Lab, measured: Dict[str, Any]) -> None:
-    """A guest that writes, frees and reports memory all the while finds its own after each move."""
-    guest = AT_WORK.but(balloon="free-page-reporting=on", trace=f"{DISCARDED} {SCANNED}")
-    here = lab.boot(guest)
+def assert_moves(
+    lab: Lab, here: Guest, measured: Dict[str, Any], move: Callable[[Guest, Guest], MigrationResult]
+) -> None:
+    """A guest at work finds its memory after each of three moves."""
     workload.stamp(here, STAMP_MIB)
     start_churn(here)
-    here.agent.run("(while :; do dirtyfree 256 2; sleep 0.2; done) > /dev/null 2>&1 &")
     measured.update(absent=[], discards=[])
-    for move in range(3):
-        there = lab.incoming(guest, f"destination-{move}")
-        wait_for(lambda here=here: discards(here)[0] > 0, "the guest reports nothing")
-        # Until it has reported after the look, too.
-        start(here, there, LASTING)
-        wait_for(lambda here=here: discards(here)[1] > 0, "the guest reports nothing now")
-        result = let_end(here, there)
+    for number in range(3):
+        there = lab.incoming(here.spec, f"destination-{number}")
+        result = move(here, there)
         measured["absent"].append(assert_absent_used(result, MIB).absent_bytes)
         measured["discards"].append(discards(here))
+        # The premise: memory was given back before the look and after it.
+        assert all(discards(here))
         assert_whole(there)
         here.close()
         here = there
 
 
-TRIPS = 20
+def test_balloon_at_the_same_time(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A guest whose balloon goes up and down all the while finds its memory after each move."""
+    here = lab.boot(AT_WORK.but(balloon="free-page-hint=off"))
+    assert_moves(lab, here, measured, functools.partial(swinging, measured))
+
+
+def test_reporting_at_the_same_time(lab: Lab, measured: Dict[str, Any]) -> None:
+    """A guest that writes, frees and reports memory all the while finds its own after each move."""
+    here = lab.boot(AT_WORK.but(balloon="free-page-reporting=on"))
+    here.agent.run("(while :; do dirtyfree 256 2; sleep 0.2; done) > /dev/null 2>&1 &")
+    assert_moves(lab, here, measured, reporting)
 
 
 @pytest.mark.long
@@ -373,7 +370,7 @@ def test_there_and_back(lab: Lab, measured: Dict[str, Any]) -> None:
     workload.stamp(here, STAMP_MIB)
     start_churn(here)
     measured.update(absent=[])
-    for _ in range(TRIPS):
+    for _ in range(20):
         there = oracle.arrival()
         result = migrate(here, there, ABSENT)
         measured["absent"].append(assert_absent_used(result, 256 * MIB).absent_bytes)
@@ -387,7 +384,7 @@ def test_there_and_back(lab: Lab, measured: Dict[str, Any]) -> None:
 
 def test_page_table_denied(lab: Lab) -> None:
     """Where /proc/self/pagemap may not be opened, all private memory is sent, and that is said."""
-    source, machine = bare(lab, mem_backend=PRIVATE, preload=paths.bare_metal("no-pagemap.so"))
+    source, machine = bare(lab, "no-pagemap.so", mem_backend=PRIVATE)
     machine.stamp(HERE, PART_PAGES, 1)
     absent = absent_of(assert_arrives(lab, source))
     assert (absent.reason, absent.absent_bytes) == ("denied", 0)
@@ -395,7 +392,7 @@ def test_page_table_denied(lab: Lab) -> None:
 
 def test_files_need_no_page_table(lab: Lab) -> None:
     """Where /proc/self/pagemap may not be opened, absent pages of shared memory are skipped."""
-    source, machine = bare(lab, mem_backend=SHARED, preload=paths.bare_metal("no-pagemap.so"))
+    source, machine = bare(lab, "no-pagemap.so", mem_backend=SHARED)
     machine.stamp(HERE, PART_PAGES, 1)
     there = usage(source)["Rss"]
     absent = assert_absent_used(assert_arrives(lab, source), RAM_BYTES // 2)
@@ -405,15 +402,15 @@ def test_files_need_no_page_table(lab: Lab) -> None:
 @pytest.mark.check
 def test_old_kernel(lab: Lab, measured: Dict[str, Any]) -> None:
     """Before Linux 6.7, which has no PAGEMAP_SCAN, the same is found, page by page."""
-    found = {}
-    for library in (None, paths.bare_metal("no-pagemap-scan.so")):
-        source, machine = bare(lab, mem_backend=PRIVATE, preload=library)
+    found = []
+    for library in (None, "no-pagemap-scan.so"):
+        source, machine = bare(lab, library, mem_backend=PRIVATE)
         machine.stamp(HERE, PART_PAGES, 1)
         there = usage(source)["Rss"]
         absent = assert_absent_used(assert_arrives(lab, source), RAM_BYTES // 2)
         assert absent.absent_bytes == RAM_BYTES - there
-        found["scan" if library is None else "page by page"] = absent.absent_bytes
+        found.append(absent.absent_bytes)
         measured[f"us-{len(found)}"] = absent.scan_time
         for guest in lab.guests:
             guest.close()
-    assert found["scan"] == found["page by page"]
+    assert found[0] == found[1]
