@@ -7,7 +7,6 @@ The guest's files are on a disk that both QEMUs open; what became of their pages
 import hashlib
 import re
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator
@@ -16,9 +15,9 @@ import pytest
 
 from livemig import workload
 from livemig.balloon import Balloon
-from livemig.checks import INIT_ON_FREE, MIB, PATIENT_MS, SMALL, STAMP_MIB, assert_goes_on
-from livemig.checks import assert_intact, finish_postcopy, hints_now, hints_of, start_churn
-from livemig.checks import wait_hints_ended
+from livemig.checks import INIT_ON_FREE, MIB, SMALL, STAMP_MIB, WITH_HINTS, assert_goes_on
+from livemig.checks import assert_intact, finish_postcopy, hints_now, hints_of, rounds, start_churn
+from livemig.checks import wait_for, wait_hints_ended
 from livemig.disk import disk_copy
 from livemig.estimate import estimate
 from livemig.guest import Guest
@@ -47,15 +46,13 @@ STEP_MS = 50
 STEPS = 80
 TRACE = "/sys/kernel/tracing/trace"
 CACHE_EVENT = "/sys/kernel/tracing/events/virtio_balloon_hint/virtio_balloon_hint_cache/enable"
-RESIDENT = re.compile(r"^resident=(\d+) pages=(\d+)$", re.MULTILINE)
 
 
 def contents(name: str) -> bytes:
     """A file's contents: no page of it is zero or another's."""
-    size = FILES[name] * MIB
     seed = hashlib.sha256(name.encode()).digest() * (4096 // 32)
-    pages = (i.to_bytes(8, "little") + seed[8:] for i in range(size // 4096))
-    return b"".join(pages)
+    pages = range(FILES[name] * PAGES_PER_MIB)
+    return b"".join(page.to_bytes(8, "little") + seed[8:] for page in pages)
 
 
 @pytest.fixture(name="image", scope="module")
@@ -67,7 +64,7 @@ def image_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / "files" / name).write_bytes(contents(name))
     image = path / "image"
     command = ["/sbin/mke2fs", "-q", "-t", "ext4", "-d", path / "files", image, "384M"]
-    subprocess.run(list(map(str, command)), check=True)
+    subprocess.run(command, check=True)
     return image
 
 
@@ -81,25 +78,20 @@ def disk_fixture(image: Path) -> Iterator[Path]:
 def resident(guest: Guest, name: str) -> int:
     """How many MiB of a file are in the guest's page cache."""
     output = guest.agent.run(f"filepages resident /mnt/{name}")
-    match = RESIDENT.search(output)
+    match = re.search(r"^resident=(\d+) pages=\d+$", output, re.MULTILINE)
     assert match, output
-    return int(match.group(1)) // PAGES_PER_MIB
+    return int(match[1]) // PAGES_PER_MIB
 
 
 def with_cache(budget: int, **parameters: Any) -> MigrationSpec:
     """A migration for which so many bytes of page cache may be freed."""
-    settings = {"max-bandwidth": 0, "downtime-limit": 2000, "free-page-hint-wait": PATIENT_MS}
-    spec = MigrationSpec(
-        capabilities={"free-page-hint": True, "skip-absent-pages": False},
-        parameters={**settings, "free-page-hint-cache": budget},
-    )
-    return spec.with_parameters(**parameters)
+    spec = WITH_HINTS.with_capabilities(free_page_hint=True, skip_absent_pages=False)
+    return spec.with_parameters(free_page_hint_cache=budget, **parameters)
 
 
 def boot(lab: Lab, disk: Path, before: str = "true", **changes: Any) -> Oracle:
     """A guest that has the files mounted, after a command."""
-    drive = ("-drive", f"file={disk},format=raw,if=none,id=data", "-device")
-    args = (*drive, "virtio-blk-pci,drive=data")
+    args = ("-drive", f"file={disk},format=raw,if=virtio")
     oracle = Oracle(lab, SMALL.but(**{"balloon": BALLOON, "args": args, **changes}))
     guest = oracle.boot()
     workload.stamp(guest, STAMP_MIB)
@@ -137,10 +129,12 @@ def move(oracle: Oracle, spec: MigrationSpec) -> MigrationResult:
     return result
 
 
-def assert_complete(result: MigrationResult) -> Hints:
-    """The guest gave a whole answer."""
+def move_without_cache(oracle: Oracle, measured: Dict[str, Any], budget: int = EVERYTHING) -> Hints:
+    """The same; the guest may free so much of its cache, and gives a whole answer."""
+    result = move(oracle, with_cache(budget))
     hints = hints_of(result)
     assert hints.complete and hints.reason is None and hints.invalid_messages == 0, hints
+    measured.update(freed=hints.cache_freed_bytes, us=hints.cache_time, sent=result.sent_bytes)
     return hints
 
 
@@ -167,19 +161,17 @@ def test_cold_cache_is_not_sent(lab: Lab, disk: Path, measured: Dict[str, Any], 
     kernel, before = LRUS[lru]
     oracle = boot_full(lab, disk, before, kernel=kernel)
     source = oracle.source
-    source.agent.run(f"dd if=/dev/urandom of=/mnt/dirty bs=1M count={DIRTY_MIB}")
-    source.agent.run(f"dd if=/dev/urandom of=/tmp/shmem bs=1M count={DIRTY_MIB}")
+    for file in ("/mnt/dirty", "/tmp/shmem"):
+        source.agent.run(f"dd if=/dev/urandom of={file} bs=1M count={DIRTY_MIB}")
     sums = source.agent.run("sha256sum /mnt/dirty /tmp/shmem")
     kept = {name: resident(source, name) for name in ("hot", "held", "locked", "dirty")}
     stolen = vmstat(source, "pgsteal_file")
-    hints = assert_complete(result := move(oracle, with_cache(EVERYTHING)))
+    hints = move_without_cache(oracle, measured)
     there = oracle.destination
     # Whoever looks for where the cache went finds it there.
     stolen = vmstat(there, "pgsteal_file") - stolen
     assert stolen / PAGES_PER_MIB >= hints.cache_freed_bytes / MIB
-    measured.update(
-        freed=hints.cache_freed_bytes, us=hints.cache_time, sent=result.sent_bytes, **kept
-    )
+    measured.update(kept)
     assert hints.cache_freed_bytes > 0.9 * COLD_MIB * MIB
     assert resident(there, "cold") < COLD_MIB // 10
     left = {name: resident(there, name) for name in kept}
@@ -199,12 +191,12 @@ def test_cold_cache_is_not_sent(lab: Lab, disk: Path, measured: Dict[str, Any], 
 def test_budget(lab: Lab, disk: Path, measured: Dict[str, Any], budget: int) -> None:
     """No more is freed than the operator allows, nor disturbed: nothing unless asked for."""
     oracle = boot_full(lab, disk, f"echo 1 > {CACHE_EVENT}")
-    hints = assert_complete(move(oracle, with_cache(budget)))
+    hints = move_without_cache(oracle, measured, budget)
     there = oracle.destination
     trace = there.agent.run(f"cat {TRACE}")
     scanned = sum(map(int, re.findall(r"virtio_balloon_hint_cache: .* scanned=(\d+)", trace)))
     kept = scanned * MIB // PAGES_PER_MIB - hints.cache_freed_bytes
-    measured.update(freed=hints.cache_freed_bytes, kept=kept, us=hints.cache_time)
+    measured["kept"] = kept
     assert budget * 0.9 <= hints.cache_freed_bytes <= budget
     # What is looked at and kept moves on its list: the mapped file, and hardly a page that is cold.
     assert bool(scanned) == bool(budget) and kept <= FILES["held"] * MIB + MIB // 8
@@ -227,8 +219,8 @@ def test_estimate_frees_nothing(lab: Lab, disk: Path, measured: Dict[str, Any], 
     assert {name: resident(source, name) for name in names} == had
     assert vmstat(source, "pgscan_file") == scanned
     found = {budget: part.get("cache-bytes") for budget, part in parts.items()}
-    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
-    measured.update(estimated=found[EVERYTHING], freed=hints.cache_freed_bytes)
+    hints = move_without_cache(oracle, measured)
+    measured["estimated"] = found[EVERYTHING]
     assert (found[64 * MIB], found[0]) == (64 * MIB, None)
     # What is in the lists that are added up, and stays: a dirty file, and a mapped one; with
     # generations what was read again, too, and the mapped one's may be younger.
@@ -246,11 +238,10 @@ def test_owner_limits_it(lab: Lab, disk: Path, measured: Dict[str, Any], percent
     """The guest's owner decides how much of the cache a host may have freed."""
     parameter = "/sys/module/virtio_balloon_hint/parameters/cache_percent"
     oracle = boot_full(lab, disk, f"echo {percent} > {parameter}")
-    estimated = estimate(oracle.source, cache=EVERYTHING)["cache-bytes"]
-    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
-    measured.update(freed=hints.cache_freed_bytes, estimated=estimated)
+    measured["estimated"] = estimate(oracle.source, cache=EVERYTHING)["cache-bytes"]
+    move_without_cache(oracle, measured)
     cache = (sum(FILES.values()) + 16) * MIB
-    for size in hints.cache_freed_bytes, estimated:
+    for size in measured["freed"], measured["estimated"]:
         assert size <= cache * percent // 100 and (size > 0) == (percent > 0)
 
 
@@ -277,10 +268,10 @@ def test_not_offered(lab: Lab, disk: Path, balloon: Any) -> None:
     assert resident(oracle.destination, "cold") == COLD_MIB
 
 
-def test_stock_driver(lab: Lab, disk: Path) -> None:
+def test_stock_driver(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
     """A driver that does not know of it hints as ever."""
     oracle = boot_full(lab, disk, kernel="stock")
-    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
+    hints = move_without_cache(oracle, measured)
     assert hints.cache_freed_bytes == 0 and hints.blocks == hints.messages > 0
     assert_files(oracle.destination)
 
@@ -296,13 +287,11 @@ WORK = (
 )
 
 
-def rounds_of_work(guest: Guest) -> int:
-    """How often the work was done so far, without a mistake."""
-    output = guest.agent.run(
-        "cat /tmp/rounds 2>/dev/null | wc -l; ls /tmp/wrong 2>/dev/null || true"
-    )
-    assert "wrong" not in output
-    return int(output)
+def wait_work(guest: Guest) -> None:
+    """Wait until the work was done twice, without a mistake so far."""
+    before = rounds(guest)
+    wait_for(lambda: rounds(guest) >= before + 2, "the work stands still", 600)
+    assert not guest.agent.run("cat /tmp/wrong 2> /dev/null || true")
 
 
 @pytest.mark.parametrize("cmdline", [(), INIT_ON_FREE], ids=["plain", "init-on-free"])
@@ -312,16 +301,11 @@ def test_at_work(lab: Lab, disk: Path, measured: Dict[str, Any], cmdline: Any) -
     source = oracle.source
     start_churn(source)
     source.agent.run(WORK)
-    while rounds_of_work(source) < 2:
-        time.sleep(0.2)
-    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
-    there = oracle.destination
-    measured.update(freed=hints.cache_freed_bytes, us=hints.cache_time)
+    wait_work(source)
     # The premise.
-    assert hints.cache_freed_bytes > 0
-    rounds = rounds_of_work(there)
-    while rounds_of_work(there) < rounds + 2:
-        time.sleep(0.2)
+    assert move_without_cache(oracle, measured).cache_freed_bytes > 0
+    there = oracle.destination
+    wait_work(there)
     assert_goes_on(there)
     assert_files(there)
 
@@ -342,8 +326,7 @@ def test_cancelled(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
     # By now it was read twice, where it had stayed.
     source.agent.run("echo 1 > /proc/sys/vm/drop_caches")
     read_cold(source)
-    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
-    assert hints.cache_freed_bytes > 0
+    assert move_without_cache(oracle, measured).cache_freed_bytes > 0
     assert_files(oracle.destination)
 
 
@@ -396,9 +379,9 @@ def test_other_kinds(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
     cold = resident(source, "cold")
     # The premise: the group has reached its limit, by what it read.
     assert 0 < cold <= 48 and "max 0" not in source.agent.run(LIMITED)
-    hints = assert_complete(move(oracle, with_cache(EVERYTHING)))
+    move_without_cache(oracle, measured)
     there = oracle.destination
-    measured.update(freed=hints.cache_freed_bytes, cold=cold)
+    measured["cold"] = cold
     assert resident(there, "cold") < cold // 4
     # As cold, but protected.
     assert resident(there, "hot") == FILES["hot"]
