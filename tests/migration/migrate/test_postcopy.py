@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Hints work together with postcopy."""
 
-from dataclasses import dataclass
-from typing import Any, Dict, Mapping
+from typing import Any, Dict
 
 import pytest
 
@@ -28,39 +27,26 @@ BACKGROUND = 4 * MIB
 ATTEMPTS = 4
 
 
-@dataclass(frozen=True)
-class Case:
-    """One way to switch over."""
-
-    common: Mapping[str, bool]
-    # The guest runs at the destination, while its memory comes. If not, memory can be compared.
-    running: bool = True
-    hints_on: bool = True
+with_preempt = pytest.mark.parametrize("common", [{}, PREEMPT], ids=["plain", "preempt"])
 
 
-CASES = {
-    "plain": Case({}),
-    "preempt": Case(PREEMPT),
-    "compared": Case({}, running=False),
-    "control": Case({}, hints_on=False),
-}
-
-
-@pytest.mark.parametrize("name", in_check(CASES, "compared"))
+@pytest.mark.parametrize("name", in_check(("plain", "preempt", "compared", "control"), "compared"))
 def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """A switch to postcopy before hinted pages could be sent: each can be used, none is lost."""
-    case = CASES[name]
+    hints_on = name != "control"
+    # While its memory comes. If not, memory can be compared.
+    runs_there = name != "compared"
     oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*"))
     source = keep_busy(oracle.boot())
-    destination = oracle.arrival(running=case.running)
-    switch_early(source, destination, case.common, case.hints_on)
+    destination = oracle.arrival(running=runs_there)
+    switch_early(source, destination, PREEMPT if name == "preempt" else {}, hints_on)
     result = finish_postcopy(source, destination)
-    hints = assert_hints_if(case.hints_on, result, FREED_MIB * MIB)
+    hints = assert_hints_if(hints_on, result, FREED_MIB * MIB)
     measured.update(redirtied=hints.redirtied_bytes, requested=hints.requested_bytes)
     # Of what was skipped, that alone was sent which was written again or asked for.
     kept = hints.skipped_bytes - hints.redirtied_bytes - hints.requested_bytes
     measured["resident_mib"] = process_mib(destination.pid, "RssAnon")
-    if not case.running:
+    if not runs_there:
         seen = oracle.check()
         measured.update(kept=seen.kept, different=seen.different)
         assert seen.different > 0
@@ -82,12 +68,12 @@ def test_release_ram(lab: Lab, measured: Dict[str, Any]) -> None:
     assert_whole(destination)
 
 
-@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
-def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
+@with_preempt
+def test_postcopy_recovers(lab: Lab, common: Dict[str, bool]) -> None:
     """Postcopy that was cut off after hints goes on over a new connection, nothing lost."""
     source = keep_busy(lab.boot(SMALL.but(qemu="checked")))
     destination = lab.incoming(source.spec)
-    switch_early(source, destination, PREEMPT if preempt else {}, max_postcopy_bandwidth=MIB)
+    switch_early(source, destination, common, max_postcopy_bandwidth=MIB)
     # Before it runs there, a guest that is cut off is lost, hints or not.
     destination.wait_event(lambda event: event["event"] == "RESUME", "postcopy", 60)
     source.qmp_oob("migrate-pause")
@@ -102,7 +88,7 @@ def test_postcopy_recovers(lab: Lab, preempt: bool) -> None:
     assert_whole(destination)
 
 
-def take_back(lab: Lab, common: Mapping[str, bool], **changes: Any) -> Hints:
+def take_back(lab: Lab, measured: Dict[str, Any], common: Dict[str, bool], **changes: Any) -> Hints:
     """Let a guest use memory that was hinted while most of what was not is still to come."""
     for _ in range(ATTEMPTS):
         source = keep_busy(lab.boot(SMALL.but(qemu="checked", **changes)))
@@ -117,22 +103,23 @@ def take_back(lab: Lab, common: Mapping[str, bool], **changes: Any) -> Hints:
         source.close()
         destination.close()
         if hints.requested_bytes:
+            measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
             return hints
     raise AssertionError("each time, postcopy was over before a hinted page was used")
 
 
-@pytest.mark.parametrize("name", ["plain", "preempt"])
-def test_taken_back_in_postcopy(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+@with_preempt
+def test_taken_back_in_postcopy(
+    lab: Lab, measured: Dict[str, Any], common: Dict[str, bool]
+) -> None:
     """A guest that takes back hinted memory while the rest of it comes gets zeros, and works on."""
-    hints = take_back(lab, CASES[name].common)
-    measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
+    take_back(lab, measured, common)
 
 
-@pytest.mark.parametrize("name", ["plain", "preempt"])
-def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], name: str) -> None:
+@with_preempt
+def test_huge_pages_taken_back(lab: Lab, measured: Dict[str, Any], common: Dict[str, bool]) -> None:
     """With huge pages behind the guest, one that is used in postcopy comes as a whole."""
     with huge_pages_set_aside(2048, SMALL.mem_mib):
         backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,share=on"
-        hints = take_back(lab, CASES[name].common, mem_backend=backend)
-        measured.update(requested=hints.requested_bytes, skipped=hints.skipped_bytes)
+        hints = take_back(lab, measured, common, mem_backend=backend)
         assert hints.requested_bytes % (2 * MIB) == 0
