@@ -1,51 +1,48 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where hints are switched off or impossible, nothing is asked and nothing is waited for."""
 
-from dataclasses import dataclass, replace
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Tuple
 
 import pytest
 
 from livemig.checks import FREED_PAGES, OUT_OF_THE_BOX, SMALL, WITH_HINTS, assert_hints_used
 from livemig.checks import assert_intact, assert_not_asked, fill_and_free, in_check, migration
 from livemig.lab import Lab
-from livemig.migration import migrate
-from livemig.spec import ARRAYS
+from livemig.migration import MigrationResult, migrate
+from livemig.spec import ARRAYS, GuestSpec, MigrationSpec
 
 pytestmark = pytest.mark.integrity
 
 
-@dataclass(frozen=True)
-class Case:
-    """One way not to have hints."""
-
-    name: str
-    reason: str
-    guest: Mapping[str, Any]
-    hints: bool = True
-    wait: int = 500
-
-
-CASES = [
-    Case("capability-off", "disabled", {}, hints=False),
-    Case("wait-0", "no-wait", {}, wait=0),
-    Case("property-off", "no-device", {"balloon": "free-page-hint=off"}),
-    Case("no-balloon", "no-device", {"balloon": None}),
-    Case("no-driver", "no-driver", {"cmdline": ("initcall_blacklist=virtio_balloon_driver_init",)}),
-    Case("poison", "poison", {"cmdline": ("page_poison=1",)}),
-]
-
-
-@pytest.mark.parametrize("case", in_check(CASES, "capability-off", "no-driver", "poison"))
-def test_no_hints(lab: Lab, case: Case) -> None:
-    """The migration says why there are no hints, asks nothing, sends everything, loses nothing."""
-    source = lab.boot(SMALL.but(**case.guest))
+def moved(lab: Lab, guest: GuestSpec, spec: MigrationSpec) -> MigrationResult:
+    """Migrate a guest that has freed memory: it arrives whole."""
+    source = lab.boot(guest)
     fill_and_free(source)
     destination = lab.incoming(source.spec)
-    spec = migration(hints=case.hints, free_page_hint_wait=case.wait)
     result = migrate(source, destination, spec)
     assert_intact(destination)
-    assert_not_asked(result, case.reason)
+    return result
+
+
+SOON = migration(free_page_hint_wait=500)
+NO_DRIVER = ("initcall_blacklist=virtio_balloon_driver_init",)
+# Why there are none, in which guest, and in which migration.
+CASES: Dict[str, Tuple[str, GuestSpec, MigrationSpec]] = {
+    "capability-off": ("disabled", SMALL, migration(SOON, hints=False)),
+    "wait-0": ("no-wait", SMALL, migration(free_page_hint_wait=0)),
+    "property-off": ("no-device", SMALL.but(balloon="free-page-hint=off"), SOON),
+    "no-balloon": ("no-device", SMALL.but(balloon=None), SOON),
+    "no-driver": ("no-driver", SMALL.but(cmdline=NO_DRIVER), SOON),
+    "poison": ("poison", SMALL.but(cmdline=("page_poison=1",)), SOON),
+}
+
+
+@pytest.mark.parametrize("name", in_check(CASES, "capability-off", "no-driver", "poison"))
+def test_no_hints(lab: Lab, name: str) -> None:
+    """The migration says why there are no hints, asks nothing, sends everything, loses nothing."""
+    reason, guest, spec = CASES[name]
+    result = moved(lab, guest, spec)
+    assert_not_asked(result, reason)
     assert result.normal_pages > 0.95 * FREED_PAGES
 
 
@@ -66,14 +63,9 @@ def test_iommu_platform(lab: Lab, kernel: str) -> None:
 
 def test_old_preempt(lab: Lab) -> None:
     """With a machine type that stops answering postcopy's requests early, all pages are sent."""
-    args = ("-global", "migration.x-preempt-pre-7-2=on")
-    source = lab.boot(SMALL.but(args=args))
-    fill_and_free(source)
-    destination = lab.incoming(source.spec)
+    guest = SMALL.but(args=("-global", "migration.x-preempt-pre-7-2=on"))
     spec = WITH_HINTS.with_capabilities(free_page_hint=True, skip_absent_pages=True)
-    preempt = {"postcopy-ram": True, "postcopy-preempt": True}
-    result = migrate(source, destination, replace(spec, common=preempt))
-    assert_intact(destination)
+    result = moved(lab, guest, spec.with_common(postcopy_ram=True, postcopy_preempt=True))
     assert_not_asked(result, "unsupported")
     assert result.raw["absent-pages"]["reason"] == "unsupported"
     assert result.normal_pages > 0.95 * FREED_PAGES
@@ -81,23 +73,15 @@ def test_old_preempt(lab: Lab) -> None:
 
 def test_off_for_good(lab: Lab) -> None:
     """-global migration.free-page-hint=off switches hints off for every migration."""
-    source = lab.boot(SMALL.but(args=("-global", "migration.free-page-hint=off")))
-    fill_and_free(source)
-    destination = lab.incoming(SMALL)
+    guest = SMALL.but(args=("-global", "migration.free-page-hint=off"))
     # No capability is set, as libvirt does.
-    result = migrate(source, destination, migration().with_capabilities())
-    assert_intact(destination)
-    assert_not_asked(result, "disabled")
+    assert_not_asked(moved(lab, guest, WITH_HINTS.with_capabilities()), "disabled")
 
 
 @pytest.mark.check
 def test_on_by_default(lab: Lab, measured: Dict[str, Any]) -> None:
     """A balloon with free-page-hint=on is all that hints need; the default deadline is enough."""
-    source = lab.boot(SMALL)
-    fill_and_free(source)
-    destination = lab.incoming(SMALL)
-    result = migrate(source, destination, OUT_OF_THE_BOX.with_capabilities())
-    assert_intact(destination)
+    result = moved(lab, SMALL, OUT_OF_THE_BOX.with_capabilities())
     assert result.hints and result.hints.reason is None
     measured["skipped_bytes"] = result.hints.skipped_bytes
     assert result.normal_pages < 0.5 * FREED_PAGES
