@@ -5,11 +5,10 @@ from typing import Any, Dict
 
 import pytest
 
-from livemig.checks import SMALL, assert_intact, in_check, keep_busy, patient
+from livemig.checks import SMALL, assert_intact, busy, in_check, patient
 from livemig.lab import Lab
 from livemig.migration import migrate
 from livemig.modes import MODES
-from livemig.oracle import Oracle
 
 pytestmark = pytest.mark.integrity
 
@@ -18,9 +17,7 @@ pytestmark = pytest.mark.integrity
 def test_equal_but_for_kept_pages(lab: Lab, measured: Dict[str, Any], mode_name: str) -> None:
     """Source and destination hold the same bytes in every page that was not kept back."""
     mode = MODES[mode_name]
-    oracle = Oracle(lab, mode.spec(SMALL))
-    source = keep_busy(oracle.boot())
-    destination = oracle.arrival()
+    oracle, source, destination = busy(lab, mode.spec(SMALL))
     migrate(source, destination, patient(mode))
     result = oracle.check()
     measured.update(kept=result.kept, different=result.different)
