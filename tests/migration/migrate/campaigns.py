@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Counter, Dict, Iterator, Mapping, Tuple
 
 import pytest
@@ -21,7 +21,7 @@ from livemig.checks import SMALL, assert_goes_on, assert_hints_used, assert_inta
 from livemig.checks import wait_hints_ended, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.migration import MigrationResult, finish, start
+from livemig.migration import MigrationResult, finish, let_end, start
 from livemig.modes import MODES
 from livemig.oracle import Oracle
 from livemig.resident import Resident, residents
@@ -44,47 +44,39 @@ KVM_GUESTS: Tuple[Dict[str, Any], ...] = (
     {"vcpus": 1},
     {"vcpus": 1, "balloon": MODES["block"].balloon},
 )
+# So that memory cannot be compared.
+IN_POSTCOPY = ("postcopy", "postcopy, absent", "preempt")
 # A source was a destination before: what another way has switched on is switched off.
 PLAIN = {"multifd": False, "xbzrle": False, "postcopy-ram": False, "postcopy-preempt": False}
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way to migrate."""
-
-    common: Mapping[str, bool] = field(default_factory=dict)
-    bandwidth: int = 400 * MIB
-    # The guest runs on until memory is sent for the n-th time; no use with postcopy.
-    rounds: int = 3
-    postcopy: bool = False
-
-
-WAYS = {
-    "plain": Way(),
-    "multifd": Way({"multifd": True}),
-    "xbzrle": Way({"xbzrle": True}),
-    "many rounds": Way(bandwidth=128 * MIB, rounds=8),
-    "postcopy": Way({"postcopy-ram": True}, postcopy=True),
-    "preempt": Way({"postcopy-ram": True, "postcopy-preempt": True}, postcopy=True),
+# Ways to migrate, by what is switched on.
+WAYS: Dict[str, Dict[str, bool]] = {
+    "plain": {},
+    "multifd": {"multifd": True},
+    "xbzrle": {"xbzrle": True},
+    "many rounds": {},
+    "postcopy": {"postcopy-ram": True},
+    "preempt": {"postcopy-ram": True, "postcopy-preempt": True},
 }
 BALLOONS = (MODES["array"].balloon, MODES["array"].balloon, MODES["block"].balloon)
 
 
-def migrate_in(way: Way, source: Guest, destination: Guest) -> MigrationResult:
+def migrate_in(way: str, source: Guest, destination: Guest) -> MigrationResult:
     """Migrate a busy guest in a given way."""
     # So slow that the guest is still there for what it is told below.
     spec = migration(max_bandwidth=HELD_BACK, downtime_limit=1, max_postcopy_bandwidth=0)
-    start(source, destination, replace(spec, common={**PLAIN, **way.common}))
+    start(source, destination, replace(spec, common={**PLAIN, **WAYS[way]}))
     wait_hints_ended(source)
     # Takes memory back that was hinted a moment ago.
     source.agent.run(f"dirtyfree {TAKEN_BACK_MIB} 2 > /dev/null 2>&1 &")
-    if way.postcopy:
+    if way in IN_POSTCOPY:
         source.qmp("migrate-start-postcopy")
-    else:
-        source.qmp("migrate-set-parameters", max_bandwidth=way.bandwidth)
-        wait_rounds(source, way.rounds)
-        source.qmp("migrate-set-parameters", downtime_limit=20000, max_bandwidth=0)
-    return finish(source, destination)
+        return finish(source, destination)
+    bandwidth, rounds = (128 * MIB, 8) if way == "many rounds" else (400 * MIB, 3)
+    source.qmp("migrate-set-parameters", max_bandwidth=bandwidth)
+    wait_rounds(source, rounds)
+    return let_end(source, destination)
 
 
 def add(totals: Counter[str], about: str, counts: Mapping[str, int], began: float) -> None:
@@ -107,22 +99,23 @@ class Journey:
         workload.stamp(self.here, 16)
         workload.stamp(self.here, 24, churn=True, realloc_mib=64, name="churn")
 
-    def move(self, way: Way, about: str) -> None:
+    def move(self, way: str) -> None:
         """Migrate once."""
+        compared = way not in IN_POSTCOPY
         began = time.monotonic()
         workload.dirty_and_free(self.here, FREED_MIB)
         before = assert_intact(self.here, "churn")
-        there = self._oracle.arrival(running=way.postcopy)
+        there = self._oracle.arrival(running=not compared)
         result = migrate_in(way, self.here, there)
         hints = assert_hints_used(result, 0)
         absent_bytes = result.absent.absent_bytes if result.absent else 0
         # The premise: there was something to take out.
         assert hints.skipped_bytes + absent_bytes >= FREED_MIB // 2 * MIB
-        kept = 0 if way.postcopy else self._oracle.check().kept
+        kept = self._oracle.check().kept if compared else 0
         self.here = self._oracle.move_on()
         verdicts = [assert_intact(self.here), assert_goes_on(self.here)]
         counts = {
-            "compared": int(not way.postcopy),
+            "compared": int(compared),
             "rounds": result.rounds,
             "absent_mib": absent_bytes // MIB,
             "skipped_mib": hints.skipped_bytes // MIB,
@@ -132,7 +125,7 @@ class Journey:
             "blocks_reallocated": verdicts[1].reallocs - before.reallocs,
             "pages_verified": sum(verdict.pages for verdict in verdicts),
         }
-        add(self._totals, about, counts, began)
+        add(self._totals, way, counts, began)
 
 
 @pytest.fixture
@@ -150,14 +143,14 @@ def test_every_way(lab: Lab, totals: Counter[str]) -> None:
 
     Nor with and without absent pages.
     """
-    ways = itertools.cycle(WAYS.items())
+    ways = itertools.cycle(WAYS)
     numbers = range(0, MIGRATIONS, PER_GUEST)
     absent = itertools.cycle((True, False))
     for number, balloon, skip in zip(numbers, itertools.cycle(BALLOONS), absent):
         oracle = Oracle(lab, GUEST.but(balloon=balloon, skip_absent=skip))
         journey = Journey(oracle, totals)
-        for name, way in itertools.islice(ways, min(PER_GUEST, MIGRATIONS - number)):
-            journey.move(way, name)
+        for way in itertools.islice(ways, min(PER_GUEST, MIGRATIONS - number)):
+            journey.move(way)
         journey.here.close()
     assert totals["migrations"] == MIGRATIONS
     # The premises: the guest took back and wrote what it had hinted; something was absent.
@@ -168,37 +161,28 @@ def test_there_and_back(lab: Lab, totals: Counter[str]) -> None:
     """A guest that goes there and back many times keeps all that it has, and hints each time."""
     oracle = Oracle(lab, GUEST.but(skip_absent=True))
     journey = Journey(oracle, totals)
-    for _ in range(TRIPS):
-        for about in ("there", "back"):
-            journey.move(WAYS["plain"], about)
+    for _ in range(2 * TRIPS):
+        journey.move("plain")
     assert totals["migrations"] == 2 * TRIPS
     assert totals["redirtied_mib"] > 0
 
 
-@dataclass(frozen=True)
-class KvmWay:
-    """A QEMU that a guest leaves under KVM, and how."""
-
-    qemu: Mapping[str, Any]
-    postcopy: bool = False
-    preempt: bool = False
-
-
-KVM_WAYS = {
-    **{name: KvmWay(qemu) for name, qemu in resident.WAYS.items()},
-    "postcopy": KvmWay({}, postcopy=True),
-    "postcopy, absent": KvmWay({"skip_absent": True}, postcopy=True),
-    "preempt": KvmWay({}, postcopy=True, preempt=True),
+# QEMUs that a guest leaves under KVM.
+KVM_WAYS: Dict[str, Dict[str, Any]] = {
+    **resident.WAYS,
+    "postcopy": {},
+    "postcopy, absent": {"skip_absent": True},
+    "preempt": {},
 }
 
 
 def migrate_under_kvm(guest: Resident, name: str, then: str, totals: Counter[str]) -> None:
     """Migrate a guest in a given way, into the QEMU of the next one."""
     began = time.monotonic()
-    way, into = KVM_WAYS[name], dict(KVM_WAYS[then].qemu)
-    counts: Dict[str, int] = {"compared": int(not way.postcopy)}
-    if way.postcopy:
-        guest.move_in_postcopy(counts, preempt=way.preempt, into=into)
+    into = KVM_WAYS[then]
+    counts = {"compared": int(name not in IN_POSTCOPY)}
+    if name in IN_POSTCOPY:
+        guest.move_in_postcopy(counts, preempt=name == "preempt", into=into)
     else:
         guest.move(counts, into=into)
     # A time.
@@ -213,7 +197,7 @@ def test_every_way_under_kvm(lab: Lab, totals: Counter[str]) -> None:
     for number, changes in zip(range(0, MIGRATIONS, share), KVM_GUESTS):
         numbers = range(number, min(number + share, MIGRATIONS))
         way = KVM_WAYS[names[number % len(names)]]
-        with residents(lab, **changes) as guest, guest.living_in(**way.qemu):
+        with residents(lab, **changes) as guest, guest.living_in(**way):
             for i in numbers:
                 name, then = names[i % len(names)], names[(i + 1) % len(names)]
                 migrate_under_kvm(guest, name, then, totals)
