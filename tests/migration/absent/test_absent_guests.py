@@ -6,8 +6,7 @@ Linux in it, what the host never populated is skipped, and the memory arrives as
 """
 
 import re
-from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict
 
 import pytest
 
@@ -109,23 +108,8 @@ def test_stopped(lab: Lab) -> None:
     assert_intact(destination)
 
 
-@dataclass(frozen=True)
-class Other:
-    """A guest of another kind."""
-
-    # A program, and QEMU's arguments; {} stands for the program's path.
-    software: Tuple[str, ...]
-    # A pattern of the console at which it is migrated.
-    until: str
-    # What is typed after that, shorter than the BIOS's buffer, and what it says then.
-    keys: str
-    answer: str
-    # What is typed to get there, and the pattern at which it is.
-    before: Optional[Tuple[str, str]] = None
-
-
 def other_guest(program: str, *software: str, **changes: Any) -> GuestSpec:
-    """A machine for such a guest, which has its console on a serial port."""
+    """A machine for a program, whose path {} stands for, with its console on a serial port."""
     path = paths.other_guest(program)
     words = tuple(word.format(path) for word in software)
     spec = GuestSpec(mem_mib=512, vcpus=1, balloon=None, software=words, skip_absent=True)
@@ -134,21 +118,19 @@ def other_guest(program: str, *software: str, **changes: Any) -> GuestSpec:
 
 DRIVE = ("grub.img", "-drive", "file={},format=raw,if=virtio,readonly=on")
 MENU = ("-boot", "menu=on,splash-time=60000")
+# What runs; patterns of the console and what is typed at each, shorter than the BIOS's buffer; and
+# what it says in the end. At the last pattern it is migrated.
 OTHERS = {
-    "seabios": Other((*DRIVE, *MENU), r"Press ESC for boot menu", "\x1b", r"Select boot device"),
-    "ipxe": Other(
+    "seabios": ((*DRIVE, *MENU), [(r"Press ESC for boot menu", "\x1b")], r"Select boot device"),
+    "ipxe": (
         ("ipxe.lkrn", "-kernel", "{}"),
-        r"iPXE>",
-        "show version\r",
+        [(r"Press Ctrl-B", "\x02"), (r"iPXE>", "show version\r")],
         r"version\S* = 1\.",
-        before=(r"Press Ctrl-B", "\x02"),
     ),
-    "grub": Other(
+    "grub": (
         DRIVE,
-        r"grub>",
-        "echo $grub_cpu\r",
+        [(r"will be executed automatically", "c"), (r"grub>", "echo $grub_cpu\r")],
         r"\ni386\b",
-        before=(r"will be executed automatically", "c"),
     ),
 }
 
@@ -156,20 +138,19 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_firmware(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """A guest that is no more than firmware or a boot loader arrives whole, and answers there."""
-    other = OTHERS[name]
-    oracle = Oracle(lab, other_guest(*other.software, args=("-machine", "graphics=off")))
+    software, (*before, (until, keys)), answer = OTHERS[name]
+    oracle = Oracle(lab, other_guest(*software, args=("-machine", "graphics=off")))
     source = oracle.start()
-    if other.before:
-        pattern, keys = other.before
+    for pattern, typed in before:
         wait_screen(source, pattern)
-        source.console.send(keys)
-    wait_screen(source, other.until)
+        source.console.send(typed)
+    wait_screen(source, until)
     result = assert_moves(oracle, measured)
     assert hints_of(result).reason == "no-device"
     measured["normal"] = result.normal_pages
     assert measured["never"] > 0.9 * ram_bytes(source)
-    oracle.destination.console.send(other.keys)
-    wait_screen(oracle.destination, other.answer)
+    oracle.destination.console.send(keys)
+    wait_screen(oracle.destination, answer)
 
 
 @pytest.mark.long

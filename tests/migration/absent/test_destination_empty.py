@@ -8,9 +8,8 @@ data, in a file that is used again; after the migration each page is the source'
 import mmap
 import re
 import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import pytest
 
@@ -92,51 +91,38 @@ def assert_empty_or_sent(guest: Metal, destination: Guest, hints: bool = True) -
             assert read_page(file, there["pc.ram"].offset + addr) == bytes(PAGE)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of memory that somebody else's data can be in."""
-
-    # Properties of the memory backend, besides its path.
-    properties: str
-    # How it is emptied.
-    how: str
-    directory: Optional[str] = None
-    changes: Dict[str, Any] = field(default_factory=dict)
-    # It is populated, and that was paid for.
-    populated: bool = False
-
-
+LOCKED = ("-overcommit", "mem-lock=on")
+# What somebody else's data can be in: properties of a memory backend, where its file is, and how it
+# is emptied.
 KINDS = {
-    "tmpfs": Kind("share=on", "punched", "/dev/shm"),
-    "disk": Kind("share=on", "punched"),
-    "cannot-punch": Kind("share=on", "zeroed", changes={"preload": "no-punch-hole.so"}),
-    "preallocated": Kind("share=on,prealloc=on", "zeroed", "/dev/shm", populated=True),
-    "locked": Kind(
-        "share=on", "zeroed", "/dev/shm", {"args": ("-overcommit", "mem-lock=on")}, populated=True
-    ),
-    "private": Kind("share=off", "zeroed"),
-    "read-only-file": Kind("share=off,readonly=on,rom=off", "zeroed"),
+    "tmpfs": ("share=on", "/dev/shm", "punched"),
+    "disk": ("share=on", None, "punched"),
+    "cannot-punch": ("share=on", None, "zeroed"),
+    "preallocated": ("share=on,prealloc=on", "/dev/shm", "zeroed"),
+    "locked": ("share=on", "/dev/shm", "zeroed"),
+    "private": ("share=off", None, "zeroed"),
+    "read-only-file": ("share=off,readonly=on,rom=off", None, "zeroed"),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_leftovers_of_another_guest(guest: Metal, measured: Dict[str, Any], name: str) -> None:
     """A guest that hints pages to read what was in the destination's memory reads zeroes."""
-    kind = KINDS[name]
-    with leftovers(kind.directory) as file:
-        changes = dict(kind.changes)
-        if "preload" in changes:
-            changes["preload"] = paths.bare_metal(changes["preload"])
-        backend = f"memory-backend-file,mem-path={file},{kind.properties}"
-        destination = arrival(guest, mem_backend=backend, **changes)
+    properties, directory, how = KINDS[name]
+    with leftovers(directory) as file:
+        backend = f"memory-backend-file,mem-path={file},{properties}"
+        preload = paths.bare_metal("no-punch-hole.so") if name == "cannot-punch" else None
+        args = LOCKED if name == "locked" else ()
+        destination = arrival(guest, mem_backend=backend, preload=preload, args=args)
         move(guest, destination)
         measured.update(emptied=emptied(destination))
         assert_empty_or_sent(guest, destination)
-        assert emptied(destination)["pc.ram"] == (kind.how, RAM_BYTES)
-        if kind.populated:
+        assert emptied(destination)["pc.ram"] == (how, RAM_BYTES)
+        if name in ("preallocated", "locked"):
+            # It was populated, and that was paid for.
             assert blocks_used(file) == RAM_BYTES
         # Contents of a file that is mapped privately are its owner's.
-        if "share=off" in kind.properties:
+        if "share=off" in properties:
             assert file.read_bytes() == LEFTOVER * (RAM_BYTES // PAGE)
         # The guest itself sees the same.
         guest.goes_on_at(destination)
@@ -204,7 +190,7 @@ def test_second_attempt(guest: Metal) -> None:
 # Where memory stays populated, and where QEMU's own memory is shared, too
 AT_THE_DESTINATION = {
     "plain": (),
-    "mem-lock": ("-overcommit", "mem-lock=on"),
+    "mem-lock": LOCKED,
     "aux-ram-share": ("-machine", "aux-ram-share=on"),
 }
 
