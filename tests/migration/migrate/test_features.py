@@ -21,7 +21,6 @@ from livemig.lab import Lab
 from livemig.migration import let_end, migrate, query, restore, save, set_capabilities, start
 from livemig.migration import status_is
 from livemig.oracle import Oracle
-from livemig.spec import ARRAYS
 from livemig.workload import meminfo
 
 pytestmark = pytest.mark.integrity
@@ -80,9 +79,8 @@ def test_auto_converge(lab: Lab, measured: Dict[str, Any], hints_on: bool) -> No
         wait_rounds(source, 2)
         throttled = query(source).raw.get("cpu-throttle-percentage", 0)
     assert_hints_if(hints_on, let_end(source, destination), FREED_MIB * MIB)
-    measured.update(throttled=throttled, kept=oracle.check().kept)
-    assert_intact(destination)
-    assert_intact(destination, "churn")
+    measured["throttled"] = throttled
+    assert_arrived(oracle, measured)
 
 
 @pytest.mark.parametrize(
@@ -264,17 +262,6 @@ def test_calc_dirty_rate(lab: Lab, measured: Dict[str, Any], mode: str) -> None:
     assert query(source).status == "active"
     assert_hints_used(let_end(source, destination), FREED_MIB * MIB)
     assert_arrived(oracle, measured)
-
-
-def test_modern_virtio(lab: Lab, measured: Dict[str, Any]) -> None:
-    """A balloon without legacy registers gives hints like the others."""
-    balloon = f"{ARRAYS},disable-legacy=on,disable-modern=off"
-    oracle, source, _ = busy(lab, SMALL.but(balloon=balloon))
-    # The premise: a device of the new kind, 1af4:1045.
-    assert source.agent.run("cat /sys/bus/pci/devices/*/device").split().count("0x1045") == 1
-    hints = assert_arrives(oracle, measured)
-    measured["arrays"] = hints.messages
-    assert hints.messages < hints.blocks
 
 
 def test_tls(lab: Lab, measured: Dict[str, Any], tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ EXPRESS = (
 )
 # ATS: the extended capability with the id 15, in the registers from 256 on.
 ATS_SEEN = f"od -A n -v -t x4 -w4 -j 256 {BALLOON}/../config | grep -q '1000f$'"
+NEW_DEVICE = "[ $(cat /sys/bus/pci/devices/*/device | grep -c 0x1045) = 1 ]"
 NO_POISON = with_balloon("page-poison=off", cmdline=INIT_ON_FREE)
 SHAPES = {
     "packed": Shape(with_balloon("packed=on,disable-modern=off"), {RING_PACKED: True}),
@@ -118,12 +119,15 @@ SHAPES = {
     "ats": Shape(GUEST.but(balloon=None, args=EXPRESS), seen=ATS_SEEN),
     "no-poison": Shape(NO_POISON, {PAGE_POISON: False}),
     "iothread": Shape(with_balloon("iothread=hints")),
+    # A device of the new kind, 1af4:1045, without legacy registers.
+    "modern": Shape(with_balloon("disable-legacy=on,disable-modern=off"), seen=NEW_DEVICE),
 }
+CASES = in_check([name for name in SHAPES if name != "modern"], "packed", "legacy")
 
 
 # Not here: transitional ones and those with page-poison=on are in other tests, and Linux never uses
 # indirect descriptors with a balloon.
-@pytest.mark.parametrize("name", in_check(SHAPES, "packed", "legacy"))
+@pytest.mark.parametrize("name", [*CASES, pytest.param("modern", marks=pytest.mark.integrity)])
 def test_balloon_of_shape(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """Whatever kind of virtio device the balloon is, its arrays are used."""
     shape = SHAPES[name]
