@@ -83,21 +83,20 @@ def test_auto_converge(lab: Lab, measured: Dict[str, Any], hints_on: bool) -> No
     assert_arrived(oracle, measured)
 
 
-@pytest.mark.parametrize(
-    ("common", "hints_on"),
-    [
-        ({}, True),
-        ({"mapped-ram": True}, True),
-        ({"mapped-ram": True}, False),
-        ({"mapped-ram": True, "multifd": True}, True),
-    ],
-    ids=["plain", "mapped-ram", "mapped-ram-control", "mapped-ram-multifd"],
-)
-def test_through_a_file(
-    lab: Lab, measured: Dict[str, Any], tmp_path: Path, common: Dict[str, bool], hints_on: bool
-) -> None:
+MAPPED = {"mapped-ram": True}
+INTO_A_FILE: Dict[str, Dict[str, bool]] = {
+    "plain": {},
+    "mapped-ram": MAPPED,
+    "mapped-ram-control": MAPPED,
+    "mapped-ram-multifd": {**MAPPED, **MULTIFD},
+}
+
+
+@pytest.mark.parametrize("way", INTO_A_FILE)
+def test_through_a_file(lab: Lab, measured: Dict[str, Any], tmp_path: Path, way: str) -> None:
     """A guest saved to a file while it ran, with hints, is whole when it is restored."""
-    spec = replace(migration(hints=hints_on), common=common)
+    hints_on = way != "mapped-ram-control"
+    spec = replace(migration(hints=hints_on), common=INTO_A_FILE[way])
     oracle, source, destination = busy(lab)
     result = save(source, tmp_path / "guest", spec)
     assert_hints_if(hints_on, result, FREED_MIB * MIB)
