@@ -5,14 +5,13 @@ It is cancelled, or its destination is killed; the guest runs on where it is, an
 with hints afterwards. In each test the migration is held in the state that is meant.
 """
 
-import contextlib
 import os
 import signal
 import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Tuple
+from typing import Any, Callable, Dict, Mapping
 
 import pytest
 
@@ -29,18 +28,6 @@ from livemig.oracle import Oracle
 pytestmark = pytest.mark.integrity
 
 ENDED = {"cancel": "cancelled", "destination-dies": "failed"}
-
-
-@contextlib.contextmanager
-def busy_peer(directory: Path) -> Iterator[Tuple[str, socket.socket]]:
-    """A destination that takes no connection: who connects to it waits."""
-    path = str(directory / "busy")
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
-        listener.bind(path)
-        listener.listen(0)
-        # One connection may wait to be accepted.
-        first.connect(path)
-        yield f"unix:{path}", listener
 
 
 def end(source: Guest, how: str, kill: Callable[[], object]) -> None:
@@ -151,10 +138,15 @@ def test_ended_early(lab: Lab, measured: Dict[str, Any], name: str) -> None:
 def test_ended_in_setup(lab: Lab, measured: Dict[str, Any], tmp_path: Path, how: str) -> None:
     """A migration that ends before it is connected asks for nothing, and the next one does."""
     oracle = Oracle(lab, SMALL)
-    with busy_peer(tmp_path) as (uri, listener):
+    peer = str(tmp_path / "busy")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        # It takes no connection, and one may wait for that: who connects next has to wait.
+        listener.bind(peer)
+        listener.listen(0)
+        first.connect(peer)
         source = keep_busy(oracle.boot())
         set_capabilities(source, {"events": True, "free-page-hint": True})
-        source.qmp("migrate", uri=uri)
+        source.qmp("migrate", uri=f"unix:{peer}")
         # The premise: it is not further, and will not be.
         time.sleep(0.5)
         assert (query(source).status, hints_now(source).state) == ("setup", "idle")
