@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The figures of a migration come as an event too, once."""
 
-import time
 from typing import Any, Dict, List
 
 import pytest
 
 from livemig.checks import FREED_MIB, MIB, SMALL, WITH_HINTS, assert_hints_used, fill_and_free
+from livemig.checks import wait_for
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import Absent, Hints, MigrationResult, migrate, query, set_capabilities
@@ -42,8 +42,7 @@ def test_event_has_the_reason(lab: Lab, events: bool) -> None:
     uri = f"unix:{source.logs / 'migration'}"
     destination.qmp("migrate-incoming", uri=uri)
     source.qmp("migrate", uri=uri)
-    while query(source).status != "completed":
-        time.sleep(0.02)
+    wait_for(lambda: query(source).status == "completed", "the migration does not end")
     # An event that comes after all others.
     source.qmp("cont")
     source.wait_event(lambda event: event["event"] == "RESUME", "resume", 60)
