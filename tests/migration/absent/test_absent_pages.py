@@ -139,6 +139,8 @@ def test_whenever_it_is_populated(
         guest.machine.stamp(CHURN, CHURN_PAGES, 1)
         guest.source.qmp("migrate-set-parameters", max_bandwidth=4 * MIB)
         wait_rounds(guest.source, 2)
+        # On a busy machine it takes a second to read a part.
+        guest.source.qmp("migrate-set-parameters", max_bandwidth=HELD)
         parts.write("in a later round")
         parts.read("read in a later round")
         result = let_go(guest.source, destination)
