@@ -18,8 +18,7 @@ from livemig.checks import huge_pages_set_aside, in_check, keep_busy, migration,
 from livemig.checks import start_churn, wait_dirty_rate, wait_for, wait_hints_ended, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.migration import let_end, migrate, query, restore, save, set_capabilities, start
-from livemig.migration import status_is
+from livemig.migration import let_end, migrate, query, restore, save, start, status_is
 from livemig.oracle import Oracle
 from livemig.workload import meminfo
 
@@ -248,10 +247,9 @@ def test_calc_dirty_rate(lab: Lab, measured: Dict[str, Any], mode: str) -> None:
     """A measurement of the dirty rate, over before the migration or not, takes nothing away."""
     oracle, source, destination = busy(lab)
     # One that has ended, and one that goes on while the guest is asked.
-    for seconds in (1, 3):
-        source.qmp("calc-dirty-rate", calc_time=seconds, mode=mode)
-        if seconds == 1:
-            wait_dirty_rate(source, "measured")
+    source.qmp("calc-dirty-rate", calc_time=1, mode=mode)
+    wait_dirty_rate(source, "measured")
+    source.qmp("calc-dirty-rate", calc_time=3, mode=mode)
     wait_dirty_rate(source, "measuring")
     start(source, destination, migration(downtime_limit=1, max_bandwidth=50 * MIB))
     wait_hints_ended(source)
@@ -280,8 +278,8 @@ def test_background_snapshot_is_refused(lab: Lab, tmp_path: Path) -> None:
     """A background snapshot sends each page as it was at its start, and asks for no hints."""
     source = lab.boot(SMALL.but(qemu="checked"))
     fill_and_free(source)
-    set_capabilities(source, {"background-snapshot": True, "events": True})
-    result = save(source, tmp_path / "snapshot", WITH_HINTS)
+    spec = WITH_HINTS.with_common(background_snapshot=True)
+    result = save(source, tmp_path / "snapshot", spec)
     assert_not_asked(result, "unsupported")
     # Zero pages are most of it; what was written and freed is not left out.
     assert result.normal_pages > 0.95 * FREED_MIB * 256
@@ -290,10 +288,8 @@ def test_background_snapshot_is_refused(lab: Lab, tmp_path: Path) -> None:
 
 def test_colo_is_refused(lab: Lab) -> None:
     """With COLO, which sends the same memory again and again, the guest is not asked."""
-    spec = SMALL.but(qemu="checked")
-    source = lab.boot(spec)
-    destination = lab.incoming(spec)
-    start(source, destination, replace(WITH_HINTS, common={"x-colo": True}))
+    source = lab.boot(SMALL.but(qemu="checked"))
+    start(source, lab.incoming(source.spec), WITH_HINTS.with_common(x_colo=True))
     source.wait_event(status_is("colo"), "COLO", 120)
     assert_not_asked(query(source), "unsupported")
 

@@ -6,9 +6,9 @@ from typing import Any, Dict
 import pytest
 
 from livemig import workload
-from livemig.checks import FREED_MIB, FREED_PAGES, MIB, NO_HINTS, SMALL, WITH_HINTS
-from livemig.checks import assert_hints_used, assert_intact, fill_and_free, hints_of, in_check
-from livemig.checks import patient, start_churn
+from livemig.checks import FREED_MIB, FREED_PAGES, MIB, NO_HINTS, SMALL, WITH_HINTS, assert_arrives
+from livemig.checks import assert_hints_used, assert_intact, busy, fill_and_free, hints_of, in_check
+from livemig.checks import patient
 from livemig.lab import Lab
 from livemig.metal import assert_counters_match
 from livemig.migration import MigrationResult, migrate
@@ -70,8 +70,7 @@ def test_many_blocks_share_a_message(lab: Lab, measured: Dict[str, Any]) -> None
     source = lab.boot(SMALL.but(mem_mib=4096))
     order = int(source.agent.run(f"cat {HINT_ORDER}"))
     assert workload.MAX_ORDER_PAGES >> order == 1 << workload.TOLD_ORDERS - 1
-    destination = lab.incoming(source.spec)
-    result = migrate(source, destination, WITH_HINTS)
+    result = migrate(source, lab.incoming(source.spec), WITH_HINTS)
     hints = assert_hints_used(result, 3 << 30)
     measured.update(arrays=hints.messages, blocks=hints.blocks)
     assert hints.blocks > 700
@@ -79,15 +78,9 @@ def test_many_blocks_share_a_message(lab: Lab, measured: Dict[str, Any]) -> None
 
 
 @pytest.mark.check
-def test_counter_matches_bitmap(lab: Lab) -> None:
+def test_counter_matches_bitmap(lab: Lab, measured: Dict[str, Any]) -> None:
     """After round 0 and each sync, the counter of dirty pages is the number of bits set."""
-    oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*"))
-    source = oracle.boot()
-    start_churn(source)
-    destination = oracle.arrival()
-    result = migrate(source, destination, WITH_HINTS)
-    assert_hints_used(result, 256 * MIB)
-    oracle.check()
-    assert_intact(destination, "churn")
+    oracle, source, _ = busy(lab, SMALL.but(trace="free_page_hint_*"))
+    assert_arrives(oracle, measured)
     # One before round 1, and one in the last sync at least.
     assert_counters_match(source)
