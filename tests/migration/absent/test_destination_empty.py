@@ -36,11 +36,6 @@ def emptied(destination: Guest) -> Dict[str, Tuple[str, int]]:
     return {match[1]: (match[2], int(match[3])) for match in EMPTIED.finditer(text)}
 
 
-def blocks_used(file: Path) -> int:
-    """The bytes that are populated of a file."""
-    return file.stat().st_blocks * 512
-
-
 def arrival(guest: Metal, **changes: Any) -> Guest:
     """A QEMU that waits for the guest, with other memory."""
     there = guest.source.spec.but(mem_file=None, trace="ram_make_empty").but(**changes)
@@ -120,7 +115,7 @@ def test_leftovers_of_another_guest(guest: Metal, measured: Dict[str, Any], name
         assert emptied(destination)["pc.ram"] == (how, RAM_BYTES)
         if name in ("preallocated", "locked"):
             # It was populated, and that was paid for.
-            assert blocks_used(file) == RAM_BYTES
+            assert file.stat().st_blocks * 512 == RAM_BYTES
         # Contents of a file that is mapped privately are its owner's.
         if "share=off" in properties:
             assert file.read_bytes() == LEFTOVER * (RAM_BYTES // PAGE)
@@ -282,7 +277,7 @@ def test_fresh_memory_is_left_alone(guest: Metal, tmp_path: Path, name: str) -> 
     assert emptied(destination) == {}
     assert_empty_or_sent(guest, destination)
     if name == "new-file":
-        assert blocks_used(tmp_path / "new") >= RAM_BYTES
+        assert (tmp_path / "new").stat().st_blocks * 512 >= RAM_BYTES
 
 
 @pytest.fixture(name="huge_pages")

@@ -8,27 +8,14 @@ import pytest
 from livemig import workload
 from livemig.checks import INIT_ON_FREE, MIB, SMALL, assert_goes_on, assert_intact, hints_of
 from livemig.checks import in_check, migration, patient, start_churn, wait_rounds
-from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.migration import MigrationResult, let_end, start
-from livemig.modes import MODES, Mode
+from livemig.migration import let_end, start
+from livemig.modes import MODES
 from livemig.oracle import Oracle
 
 pytestmark = pytest.mark.integrity
 
 ROUNDS = 5
-
-
-def migrate_in_rounds(source: Guest, destination: Guest, mode: Mode) -> MigrationResult:
-    """Migrate, and let the guest run on until memory has been sent in ROUNDS rounds at least."""
-    # With such limits, it is ready to be stopped only if it wrote less than 32 pages in a round, as
-    # even a guest does not that hardly runs on a busy machine.
-    spec = migration(patient(mode), downtime_limit=1, max_bandwidth=128 * MIB)
-    start(source, destination, spec)
-    wait_rounds(source, ROUNDS)
-    return let_end(source, destination)
-
-
 # "none" is the control: what fails there too is not the hints' fault.
 CASES = ("array", "block", "none", "init-on-free")
 
@@ -45,11 +32,16 @@ def test_memory_survives_churn(lab: Lab, measured: Dict[str, Any], name: str) ->
     workload.stamp(here, 32)
     start_churn(here)
 
+    # With such limits, it is ready to be stopped only if it wrote less than 32 pages in a round, as
+    # even a guest does not that hardly runs on a busy machine.
+    spec = migration(patient(mode), downtime_limit=1, max_bandwidth=128 * MIB)
     redirtied = 0
     for hop in range(2):
         before = assert_intact(here, "churn")
         there = oracle.arrival()
-        result = migrate_in_rounds(here, there, mode)
+        start(here, there, spec)
+        wait_rounds(here, ROUNDS)
+        result = let_end(here, there)
         seen = oracle.check()
         here = oracle.move_on()
         assert_intact(here)

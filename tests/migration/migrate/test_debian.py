@@ -3,7 +3,6 @@
 
 from typing import Any, Dict
 
-
 from livemig import workload
 from livemig.checks import SMALL, WITH_HINTS, assert_hints_used, assert_intact
 from livemig.disk import debian_disk
