@@ -126,11 +126,14 @@ def _how(capabilities: Mapping[str, bool], bandwidth: int) -> MigrationSpec:
     return MigrationSpec(capabilities=capabilities, parameters=parameters)
 
 
-def _wait_armed(source: Guest) -> MigrationResult:
-    """Round 0 is over, if there is one, and RAM is being sent."""
+def _wait_armed(source: Guest, has_round: bool) -> MigrationResult:
+    """Round 0 is over, if there is one, and RAM is being sent.
+
+    What is sent before round 0 counts as sent, too, and its state is "idle" until then.
+    """
     while True:
         result = query(source)
-        ended = not result.hints or result.hints.state in ("idle", "ended")
+        ended = not has_round or (result.hints and result.hints.state == "ended")
         if ended and result.sent_bytes:
             return result
         time.sleep(0.01)
@@ -148,7 +151,7 @@ def _watch(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Di
     writer.begin()
     faults = _faults(writer.guest)
     start(writer.guest, there, _how(capabilities, HELD_BACK))
-    result = _wait_armed(writer.guest)
+    result = _wait_armed(writer.guest, any(capabilities.values()))
     time.sleep(WATCH_SECONDS)
     faults = _faults(writer.guest) - faults
     written, gap_ms = writer.end()
