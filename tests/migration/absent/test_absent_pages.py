@@ -50,17 +50,18 @@ class Parts:
     guest: Metal
     addrs: Dict[str, int] = field(default_factory=dict)
 
-    def _addr(self, part: str) -> int:
+    def addr(self, part: str) -> int:
+        """Where a part is."""
         return self.addrs.setdefault(part, UNTOUCHED + len(self.addrs) * MIB)
 
     def write(self, part: str) -> None:
         """Write a part that was never touched."""
-        self.guest.machine.stamp(self._addr(part), PART_PAGES, self._addr(part) // MIB)
+        self.guest.machine.stamp(self.addr(part), PART_PAGES, self.addr(part) // MIB)
 
     def read(self, part: str) -> None:
         """Read a part that was never touched."""
         for page in range(PART_PAGES):
-            assert self.guest.machine.read(self._addr(part) + page * PAGE, 2) == [0, 0]
+            assert self.guest.machine.read(self.addr(part) + page * PAGE, 2) == [0, 0]
 
     def wrong(self, *unwritten: str) -> List[str]:
         """The parts in which the guest does not find what it wrote."""
@@ -121,8 +122,9 @@ def test_whenever_it_is_populated(
         guest = parts.guest
         guest.machine.stamp(KEPT, KEPT_PAGES, 2)
         parts.read("read before the look")
-        # The premise: the page table has something there.
-        assert in_page_table(guest.source, parts.addrs["read before the look"])
+        # The premises: the page table has something here, and nothing there.
+        assert in_page_table(guest.source, parts.addr("read before the look"))
+        assert not in_page_table(guest.source, parts.addr("after the look"))
         destination = arrival(guest)
         spec = HINTS_TOO.with_parameters(max_bandwidth=HELD, downtime_limit=1)
         start(guest.source, destination, spec)
