@@ -372,7 +372,7 @@ def test_state_of_a_used_balloon_is_the_same(
     assert ours == stock
 
 
-@each_machine
+@pytest.mark.parametrize("machine", in_check(MACHINES, long=MACHINES[2:]))
 def test_machine_type_moves_both_ways(lab: Lab, measured: Dict[str, Any], machine: str) -> None:
     """A guest with our driver moves to stock QEMU with the same machine type, and back, with hints.
 

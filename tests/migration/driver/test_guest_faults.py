@@ -19,7 +19,7 @@ import pytest
 from livemig import paths, workload
 from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, ask, assert_goes_on
 from livemig.checks import assert_hints_used, assert_intact, assert_watched, assert_whole, begin
-from livemig.checks import fill_and_free, going_on, hints_of, keep_busy, rounds
+from livemig.checks import fill_and_free, going_on, hints_of, in_check, keep_busy, rounds
 from livemig.checks import start_churn, wait_answered, wait_for
 from livemig.errors import GuestError
 from livemig.faults import BUFFERS, FAULTS, TRACING, in_flight, load, read_number
@@ -134,7 +134,7 @@ def test_driver_comes_and_goes(lab: Lab, measured: Dict[str, Any], loop: str) ->
     assert_goes_on(move(lab, source))
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", in_check(LOOPS, long=["rebind"]))
 def test_driver_goes_in_flight(lab: Lab, loop: str) -> None:
     """A driver that goes with arrays in flight ends the report and gives its memory back."""
     source = boot(lab, SANITIZED)

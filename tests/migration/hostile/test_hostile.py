@@ -405,7 +405,7 @@ def test_flood_without_migration(lab: Lab, accel: str, measured: Dict[str, Any],
         assert_hints_work(guest)
 
 
-@each_accelerator
+@tcg_at_least
 @pytest.mark.parametrize("kind", in_check(FLOODS, "id-changes"))
 def test_flood_in_migration(lab: Lab, accel: str, measured: Dict[str, Any], kind: str) -> None:
     """A report without an end, as fast as the guest can and changing while it is read, is cut off.

@@ -20,7 +20,7 @@ ROUNDS = 5
 CASES = ("array", "block", "none", "init-on-free")
 
 
-@pytest.mark.parametrize("name", in_check(CASES, "array", "init-on-free"))
+@pytest.mark.parametrize("name", in_check(CASES, "array", "init-on-free", long=["block"]))
 def test_memory_survives_churn(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """Pages rewritten, freed and taken back during migrations there and back arrive as written."""
     mode = MODES[name if name in MODES else "array"]

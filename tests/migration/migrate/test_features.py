@@ -37,10 +37,11 @@ FEATURES: Dict[str, Tuple[Dict[str, bool], Dict[str, Any]]] = {
     "xbzrle": ({"xbzrle": True}, {"xbzrle-cache-size": 64 * MIB}),
 }
 # Control runs for the ways to send that differ.
+LONG = ("multifd-4-channels", "no-zero-pages-control", "xbzrle-control")
 CONTROLS = ("multifd-control", "no-zero-pages-control", "xbzrle-control")
 
 
-@pytest.mark.parametrize("case", in_check((*FEATURES, *CONTROLS), "multifd"))
+@pytest.mark.parametrize("case", in_check((*FEATURES, *CONTROLS), "multifd", long=LONG))
 def test_hints_with(lab: Lab, measured: Dict[str, Any], case: str) -> None:
     """Hints are used, several rounds are sent, and every page arrives that had to."""
     name, hints_on = case.removesuffix("-control"), case not in CONTROLS
@@ -60,9 +61,10 @@ def test_hints_with(lab: Lab, measured: Dict[str, Any], case: str) -> None:
     assert_arrived(oracle, measured)
 
 
-@pytest.mark.parametrize("hints_on", [True, False], ids=["hints", "control"])
-def test_auto_converge(lab: Lab, measured: Dict[str, Any], hints_on: bool) -> None:
+@pytest.mark.parametrize("way", in_check(("hints", "control"), long=["control"]))
+def test_auto_converge(lab: Lab, measured: Dict[str, Any], way: str) -> None:
     """Syncs from another thread, auto-converge's timer, lose no write either."""
+    hints_on = way == "hints"
     oracle, source, destination = busy(lab)
     spec = replace(migration(hints=hints_on), common={"auto-converge": True}).with_parameters(
         cpu_throttle_initial=50, throttle_trigger_threshold=1, downtime_limit=1

@@ -16,8 +16,8 @@ import pytest
 from livemig import workload
 from livemig.balloon import Balloon
 from livemig.checks import INIT_ON_FREE, MIB, SMALL, STAMP_MIB, WITH_HINTS, assert_goes_on
-from livemig.checks import assert_intact, finish_postcopy, hints_now, hints_of, rounds, start_churn
-from livemig.checks import wait_for, wait_hints_ended
+from livemig.checks import assert_intact, finish_postcopy, hints_now, hints_of, in_check, rounds
+from livemig.checks import start_churn, wait_for, wait_hints_ended
 from livemig.disk import disk_copy
 from livemig.estimate import estimate
 from livemig.guest import Guest
@@ -287,6 +287,9 @@ WORK = (
 )
 
 
+CMDLINES = {"plain": (), "init-on-free": INIT_ON_FREE}
+
+
 def wait_work(guest: Guest) -> None:
     """Wait until the work was done twice, without a mistake so far."""
     before = rounds(guest)
@@ -294,10 +297,10 @@ def wait_work(guest: Guest) -> None:
     assert not guest.agent.run("cat /tmp/wrong 2> /dev/null || true")
 
 
-@pytest.mark.parametrize("cmdline", [(), INIT_ON_FREE], ids=["plain", "init-on-free"])
-def test_at_work(lab: Lab, disk: Path, measured: Dict[str, Any], cmdline: Any) -> None:
+@pytest.mark.parametrize("name", in_check(CMDLINES, long=["init-on-free"]))
+def test_at_work(lab: Lab, disk: Path, measured: Dict[str, Any], name: str) -> None:
     """A guest that writes and reads files and takes memory back all the while loses nothing."""
-    oracle = boot_full(lab, disk, cmdline=cmdline)
+    oracle = boot_full(lab, disk, cmdline=CMDLINES[name])
     source = oracle.source
     start_churn(source)
     source.agent.run(WORK)
@@ -369,6 +372,7 @@ LIMITED = "cat /sys/fs/cgroup/limited/memory.events"
 OF_OTHERS = "sha256sum /tmp/limited /tmp/upper/new /over/new /huge/file"
 
 
+@pytest.mark.long
 def test_other_kinds(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
     """What a control group limits or protects, and files on tmpfs, overlays and huge pages."""
     oracle = boot(lab, disk, kernel="debug")
