@@ -16,7 +16,7 @@ import pytest
 from livemig import memory, paths, workload
 from livemig.checks import FREED_MIB, INIT_ON_FREE, NO_HINTS, SMALL, WITH_HINTS, assert_hints_if
 from livemig.checks import assert_intact, fill_and_free, huge_pages_set_aside, migration
-from livemig.checks import wait_hints_ended, wait_rounds
+from livemig.checks import wait_rounds
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -57,10 +57,8 @@ def guest_fixture(lab: Lab) -> Iterator[Metal]:
 
 def hint(guest: Metal) -> None:
     """Let the guest hint pages that hold data."""
-    cmd_id = guest.balloon.wait_asked()
-    guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
-    guest.balloon.send_end(cmd_id)
-    assert wait_hints_ended(guest.source).skipped_bytes == len(HINTED_PAGES) * PAGE
+    hints = guest.report(guest.balloon.wait_asked(), HINTED_PAGES)
+    assert hints.skipped_bytes == len(HINTED_PAGES) * PAGE
 
 
 def move(guest: Metal, destination: Guest, hints: bool = True, **common: bool) -> MigrationResult:
@@ -381,10 +379,8 @@ def test_persistent_memory_cannot_be_hinted(lab: Lab, tmp_path: Path) -> None:
         start(guest.source, destination, WITH_HINTS)
         (dimm,) = guest.source.qmp("query-memory-devices")
         first = dimm["data"]["addr"]
-        cmd_id = guest.balloon.wait_asked()
-        guest.balloon.send_array(cmd_id, PAGE, range(first, first + 2 * MIB, PAGE))
-        guest.balloon.send_end(cmd_id)
-        hints = wait_hints_ended(guest.source)
+        addrs = range(first, first + 2 * MIB, PAGE)
+        hints = guest.report(guest.balloon.wait_asked(), addrs)
         finish(guest.source, destination)
         assert there.read_bytes() == bytes(2 * MIB)
         assert (hints.skipped_bytes, hints.invalid_bytes) == (0, 2 * MIB)

@@ -190,9 +190,7 @@ def test_ended_while(lab: Lab, state: str, how: str) -> None:
         guest.balloon.send_array(old_id, PAGE, HINTED_PAGES)
         guest.balloon.queue.wait_returned()
         free = HINTED_PAGES[:16]
-        guest.balloon.send_array(cmd_id, PAGE, free)
-        guest.balloon.send_end(cmd_id)
-        wait_hints_ended(guest.source)
+        guest.report(cmd_id, free)
         hints = hints_of(let_go(guest.source, destination))
         assert (hints.complete, hints.reason) == (True, None)
         assert hints.skipped_bytes == len(free) * PAGE

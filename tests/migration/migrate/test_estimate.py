@@ -3,7 +3,6 @@
 
 import os
 import re
-from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
@@ -29,30 +28,22 @@ TIMES = int(os.environ.get("FPH_ESTIMATES", "50"))
 PERCENT = 3
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A bare-metal guest of which an estimate is wanted, and that has not answered yet."""
-
-    guest: Metal
-    source: Guest
-    balloon: Balloon
-    cmd_id: int
-
-    def answer(self) -> None:
-        """Let it answer that nothing is free."""
-        self.balloon.send_end(self.cmd_id)
-        assert ended(self.source)["complete"]
-
-
 @pytest.fixture(name="asked")
-def asked_guest(lab: Lab) -> Iterator[Asked]:
-    """See Asked."""
+def asked_guest(lab: Lab) -> Iterator[Metal]:
+    """A bare-metal guest of which an estimate is wanted, and that has not answered yet."""
     with metal(lab, trace="free_page_* virtio_balloon_hint_*", qemu="debug") as guest:
         assert guest.source.qmp("query-free-page-estimate") == {"status": "unstarted"}
         guest.write_all()
         set_up(guest.source)
         begin(guest.source)
-        yield Asked(guest, guest.source, guest.balloon, guest.balloon.wait_asked())
+        guest.balloon.wait_asked()
+        yield guest
+
+
+def answer(guest: Metal) -> None:
+    """Let a guest that is asked answer that nothing is free."""
+    guest.balloon.send_end(guest.balloon.wait_asked())
+    assert ended(guest.source)["complete"]
 
 
 CACHE = f"{ARRAYS},free-page-hint-cache=on"
@@ -154,18 +145,18 @@ def assert_refused(guest: Guest, why: str, **arguments: Any) -> None:
         guest.qmp("calc-free-page-estimate", **arguments)
 
 
-def test_refused(asked: Asked) -> None:
+def test_refused(asked: Metal) -> None:
     """There is one at a time, none with a bandwidth of 0, and none while a guest is moved."""
     assert_refused(asked.source, "an estimate is being made already")
-    asked.answer()
+    answer(asked)
     assert_refused(asked.source, "must not be 0", bandwidth=0)
-    destination = asked.guest.incoming()
+    destination = asked.incoming()
     start(asked.source, destination, held())
     for guest in asked.source, destination:
         assert_refused(guest, "during a migration")
 
 
-def test_stopped(asked: Asked) -> None:
+def test_stopped(asked: Metal) -> None:
     """A guest that is stopped while it is asked, or before, is not waited for."""
     asked.source.qmp("stop")
     assert ended(asked.source)["reason"] == "vm-stopped"
@@ -173,39 +164,39 @@ def test_stopped(asked: Asked) -> None:
     assert ended(asked.source)["reason"] == "vm-stopped"
     asked.source.qmp("cont")
     begin(asked.source)
-    asked.balloon.send_end(asked.balloon.wait_asked())
-    assert ended(asked.source)["complete"]
+    answer(asked)
 
 
-def test_reset(asked: Asked) -> None:
+def test_reset(asked: Metal) -> None:
     """A device that is reset while its guest is asked ends the estimate."""
     asked.balloon.reset()
-    answer = ended(asked.source)
-    assert (answer["reason"], answer["complete"]) == ("reset", False)
+    found = ended(asked.source)
+    assert (found["reason"], found["complete"]) == ("reset", False)
 
 
-def test_migration_begins_meanwhile(asked: Asked) -> None:
+def test_migration_begins_meanwhile(asked: Metal) -> None:
     """A migration ends the estimate, and an answer to that takes nothing out of the migration."""
-    destination = asked.guest.incoming()
+    estimate_id = asked.balloon.cmd_id()
+    destination = asked.incoming()
     start(asked.source, destination, held())
     assert ended(asked.source)["reason"] == "cancelled"
     cmd_id = asked.balloon.wait_asked()
-    assert asked.cmd_id >= FIRST_ID and cmd_id != asked.cmd_id
+    assert estimate_id >= FIRST_ID and cmd_id != estimate_id
     # What the estimate would have been told was written since.
-    asked.guest.write("in round 1")
-    asked.balloon.send_array(asked.cmd_id, PAGE, HINTED_PAGES)
+    asked.write("in round 1")
+    asked.balloon.send_array(estimate_id, PAGE, HINTED_PAGES)
     asked.balloon.queue.wait_returned()
-    asked.balloon.send_end(asked.cmd_id)
+    asked.balloon.send_end(estimate_id)
     asked.balloon.queue.wait_returned()
     assert hints_now(asked.source).state == "asked"
     asked.balloon.send_end(cmd_id)
     hints = hints_of(let_go(asked.source, destination))
     assert (hints.complete, hints.skipped_bytes) == (True, 0)
     assert hints.stale_bytes == len(HINTED_PAGES) * PAGE
-    assert not any(asked.guest.lost(part) for part in ("kept", "in round 1", "free"))
+    assert not any(asked.lost(part) for part in ("kept", "in round 1", "free"))
 
 
-def test_pause_in_between(asked: Asked) -> None:
+def test_pause_in_between(asked: Metal) -> None:
     """A guest that is asked again has a pause first; it is not asked if a migration begins then."""
 
     def pauses() -> List[int]:
@@ -213,30 +204,32 @@ def test_pause_in_between(asked: Asked) -> None:
         return [int(us) for us in re.findall(r"free_page_estimate_pause (\d+) us", text)]
 
     assert not pauses()
+    cmd_id = asked.balloon.cmd_id()
     # That takes longer than a hundredth of the longest pause, a second, in which the rest is done.
-    destination = asked.guest.incoming()
-    asked.answer()
+    destination = asked.incoming()
+    answer(asked)
     begin(asked.source)
     start(asked.source, destination, held())
     assert ended(asked.source)["reason"] == "cancelled"
     asks = re.findall(r"free_page_estimate_ask id (\w+)", asked.source.trace_log.read_text())
-    assert asks == [hex(asked.cmd_id), "0x0"]
+    assert asks == [hex(cmd_id), "0x0"]
     assert [us <= 1000000 for us in pauses()] == [True]
     asked.balloon.send_end(asked.balloon.wait_asked())
     assert hints_of(let_go(asked.source, destination)).complete
 
 
-def test_anything_is_counted_once(asked: Asked) -> None:
+def test_anything_is_counted_once(asked: Metal) -> None:
     """Memory that is hinted twice, that is not there, or in a huge block counts for what it is."""
+    cmd_id = asked.balloon.cmd_id()
     for size, addrs in (
         (PAGE, HINTED_PAGES),
         (PAGE, HINTED_PAGES),
         (1 << 30, [1 << 40]),
         (2 * MIB, [32 * MIB, 32 * MIB]),
     ):
-        asked.balloon.send_array(asked.cmd_id, size, addrs)
+        asked.balloon.send_array(cmd_id, size, addrs)
         asked.balloon.queue.wait_returned()
-    asked.balloon.send_end(asked.cmd_id)
+    asked.balloon.send_end(cmd_id)
     found = ended(asked.source)
     # Of the block of 2 MiB nothing was ever written.
     assert found["free-bytes"] + found["absent-bytes"] <= found["total-bytes"]
@@ -247,8 +240,7 @@ def test_anything_is_counted_once(asked: Asked) -> None:
 @pytest.fixture(name="with_cache")
 def guest_with_cache(lab: Lab) -> Iterator[Metal]:
     """A guest that can be asked for its page cache."""
-    features = Balloon.HINTS | Balloon.ARRAYS | Balloon.CACHE
-    with written_metal(lab, features, balloon=CACHE, qemu="debug") as guest:
+    with written_metal(lab, Balloon.OURS | Balloon.CACHE, balloon=CACHE, qemu="debug") as guest:
         yield guest
 
 
@@ -280,14 +272,13 @@ def test_more_cache_than_memory(with_cache: Metal) -> None:
     assert found["cache-bytes"] == found["remaining-bytes"] > 0
 
 
-def test_nobody_waits_for_ever(asked: Asked) -> None:
+def test_nobody_waits_for_ever(asked: Metal) -> None:
     """A guest that does not answer is given up at the deadline, and asked again the next time."""
-    asked.answer()
+    answer(asked)
     assert estimate(asked.source, wait_ms=300)["reason"] == "timeout"
     assert asked.balloon.cmd_id() == asked.balloon.DONE
     begin(asked.source)
-    asked.balloon.send_end(asked.balloon.wait_asked())
-    assert ended(asked.source)["complete"]
+    answer(asked)
 
 
 def test_human_monitor(lab: Lab) -> None:
@@ -310,8 +301,7 @@ def test_migrations_go_on_as_before(lab: Lab) -> None:
         set_up(guest.source)
         assert estimate(guest.source, wait_ms=200)["reason"] == "timeout"
         destination, cmd_id = guest.ask()
-        guest.balloon.send_array(cmd_id, PAGE, HINTED_PAGES)
-        guest.balloon.send_end(cmd_id)
+        guest.report(cmd_id, HINTED_PAGES)
         hints = hints_of(let_go(guest.source, destination))
         assert hints.complete and hints.skipped_bytes == len(HINTED_PAGES) * PAGE
         assert guest.lost("free") > 0 and not guest.lost("kept")

@@ -400,8 +400,7 @@ MOST = (1 << 64) - 1
 @pytest.mark.parametrize("words", [(0, 0), (1 << 63, 7), (MOST, MOST)], ids=["0", "large", "most"])
 def test_any_value_is_a_number(lab: Lab, words: Any) -> None:
     """What a guest says that it freed is in a statistic, whatever it is, and nowhere else."""
-    features = Balloon.HINTS | Balloon.ARRAYS | Balloon.CACHE
-    with written_metal(lab, features, balloon=BALLOON) as guest:
+    with written_metal(lab, Balloon.OURS | Balloon.CACHE, balloon=BALLOON) as guest:
         destination, cmd_id = guest.ask(free_page_hint_cache=100 * MIB)
         mib, budget_ms = guest.balloon.cache_budget()
         assert mib == 100 and 0 < budget_ms <= WAIT_MS // 2
@@ -420,7 +419,7 @@ def test_any_value_is_a_number(lab: Lab, words: Any) -> None:
 )
 def test_an_end_of_another_length_is_none(lab: Lab, features: int, words: Any) -> None:
     """A last message that says more, or less, than was agreed on ends nothing, and is counted."""
-    with metal(lab, Balloon.HINTS | Balloon.ARRAYS | features, balloon=BALLOON) as guest:
+    with metal(lab, Balloon.OURS | features, balloon=BALLOON) as guest:
         destination, cmd_id = guest.ask()
         assert guest.balloon.cache_budget()[0] == 0
         guest.balloon.send_array(cmd_id, 0, words)
