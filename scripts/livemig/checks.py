@@ -84,10 +84,16 @@ def keep_busy(guest: Guest) -> Guest:
     return guest
 
 
+def watched(lab: Lab, spec: GuestSpec = SMALL) -> Tuple[Oracle, Guest]:
+    """A guest that is watched, and has booted."""
+    oracle = Oracle(lab, spec)
+    return oracle, oracle.boot()
+
+
 def busy(lab: Lab, spec: GuestSpec = SMALL) -> Tuple[Oracle, Guest, Guest]:
     """A guest at work that is watched, and the QEMU that it goes to."""
-    oracle = Oracle(lab, spec)
-    return oracle, keep_busy(oracle.boot()), oracle.arrival()
+    oracle, guest = watched(lab, spec)
+    return oracle, keep_busy(guest), oracle.arrival()
 
 
 def dimm(mib: int) -> Tuple[str, ...]:
@@ -183,6 +189,27 @@ def assert_arrives(
     measured.update(skipped=hints.skipped_bytes)
     assert_arrived(oracle, measured)
     return hints
+
+
+def moved(lab: Lab, source: Guest, spec: MigrationSpec) -> MigrationResult:
+    """Let a guest free memory, and migrate it: it arrives whole. Nothing else is done with it."""
+    fill_and_free(source)
+    destination = lab.incoming(source.spec)
+    result = migrate(source, destination, spec)
+    assert_intact(destination)
+    source.close()
+    destination.close()
+    return result
+
+
+def migrate_watched(
+    oracle: Oracle, spec: MigrationSpec = WITH_HINTS, **changes: Any
+) -> MigrationResult:
+    """Migrate a guest that is watched to a QEMU that may differ: no write is lost."""
+    oracle.arrival(**changes)
+    result = migrate(oracle.source, oracle.destination, spec)
+    oracle.check()
+    return result
 
 
 def assert_not_asked(result: MigrationResult, reason: str) -> None:

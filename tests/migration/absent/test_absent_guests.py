@@ -13,7 +13,7 @@ import pytest
 from livemig import paths, workload
 from livemig.absence import ABSENT, ABSENT_AND_HINTS, assert_absent_used
 from livemig.checks import SMALL, STAMP_MIB, assert_intact, assert_whole, fill_and_free, hints_now
-from livemig.checks import hints_of, start_churn, wait_for
+from livemig.checks import hints_of, migrate_watched, start_churn, wait_for, watched
 from livemig.guest import Guest
 from livemig.host import process_mib
 from livemig.lab import Lab
@@ -37,12 +37,10 @@ def assert_moves(
     oracle: Oracle, measured: Dict[str, Any], spec: MigrationSpec = ABSENT_AND_HINTS
 ) -> MigrationResult:
     """Migrate: nearly all that the guest never populated is skipped, and no write is lost."""
-    oracle.arrival()
     never = never_populated(oracle.source)
-    result = migrate(oracle.source, oracle.destination, spec)
+    result = migrate_watched(oracle, spec)
     absent = assert_absent_used(result, int(NEARLY * never))
     measured.update(never=never, absent=absent.absent_bytes, us=absent.scan_time)
-    oracle.check()
     return result
 
 
@@ -59,8 +57,7 @@ def wait_screen(guest: Guest, pattern: str, seconds: float = 120) -> None:
 
 def test_no_balloon(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest without a balloon, that works all the time, migrates without its untouched memory."""
-    oracle = Oracle(lab, SMALL.but(kernel="stock", balloon=None, skip_absent=True))
-    source = oracle.boot()
+    oracle, source = watched(lab, SMALL.but(kernel="stock", balloon=None, skip_absent=True))
     workload.stamp(source, STAMP_MIB)
     start_churn(source)
     result = assert_moves(oracle, measured)
@@ -73,8 +70,7 @@ def test_no_balloon(lab: Lab, measured: Dict[str, Any]) -> None:
 def test_stock_reporting(lab: Lab, measured: Dict[str, Any]) -> None:
     """What a stock guest freed and reported, and the host took back, is not looked at."""
     guest = SMALL.but(kernel="stock", balloon="free-page-reporting=on", skip_absent=True)
-    oracle = Oracle(lab, guest)
-    source = oracle.boot()
+    oracle, source = watched(lab, guest)
     before = never_populated(source)
     workload.dirty_and_free(source, BURST_MIB)
     wait_for(
@@ -93,19 +89,16 @@ def test_stock_reporting(lab: Lab, measured: Dict[str, Any]) -> None:
 
 def test_stopped(lab: Lab) -> None:
     """A guest that is stopped cannot be asked, and its absent pages are skipped all the same."""
-    oracle = Oracle(lab, SMALL.but(skip_absent=True))
-    source = oracle.boot()
+    oracle, source = watched(lab, SMALL.but(skip_absent=True))
     fill_and_free(source)
     never = never_populated(source)
-    destination = oracle.arrival()
     source.qmp("stop")
-    result = migrate(source, destination, ABSENT_AND_HINTS)
+    result = migrate_watched(oracle, ABSENT_AND_HINTS)
     # Nobody runs: it is exact.
     assert_absent_used(result, never)
     assert hints_of(result).reason == "vm-stopped"
     assert hints_of(result).skipped_bytes == 0
-    oracle.check()
-    assert_intact(destination)
+    assert_intact(oracle.destination)
 
 
 def other_guest(program: str, *software: str, **changes: Any) -> GuestSpec:
@@ -180,8 +173,7 @@ def test_memory_tester(lab: Lab, measured: Dict[str, Any]) -> None:
 def test_debian_kernel(lab: Lab, measured: Dict[str, Any]) -> None:
     """Debian's kernel zeroes what its driver hints: it is not asked for long, and stays small."""
     spec = GuestSpec(mem_mib=2048, kernel="debian", balloon=BLOCKS, skip_absent=True)
-    oracle = Oracle(lab, spec)
-    source = oracle.boot()
+    oracle, source = watched(lab, spec)
     source.agent.run("sh /lib/modules/debian/load")
     # The premise
     assert "heap alloc:on" in source.agent.run("dmesg | grep auto-init")

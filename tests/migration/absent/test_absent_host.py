@@ -18,15 +18,14 @@ import pytest
 from livemig import memory, paths, workload
 from livemig.absence import ABSENT, ABSENT_AND_HINTS, absent_of, absent_pages, assert_absent_used
 from livemig.absence import assert_same, in_page_table, page_out, swap_space
-from livemig.checks import SMALL, STAMP_MIB, assert_intact, assert_whole, hints_of, start_churn
-from livemig.checks import wait_for, wait_hints_ended
+from livemig.checks import SMALL, STAMP_MIB, assert_intact, assert_whole, hints_of, migrate_watched
+from livemig.checks import start_churn, wait_for, wait_hints_ended, watched
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE, Machine, spec
 from livemig.memory import ram_bytes, usage
 from livemig.metal import DOWNTIME_MS, HELD, let_go
 from livemig.migration import ENDED, MigrationResult, finish, let_end, migrate, query, start
-from livemig.oracle import Oracle
 
 RAM_BYTES = 128 * MIB
 # Where tests write, apart from one another, and how much.
@@ -340,16 +339,13 @@ def test_reporting_at_the_same_time(lab: Lab, measured: Dict[str, Any]) -> None:
 @pytest.mark.long
 def test_there_and_back(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest at work goes to and fro twenty times, and finds all of its memory each time."""
-    oracle = Oracle(lab, SMALL.but(kernel="stock", balloon=None, skip_absent=True))
-    here = oracle.boot()
+    oracle, here = watched(lab, SMALL.but(kernel="stock", balloon=None, skip_absent=True))
     workload.stamp(here, STAMP_MIB)
     start_churn(here)
     measured.update(absent=[])
     for _ in range(20):
-        there = oracle.arrival()
-        result = migrate(here, there, ABSENT)
-        measured["absent"].append(assert_absent_used(result, 256 * MIB).absent_bytes)
-        oracle.check()
+        absent = assert_absent_used(migrate_watched(oracle, ABSENT), 256 * MIB)
+        measured["absent"].append(absent.absent_bytes)
         here = oracle.move_on()
         assert_whole(here)
 

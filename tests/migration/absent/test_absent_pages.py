@@ -15,7 +15,7 @@ import pytest
 
 from livemig.absence import ABSENT, absent_of, assert_absent_used, assert_same, in_page_table
 from livemig.checks import SMALL, assert_intact, fill_and_free, hints_now, hints_of
-from livemig.checks import huge_pages_set_aside, in_check, wait_hints_ended, wait_rounds
+from livemig.checks import huge_pages_set_aside, in_check, wait_hints_ended, wait_rounds, watched
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.leftovers import LEFTOVER, leave_data, leftovers
@@ -23,7 +23,6 @@ from livemig.machine import MIB, PAGE
 from livemig.metal import CHURN, CHURN_PAGES, HELD, Metal, accelerators, each_accelerator, let_go
 from livemig.metal import metal
 from livemig.migration import Absent, cancel, migrate, query, restore, save, start
-from livemig.oracle import Oracle
 from livemig.spec import MigrationSpec
 
 MEM_MIB = 128
@@ -364,8 +363,7 @@ def test_cancelled(lab: Lab, measured: Dict[str, Any], accel: str) -> None:
 @pytest.mark.parametrize("hints", [True, False], ids=["hints", "absent-only"])
 def test_linux_guest(lab: Lab, measured: Dict[str, Any], hints: bool) -> None:
     """A Linux guest arrives whole, with absent pages alone and together with hints."""
-    oracle = Oracle(lab, SMALL.but(skip_absent=True))
-    source = oracle.boot()
+    oracle, source = watched(lab, SMALL.but(skip_absent=True))
     fill_and_free(source)
     destination = oracle.arrival()
     result = migrate(source, destination, HINTS_TOO if hints else ABSENT)

@@ -11,11 +11,10 @@ import pytest
 
 from livemig import memory, paths
 from livemig.checks import FREED_PAGES, MIB, NO_HINTS, SMALL, WITH_HINTS, assert_hints_if
-from livemig.checks import assert_whole, keep_busy
+from livemig.checks import assert_whole, keep_busy, watched
 from livemig.errors import MissingArtifact
 from livemig.lab import Lab
 from livemig.migration import migrate
-from livemig.oracle import Oracle
 from livemig.spec import GuestSpec
 
 pytestmark = pytest.mark.long
@@ -57,8 +56,7 @@ def test_arm64_arrives_intact(
     It reports free memory in arrays, in blocks of 64 KiB and more, whatever the size of its pages.
     """
     size = spec.kernel.removeprefix("arm64-")
-    oracle = Oracle(lab, spec.but(trace=f"{memory.KEPT_EVENTS} virtio_balloon_hint_*"))
-    source = oracle.boot()
+    oracle, source = watched(lab, spec.but(trace=f"{memory.KEPT_EVENTS} virtio_balloon_hint_*"))
     seen = source.agent.run("grep -m 1 KernelPageSize /proc/self/smaps")
     assert int(seen.split()[1]) == PAGE_KIB[size]
     least_bytes = PAGE_KIB[size] * 1024 << int(source.agent.run(f"cat {HINT_ORDER}"))

@@ -25,7 +25,7 @@ from livemig import memory, paths, workload
 from livemig.balloon import Balloon
 from livemig.checks import FOR_STOCK, FREED_MIB, FREED_PAGES, SMALL, WITH_HINTS, assert_goes_on
 from livemig.checks import assert_hints_used, assert_intact, assert_whole, fill_and_free, in_check
-from livemig.checks import keep_busy, start_churn, wait_for
+from livemig.checks import keep_busy, migrate_watched, moved, start_churn, wait_for, watched
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -68,14 +68,7 @@ def held_by_balloon(guest: Guest, file: Path) -> memory.Masks:
 def stock_without_hints(module_lab: Lab) -> MigrationResult:
     """The control: a migration between stock QEMUs, with hints switched off."""
     spec = SMALL.but(qemu="stock", kernel="stock", balloon="free-page-hint=off")
-    source = module_lab.boot(spec)
-    fill_and_free(source)
-    destination = module_lab.incoming(spec)
-    result = migrate(source, destination, STOCK_SLOW)
-    assert_intact(destination)
-    source.close()
-    destination.close()
-    return result
+    return moved(module_lab, module_lab.boot(spec), STOCK_SLOW)
 
 
 # The balloons that an operator would give a source and a destination. A guest that came up in a
@@ -139,17 +132,14 @@ def test_on_from_stock(lab: Lab, measured: Dict[str, Any], kernel: str) -> None:
     """A guest that came from stock QEMU moves on from ours with hints, and back to stock."""
     oracle = Oracle(lab, SMALL.but(kernel=kernel))
     source = keep_busy(oracle.boot(qemu="stock", balloon=STOCK_BALLOON))
-    destination = oracle.arrival(running=True)
-    migrate(source, destination, FOR_STOCK)
+    migrate(source, oracle.arrival(running=True), FOR_STOCK)
     for build, balloon in (("ours", ARRAYS), ("stock", STOCK_BALLOON)):
         source = oracle.move_on()
         assert_whole(source)
         workload.dirty_and_free(source, FREED_MIB)
-        destination = oracle.arrival(qemu=build, balloon=balloon)
-        result = migrate(source, destination, WITH_HINTS)
+        result = migrate_watched(oracle, qemu=build, balloon=balloon)
         measured[build] = assert_hints_used(result, FREED_MIB * MIB).skipped_bytes
-        oracle.check()
-    assert_whole(destination)
+    assert_whole(oracle.destination)
 
 
 # Where the balloon's statistics are.
@@ -195,8 +185,8 @@ def test_stock_destination_refuses_arrays(lab: Lab, return_path: bool) -> None:
     With the return path, which libvirt uses, the source learns of it and goes on by itself;
     without, it may take the migration for complete and has to be told to go on then.
     """
-    oracle = Oracle(lab, SMALL)
-    source = keep_busy(oracle.boot())
+    oracle, source = watched(lab)
+    keep_busy(source)
     refuses = oracle.arrival(qemu="stock", balloon=STOCK_BALLOON)
     with pytest.raises(MigrationError, match="(?s)[Ff]eatures 0x.* unsupported"):
         migrate(source, refuses, replace(WITH_HINTS, common={"return-path": return_path}))
@@ -208,10 +198,8 @@ def test_stock_destination_refuses_arrays(lab: Lab, return_path: bool) -> None:
         source.qmp("cont")
     assert_whole(source)
     # And can move to where it can go.
-    destination = oracle.arrival()
-    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)
-    oracle.check()
-    assert_whole(destination)
+    assert_hints_used(migrate_watched(oracle), FREED_MIB * MIB)
+    assert_whole(oracle.destination)
 
 
 # The device, as a guest and as a destination see it. A machine type is the promise of one.

@@ -19,8 +19,8 @@ import pytest
 from livemig import paths, workload
 from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, ask, assert_goes_on
 from livemig.checks import assert_hints_used, assert_intact, assert_watched, assert_whole, begin
-from livemig.checks import fill_and_free, going_on, hints_of, in_check, keep_busy, rounds
-from livemig.checks import start_churn, wait_answered, wait_for
+from livemig.checks import fill_and_free, going_on, hints_of, in_check, keep_busy, migrate_watched
+from livemig.checks import rounds, start_churn, wait_answered, wait_for, watched
 from livemig.errors import GuestError
 from livemig.faults import BUFFERS, FAULTS, TRACING, in_flight, load, read_number
 from livemig.faults import tell_all_orders, trace_on, write
@@ -89,25 +89,22 @@ def move(lab: Lab, source: Guest) -> Guest:
     return destination
 
 
-def assert_arrives(oracle: Oracle, source: Guest) -> None:
+def assert_arrives(oracle: Oracle) -> None:
     """Migrate with hints: nothing is lost, and the destination's kernel has no complaint."""
-    destination = oracle.arrival()
     # Churn takes free memory back while it is hinted.
-    assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB // 2 * MIB)
-    oracle.check()
-    assert_whole(destination)
-    assert_watched(destination)
+    assert_hints_used(migrate_watched(oracle), FREED_MIB // 2 * MIB)
+    assert_whole(oracle.destination)
+    assert_watched(oracle.destination)
 
 
 def test_debug_kernel(lab: Lab) -> None:
     """A guest kernel that watches itself finds nothing wrong with reports and what is around."""
-    oracle = Oracle(lab, DEBUG)
-    source = oracle.boot()
+    oracle, source = watched(lab, DEBUG)
     assert "KernelAddressSanitizer initialized" in source.console.text()
     keep_busy(source)
     for _ in range(2 * REPEAT):
         assert ask(source).reason is None
-    assert_arrives(oracle, source)
+    assert_arrives(oracle)
 
 
 # What goes on in the guest while it is asked.
@@ -195,8 +192,7 @@ def test_kexec(lab: Lab) -> None:
     """A kernel that is started by kexec with arrays of the old one in flight gets its own hints."""
     drive = f"file={paths.kernel_image('debug')},format=raw,if=none,id=kernel,readonly=on"
     disk = ("-drive", drive, "-device", "virtio-blk-pci,drive=kernel")
-    oracle = Oracle(lab, DEBUG.but(args=disk))
-    source = oracle.boot()
+    oracle, source = watched(lab, DEBUG.but(args=disk))
     prepare(source)
     source.agent.run("cat /dev/vda > /tmp/kernel")
     source.agent.run("cd /; find init bin lib | cpio -o -H newc > /tmp/initrd")
@@ -210,7 +206,7 @@ def test_kexec(lab: Lab) -> None:
     prepare(source)
     start_churn(source)
     assert_works(source)
-    assert_arrives(oracle, source)
+    assert_arrives(oracle)
 
 
 # The console stays awake: what it says last tells where a guest is stuck.

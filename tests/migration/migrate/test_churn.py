@@ -7,11 +7,10 @@ import pytest
 
 from livemig import workload
 from livemig.checks import INIT_ON_FREE, MIB, SMALL, assert_goes_on, assert_intact, hints_of
-from livemig.checks import in_check, migration, patient, start_churn, wait_rounds
+from livemig.checks import in_check, migration, patient, start_churn, wait_rounds, watched
 from livemig.lab import Lab
 from livemig.migration import let_end, start
 from livemig.modes import MODES
-from livemig.oracle import Oracle
 
 pytestmark = pytest.mark.integrity
 
@@ -26,8 +25,7 @@ def test_memory_survives_churn(lab: Lab, measured: Dict[str, Any], name: str) ->
     mode = MODES[name if name in MODES else "array"]
     # What was not sent must read as zero, or such a guest hands out memory that is not clear.
     cmdline = INIT_ON_FREE if name == "init-on-free" else ()
-    oracle = Oracle(lab, mode.spec(SMALL).but(cmdline=cmdline))
-    here = oracle.boot()
+    oracle, here = watched(lab, mode.spec(SMALL).but(cmdline=cmdline))
     workload.dirty_and_free(here, 256)
     workload.stamp(here, 32)
     start_churn(here)

@@ -4,11 +4,10 @@
 from typing import Any, Dict
 
 from livemig import workload
-from livemig.checks import SMALL, WITH_HINTS, assert_hints_used, assert_intact
+from livemig.checks import SMALL, WITH_HINTS, assert_hints_used, assert_intact, watched
 from livemig.disk import debian_disk
 from livemig.lab import Lab
 from livemig.migration import migrate
-from livemig.oracle import Oracle
 
 # Compiles the same file over and over, and notes what comes out.
 SOURCE = (
@@ -25,8 +24,7 @@ BUILT = "$(wc -l < /root/build.log)"
 def test_compiler_runs_on(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest that compiles all the time migrates twice; every object file is the same."""
     with debian_disk() as disk:
-        oracle = Oracle(lab, SMALL.but(mem_mib=2048, disk=disk))
-        here = oracle.boot()
+        oracle, here = watched(lab, SMALL.but(mem_mib=2048, disk=disk))
         here.agent.run(SOURCE)
         workload.dirty_and_free(here, 1024)
         workload.stamp(here, 32)

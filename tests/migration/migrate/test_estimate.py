@@ -11,6 +11,7 @@ from livemig import workload
 from livemig.balloon import Balloon
 from livemig.checks import FREED_MIB, MIB, PATIENT_MS, SMALL, WITH_HINTS, assert_hints_used
 from livemig.checks import assert_intact, fill_and_free, hints_now, hints_of, in_check, keep_busy
+from livemig.checks import migrate_watched, watched
 from livemig.errors import GuestError
 from livemig.estimate import begin, ended, estimate
 from livemig.guest import Guest
@@ -19,7 +20,6 @@ from livemig.lab import Lab
 from livemig.machine import PAGE
 from livemig.metal import FIRST_ID, HINTED_PAGES, Metal, held, let_go, metal, set_up, written_metal
 from livemig.migration import migrate, start
-from livemig.oracle import Oracle
 from livemig.spec import ARRAYS, BLOCKS
 
 # How often a guest that works is asked, one time after the other.
@@ -53,16 +53,13 @@ CACHE = f"{ARRAYS},free-page-hint-cache=on"
 def test_agrees_with_the_migration(lab: Lab, measured: Dict[str, Any], kind: str) -> None:
     """A migration skips what was estimated, to a few percent: absent pages, and free ones."""
     backend = "memory-backend-memfd,share=on" if kind == "memfd" else "memory-backend-ram"
-    oracle = Oracle(lab, SMALL.but(skip_absent=True, mem_backend=backend))
-    source = oracle.boot()
+    oracle, source = watched(lab, SMALL.but(skip_absent=True, mem_backend=backend))
     if kind != "fresh":
         fill_and_free(source)
     # The first time, the guest's code is translated.
     measured.update(first_us=estimate(source)["ask-to-end"])
     before = estimate(source, bandwidth=125000000)
-    destination = oracle.arrival()
-    result = migrate(source, destination, WITH_HINTS)
-    oracle.check()
+    result = migrate_watched(oracle)
     hints = hints_of(result)
     assert result.absent and before["complete"] and "reason" not in before
     skipped = result.absent.absent_bytes + hints.skipped_bytes

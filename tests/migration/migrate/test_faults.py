@@ -11,14 +11,13 @@ from typing import Any, Dict
 import pytest
 
 from livemig import workload
-from livemig.checks import SMALL, WITH_HINTS, assert_intact, assert_whole, hints_of, in_check
-from livemig.checks import keep_busy, migration, wait_hints_ended
+from livemig.checks import SMALL, assert_intact, assert_whole, hints_of, in_check, keep_busy
+from livemig.checks import migrate_watched, migration, wait_hints_ended, watched
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB, PAGE
 from livemig.metal import HINTED_PAGES, WAIT_MS, wait_hinted, written_metal
-from livemig.migration import migrate, query, set_capabilities, start, status_is
-from livemig.oracle import Oracle
+from livemig.migration import query, set_capabilities, start, status_is
 from livemig.workload import meminfo
 
 pytestmark = pytest.mark.integrity
@@ -108,14 +107,10 @@ def test_stalled_link_while_reporting(
 @pytest.mark.check
 def test_no_memory_left(lab: Lab, measured: Dict[str, Any]) -> None:
     """A guest whose memory is nearly all in use answers, if only that nothing is free."""
-    oracle = Oracle(lab, SMALL)
-    source = oracle.boot()
+    oracle, source = watched(lab)
     workload.stamp(source, meminfo(source)["MemAvailable"] - 64)
-    destination = oracle.arrival()
-    result = migrate(source, destination, WITH_HINTS)
-    hints = hints_of(result)
+    hints = hints_of(migrate_watched(oracle))
     assert (hints.state, hints.complete, hints.reason) == ("ended", True, None)
     measured.update(hinted=hints.hinted_bytes)
     assert hints.hinted_bytes < 128 * MIB
-    oracle.check()
-    assert_intact(destination)
+    assert_intact(oracle.destination)

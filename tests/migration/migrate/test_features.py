@@ -16,10 +16,10 @@ from livemig.checks import assert_hints_if, assert_hints_used, assert_intact, as
 from livemig.checks import assert_whole, busy, dimm, fill_and_free, hints_now, hints_of
 from livemig.checks import huge_pages_set_aside, in_check, keep_busy, migration, plug_dimm
 from livemig.checks import start_churn, wait_dirty_rate, wait_for, wait_hints_ended, wait_rounds
+from livemig.checks import watched
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import let_end, migrate, query, restore, save, start, status_is
-from livemig.oracle import Oracle
 from livemig.workload import meminfo
 
 pytestmark = pytest.mark.integrity
@@ -137,8 +137,7 @@ def test_memory_of_kind(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     That which is private is in transparent huge pages, and a memfd is not.
     """
     spec, total_mib = MEMORIES[name]
-    oracle = Oracle(lab, spec.but(trace="free_page_hint_*"))
-    source = oracle.boot()
+    oracle, source = watched(lab, spec.but(trace="free_page_hint_*"))
     # KASAN has an eighth of it for itself.
     assert meminfo(source)["MemTotal"] > 0.75 * total_mib
     workload.dirty_and_free(source, total_mib // 2)
@@ -159,8 +158,7 @@ def test_memory_of_kind(lab: Lab, measured: Dict[str, Any], name: str) -> None:
 
 def test_hot_plugged_memory(lab: Lab, measured: Dict[str, Any]) -> None:
     """Memory that came while the guest ran is hinted like the rest."""
-    oracle = Oracle(lab, SMALL.but(args=ROOM, cmdline=ONLINE, trace="free_page_hint_*"))
-    source = oracle.boot()
+    oracle, source = watched(lab, SMALL.but(args=ROOM, cmdline=ONLINE, trace="free_page_hint_*"))
     before = meminfo(source)["MemTotal"]
     plug_dimm(source, 1024)
     wait_for(lambda: meminfo(source)["MemTotal"] >= before + 768, "the memory does not come")
@@ -191,8 +189,8 @@ def test_huge_pages(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     kib, postcopy_ram = HUGE_PAGES[name]
     with huge_pages_set_aside(kib, 2 * SMALL.mem_mib * 1024 // kib):
         backend = f"memory-backend-memfd,hugetlb=on,hugetlbsize={kib}K,share=on"
-        oracle = Oracle(lab, SMALL.but(mem_backend=backend))
-        source = keep_busy(oracle.boot())
+        oracle, source = watched(lab, SMALL.but(mem_backend=backend))
+        keep_busy(source)
         free = workload.free_reported_bytes(source)
         destination = oracle.arrival()
         spec = replace(WITH_HINTS, common={"postcopy-ram": postcopy_ram})

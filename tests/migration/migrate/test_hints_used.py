@@ -8,12 +8,11 @@ import pytest
 from livemig import workload
 from livemig.checks import FREED_MIB, FREED_PAGES, MIB, NO_HINTS, SMALL, WITH_HINTS, assert_arrives
 from livemig.checks import assert_hints_used, assert_intact, busy, fill_and_free, hints_of, in_check
-from livemig.checks import patient
+from livemig.checks import migrate_watched, moved, patient, watched
 from livemig.lab import Lab
 from livemig.metal import assert_counters_match
 from livemig.migration import MigrationResult, migrate
 from livemig.modes import MODES
-from livemig.oracle import Oracle
 
 pytestmark = pytest.mark.integrity
 
@@ -23,14 +22,7 @@ HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
 @pytest.fixture(scope="module")
 def without_hints(module_lab: Lab) -> MigrationResult:
     """The control: the same guest, migrated with hints switched off."""
-    source = module_lab.boot(MODES["none"].spec(SMALL))
-    fill_and_free(source)
-    destination = module_lab.incoming(source.spec)
-    result = migrate(source, destination, NO_HINTS)
-    assert_intact(destination)
-    for guest in (source, destination):
-        guest.close()
-    return result
+    return moved(module_lab, module_lab.boot(MODES["none"].spec(SMALL)), NO_HINTS)
 
 
 @pytest.mark.parametrize("mode_name", in_check(["array", "block"], "block"))
@@ -42,14 +34,11 @@ def test_freed_memory_is_not_sent(
     assert without_hints.normal_pages > 0.95 * FREED_PAGES, "nothing to save in the control run"
 
     mode = MODES[mode_name]
-    oracle = Oracle(lab, mode.spec(SMALL))
-    source = oracle.boot()
+    oracle, source = watched(lab, mode.spec(SMALL))
     fill_and_free(source)
     free_bytes = workload.free_reported_bytes(source)
-    destination = oracle.arrival()
-    result = migrate(source, destination, patient(mode))
-    oracle.check()
-    assert_intact(destination)
+    result = migrate_watched(oracle, patient(mode))
+    assert_intact(oracle.destination)
 
     hints = assert_hints_used(result, FREED_MIB * MIB)
     measured.update(

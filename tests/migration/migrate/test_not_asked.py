@@ -7,21 +7,12 @@ import pytest
 
 from livemig.checks import FREED_PAGES, OUT_OF_THE_BOX, SMALL, WITH_HINTS, assert_hints_used
 from livemig.checks import assert_intact, assert_not_asked, fill_and_free, in_check, migration
+from livemig.checks import moved
 from livemig.lab import Lab
-from livemig.migration import MigrationResult, migrate
+from livemig.migration import migrate
 from livemig.spec import ARRAYS, GuestSpec, MigrationSpec
 
 pytestmark = pytest.mark.integrity
-
-
-def moved(lab: Lab, guest: GuestSpec, spec: MigrationSpec) -> MigrationResult:
-    """Migrate a guest that has freed memory: it arrives whole."""
-    source = lab.boot(guest)
-    fill_and_free(source)
-    destination = lab.incoming(source.spec)
-    result = migrate(source, destination, spec)
-    assert_intact(destination)
-    return result
 
 
 SOON = migration(free_page_hint_wait=500)
@@ -41,7 +32,7 @@ CASES: Dict[str, Tuple[str, GuestSpec, MigrationSpec]] = {
 def test_no_hints(lab: Lab, name: str) -> None:
     """The migration says why there are no hints, asks nothing, sends everything, loses nothing."""
     reason, guest, spec = CASES[name]
-    result = moved(lab, guest, spec)
+    result = moved(lab, lab.boot(guest), spec)
     assert_not_asked(result, reason)
     assert result.normal_pages > 0.95 * FREED_PAGES
 
@@ -51,21 +42,18 @@ def test_iommu_platform(lab: Lab, kernel: str) -> None:
     """Behind an IOMMU there are no hints: Linux does not take such a balloon, and QEMU says why."""
     balloon = f"{ARRAYS},iommu_platform=on,disable-legacy=on"
     source = lab.boot(SMALL.but(kernel=kernel, balloon=balloon))
-    fill_and_free(source)
     # The premise: it is there, and has no driver.
     assert "0x0005" in source.agent.run("cat /sys/bus/virtio/devices/*/device")
     assert not source.agent.run("ls /sys/bus/virtio/drivers/virtio_balloon/ | grep ^virtio || true")
-    destination = lab.incoming(source.spec)
-    result = migrate(source, destination, WITH_HINTS)
-    assert_intact(destination)
-    assert_not_asked(result, "unsupported")
+    assert_not_asked(moved(lab, source, WITH_HINTS), "unsupported")
 
 
 def test_old_preempt(lab: Lab) -> None:
     """With a machine type that stops answering postcopy's requests early, all pages are sent."""
     guest = SMALL.but(args=("-global", "migration.x-preempt-pre-7-2=on"))
     spec = WITH_HINTS.with_capabilities(free_page_hint=True, skip_absent_pages=True)
-    result = moved(lab, guest, spec.with_common(postcopy_ram=True, postcopy_preempt=True))
+    spec = spec.with_common(postcopy_ram=True, postcopy_preempt=True)
+    result = moved(lab, lab.boot(guest), spec)
     assert_not_asked(result, "unsupported")
     assert result.raw["absent-pages"]["reason"] == "unsupported"
     assert result.normal_pages > 0.95 * FREED_PAGES
@@ -75,13 +63,13 @@ def test_off_for_good(lab: Lab) -> None:
     """-global migration.free-page-hint=off switches hints off for every migration."""
     guest = SMALL.but(args=("-global", "migration.free-page-hint=off"))
     # No capability is set, as libvirt does.
-    assert_not_asked(moved(lab, guest, WITH_HINTS.with_capabilities()), "disabled")
+    assert_not_asked(moved(lab, lab.boot(guest), WITH_HINTS.with_capabilities()), "disabled")
 
 
 @pytest.mark.check
 def test_on_by_default(lab: Lab, measured: Dict[str, Any]) -> None:
     """A balloon with free-page-hint=on is all that hints need; the default deadline is enough."""
-    result = moved(lab, SMALL, OUT_OF_THE_BOX.with_capabilities())
+    result = moved(lab, lab.boot(SMALL), OUT_OF_THE_BOX.with_capabilities())
     assert result.hints and result.hints.reason is None
     measured["skipped_bytes"] = result.hints.skipped_bytes
     assert result.normal_pages < 0.5 * FREED_PAGES

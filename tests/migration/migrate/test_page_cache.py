@@ -16,14 +16,14 @@ import pytest
 from livemig import workload
 from livemig.balloon import Balloon
 from livemig.checks import INIT_ON_FREE, MIB, SMALL, STAMP_MIB, WITH_HINTS, assert_goes_on
-from livemig.checks import assert_intact, finish_postcopy, hints_now, hints_of, in_check, rounds
-from livemig.checks import start_churn, wait_for, wait_hints_ended
+from livemig.checks import assert_intact, finish_postcopy, hints_now, hints_of, in_check
+from livemig.checks import migrate_watched, rounds, start_churn, wait_for, wait_hints_ended, watched
 from livemig.disk import disk_copy
 from livemig.estimate import estimate
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.metal import WAIT_MS, let_go, lost_strips, metal, written_metal
-from livemig.migration import Hints, MigrationResult, cancel, migrate, start
+from livemig.migration import Hints, MigrationResult, cancel, start
 from livemig.oracle import Oracle
 from livemig.spec import ARRAYS, MigrationSpec
 from livemig.workload import refaults, vmstat
@@ -92,8 +92,7 @@ def with_cache(budget: int, **parameters: Any) -> MigrationSpec:
 def boot(lab: Lab, disk: Path, before: str = "true", **changes: Any) -> Oracle:
     """A guest that has the files mounted, after a command."""
     args = ("-drive", f"file={disk},format=raw,if=virtio")
-    oracle = Oracle(lab, SMALL.but(**{"balloon": BALLOON, "args": args, **changes}))
-    guest = oracle.boot()
+    oracle, guest = watched(lab, SMALL.but(**{"balloon": BALLOON, "args": args, **changes}))
     workload.stamp(guest, STAMP_MIB)
     guest.agent.run(before)
     guest.agent.run("mkdir -p /mnt && mount -t ext4 /dev/vda /mnt")
@@ -122,10 +121,8 @@ def read_cold(guest: Guest) -> None:
 
 def move(oracle: Oracle, spec: MigrationSpec) -> MigrationResult:
     """Migrate it; its memory is compared, and found intact by itself."""
-    destination = oracle.arrival()
-    result = migrate(oracle.source, destination, spec)
-    oracle.check()
-    assert_intact(destination)
+    result = migrate_watched(oracle, spec)
+    assert_intact(oracle.destination)
     return result
 
 

@@ -8,11 +8,10 @@ import pytest
 from livemig import workload
 from livemig.checks import FREED_MIB, MIB, SMALL, assert_hints_if, assert_hints_used, assert_intact
 from livemig.checks import assert_whole, finish_postcopy, huge_pages_set_aside, in_check, keep_busy
-from livemig.checks import switch_early, wait_requested
+from livemig.checks import switch_early, wait_requested, watched
 from livemig.host import process_mib
 from livemig.lab import Lab
 from livemig.migration import Hints, status_is
-from livemig.oracle import Oracle
 
 pytestmark = pytest.mark.integrity
 
@@ -36,8 +35,8 @@ def test_switch_right_after_the_hints(lab: Lab, measured: Dict[str, Any], name: 
     hints_on = name != "control"
     # While its memory comes. If not, memory can be compared.
     runs_there = name != "compared"
-    oracle = Oracle(lab, SMALL.but(trace="free_page_hint_*"))
-    source = keep_busy(oracle.boot())
+    oracle, source = watched(lab, SMALL.but(trace="free_page_hint_*"))
+    keep_busy(source)
     destination = oracle.arrival(running=runs_there)
     switch_early(source, destination, PREEMPT if name == "preempt" else {}, hints_on)
     result = finish_postcopy(source, destination)

@@ -14,7 +14,7 @@ from livemig import workload
 from livemig.checks import INIT_ON_FREE, ROOM, SMALL, WITH_HINTS, ask, assert_arrived
 from livemig.checks import assert_arrives, assert_hints_used, assert_whole, dimm, going_on
 from livemig.checks import hints_now, hints_of, in_check, migration, plug_dimm, rounds, wait_for
-from livemig.checks import wait_hints_ended
+from livemig.checks import wait_hints_ended, watched
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.host import process_mib
@@ -143,8 +143,7 @@ def test_with_reporting(lab: Lab, measured: Dict[str, Any], machine: str, kernel
     """A guest that reports its free pages to the host, all the time, has hints as well."""
     balloon = f"{ARRAYS},free-page-reporting=on"
     spec = GUEST.but(kernel=kernel, balloon=balloon, args=("-machine", machine))
-    oracle = Oracle(lab, spec)
-    source = oracle.boot()
+    oracle, source = watched(lab, spec)
     before = process_mib(source.pid)
     workload.dirty_and_free(source, FREED_MIB)
     # The premise: what was written has been taken back by the host.
@@ -180,8 +179,7 @@ LAYOUTS = {
 def test_memory_of_layout(lab: Lab, measured: Dict[str, Any], name: str) -> None:
     """Free memory is hinted wherever it is, and however little there is."""
     spec, premise, freed_mib, skipped_mib = LAYOUTS[name]
-    oracle = Oracle(lab, spec)
-    source = oracle.boot()
+    oracle, source = watched(lab, spec)
     measured["premise"] = int(source.agent.run(premise))
     assert measured["premise"] > 0
     workload.dirty_and_free(source, freed_mib)
@@ -293,8 +291,7 @@ RESETS: Dict[str, Callable[[Guest], object]] = {
 @pytest.mark.parametrize("how", in_check(RESETS, "reset", long=("reboot",)))
 def test_boots_again_while_ram_is_sent(lab: Lab, measured: Dict[str, Any], how: str) -> None:
     """A guest that boots again in memory that it had hinted arrives whole."""
-    oracle = Oracle(lab, GUEST)
-    source = oracle.boot()
+    oracle, source = watched(lab, GUEST)
     workload.dirty_and_free(source, FREED_MIB)
     destination = oracle.arrival()
     for guest in (source, destination):
@@ -403,8 +400,7 @@ def test_zero_copy_multifd(lab: Lab, measured: Dict[str, Any]) -> None:
 @pytest.mark.long
 def test_ten_moves_with_little_memory(lab: Lab, measured: Dict[str, Any]) -> None:
     """A stock guest with little free memory, all of which its driver takes, survives ten moves."""
-    oracle = Oracle(lab, GUEST.but(mem_mib=384, kernel="stock", balloon=BLOCKS))
-    source = oracle.boot()
+    oracle, source = watched(lab, GUEST.but(mem_mib=384, kernel="stock", balloon=BLOCKS))
     workload.stamp(source, 24, churn=True, realloc_mib=4, name="churn")
     workload.stamp(source, meminfo(source)["MemAvailable"] - 48)
     measured["skipped_mib"] = []
