@@ -8,7 +8,7 @@ import subprocess
 import time
 from dataclasses import replace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
-from typing import Tuple
+from typing import Set, Tuple
 
 import pytest
 
@@ -147,6 +147,12 @@ def hints_now(source: Guest) -> Hints:
     return hints_of(query(source))
 
 
+def hinted_blocks(source: Guest) -> Set[str]:
+    """The blocks of RAM that something was hinted in, of a traced guest."""
+    text = source.trace_log.read_text()
+    return set(re.findall(rf"^{memory.HINT_EVENT} block '([^']*)'", text, re.MULTILINE))
+
+
 def assert_hints_used(result: MigrationResult, least_bytes: int, too_small: bool = False) -> Hints:
     """A complete report took at least so many bytes out of the migration.
 
@@ -192,7 +198,7 @@ def assert_arrives(
 
 
 def moved(lab: Lab, source: Guest, spec: MigrationSpec) -> MigrationResult:
-    """Let a guest free memory, and migrate it: it arrives whole. Nothing else is done with it."""
+    """Let a guest free memory, and migrate it: it arrives whole. Both QEMUs have ended then."""
     fill_and_free(source)
     destination = lab.incoming(source.spec)
     result = migrate(source, destination, spec)

@@ -13,6 +13,7 @@ from livemig import memory, paths
 from livemig.checks import FREED_PAGES, MIB, NO_HINTS, SMALL, WITH_HINTS, assert_hints_if
 from livemig.checks import assert_whole, keep_busy, watched
 from livemig.errors import MissingArtifact
+from livemig.faults import HINT_ORDER, read_number
 from livemig.lab import Lab
 from livemig.migration import migrate
 from livemig.spec import GuestSpec
@@ -24,7 +25,6 @@ PAGE_KIB = {"4k": 4, "64k": 64}
 # lie somewhere in its 2 GiB.
 LARGEST_MIB = {"4k": 4, "64k": 512}
 FREE_MIB = {"4k": 4, "64k": 128}
-HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
 ARRAY_LINE = re.compile(r"^virtio_balloon_hint_array id \S+ block (\d+) addresses (\d+)$", re.M)
 
 
@@ -59,7 +59,7 @@ def test_arm64_arrives_intact(
     oracle, source = watched(lab, spec.but(trace=f"{memory.KEPT_EVENTS} virtio_balloon_hint_*"))
     seen = source.agent.run("grep -m 1 KernelPageSize /proc/self/smaps")
     assert int(seen.split()[1]) == PAGE_KIB[size]
-    least_bytes = PAGE_KIB[size] * 1024 << int(source.agent.run(f"cat {HINT_ORDER}"))
+    least_bytes = PAGE_KIB[size] * 1024 << read_number(source, HINT_ORDER)
     assert least_bytes == MIB // 16
     keep_busy(source)
     destination = oracle.arrival()

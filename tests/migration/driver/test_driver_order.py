@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Tuple
 
 from livemig import workload
 from livemig.checks import FREED_MIB, MIB, SMALL, WITH_HINTS, assert_hints_used, assert_watched
-from livemig.faults import BUFFERS, HINT_ORDER, TRACING, in_flight, load, tell_all_orders
-from livemig.faults import trace_on, write
+from livemig.faults import BUFFERS, HINT_ORDER, TRACING, in_flight, load, read_number
+from livemig.faults import tell_all_orders, trace_on, write
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import migrate
@@ -71,11 +71,9 @@ def test_the_smallest_block_is_64_kib(lab: Lab) -> None:
     """Unless told otherwise, the driver reports blocks of 64 KiB and more."""
     source = lab.boot(SMALL)
     workload.dirty_and_free(source, FREED_MIB)
-    order = int(source.agent.run(f"cat {HINT_ORDER}"))
-    assert workload.PAGE_BYTES << order == SMALLEST
+    assert workload.PAGE_BYTES << read_number(source, HINT_ORDER) == SMALLEST
     # The premise: there are smaller ones, of any order.
-    smaller = "awk '{for (i = 5; i <= 8; i++) sum += $i} END {print sum}' /proc/buddyinfo"
-    assert int(source.agent.run(smaller)) > 0
+    assert sum(workload.buddyinfo(source)[:4]) > 0
     trace_on(source, *EVENTS)
     destination = lab.incoming(SMALL)
     assert_hints_used(migrate(source, destination, WITH_HINTS), FREED_MIB * MIB)

@@ -25,7 +25,7 @@ from livemig.errors import GuestError
 from livemig.faults import BUFFERS, FAULTS, TRACING, in_flight, load, read_number
 from livemig.faults import tell_all_orders, trace_on, write
 from livemig.guest import Guest
-from livemig.lab import Lab
+from livemig.lab import DRIVER, Lab
 from livemig.migration import cancel, migrate
 from livemig.oracle import Oracle
 from livemig.spec import ARRAYS, GuestSpec
@@ -35,7 +35,6 @@ DEBUG = SMALL.but(kernel="debug")
 # Where QEMU has to clean up too. (The oracle does so in any case.)
 SANITIZED = DEBUG.but(qemu="debug")
 
-DRIVER = "/sys/bus/virtio/drivers/virtio_balloon"
 STATS = "/sys/kernel/debug/virtio_balloon_hint/*"
 DEBUGFS = "/sys/kernel/debug"
 # What each of the driver's buffers takes.

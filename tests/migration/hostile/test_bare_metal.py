@@ -73,10 +73,9 @@ def spec_changes(case: Case) -> Dict[str, Any]:
     return {"accel": case.accel, "args": args, "preload": preload}
 
 
-def round_0(guest: Metal, case: Case) -> int:
+def round_0(guest: Metal, case: Case, cmd_id: int) -> int:
     """Answer the request, with writes between all steps; returns how often arming cleared a log."""
     balloon = guest.balloon
-    cmd_id = balloon.wait_asked()
     clears = guest.source.trace_log.read_text().count("kvm_clear_dirty_log")
     guest.write("after the ask")
     balloon.begin(cmd_id)
@@ -132,9 +131,8 @@ def test_writes_survive_whenever_they_come(lab: Lab, measured: Dict[str, Any], c
             measure_dirty_rate(guest.source)
         guest.write_all()
         guest.write("after the ask")
-        destination = guest.incoming()
-        start(guest.source, destination, held())
-        clears = round_0(guest, case)
+        destination, cmd_id = guest.ask()
+        clears = round_0(guest, case, cmd_id)
         later_rounds(guest)
         result = let_go(guest.source, destination)
 

@@ -46,48 +46,46 @@ EVENTS = "free_page_hint_ask free_page_hint_end virtio_balloon_hint_turn free_pa
 ASK, END, TURN, HOLD = EVENTS.split()
 
 
-def repeat(balloon: Balloon, cmd_id: int, size: int, count: int) -> None:
+def repeat(balloon: Balloon, size: int, count: int) -> None:
     """Describe an array in slot 0 whose addresses are these of the pattern, over and over."""
     header, pattern = (balloon.message_addr(i) for i in range(2))
-    balloon.machine.write(header, [cmd_id, size])
+    balloon.machine.write(header, [FIRST_ID, size])
     times = MAX_ADDRS // count
     balloon.machine.command("chain", balloon.queue.descriptors, 1 + times, pattern, 8 * count, 0)
     balloon.queue.describe([Descriptor(header, 8, NEXT, 1)])
 
 
-def consecutive(balloon: Balloon, cmd_id: int) -> int:
+def consecutive(balloon: Balloon) -> None:
     """Blocks of 2 GiB, one after another: all memory above 4 GiB, 128 times in each array."""
     # The first is the PCI hole: what the guest's program is given has 32 bits.
     count = 1 + HIGH_BYTES // (2 * GIB)
     balloon.machine.command("series", balloon.message_addr(1), count, 2 * GIB, 2 * GIB)
-    repeat(balloon, cmd_id, 2 * GIB, count)
-    return 0
+    repeat(balloon, 2 * GIB, count)
 
 
-def scattered(balloon: Balloon, cmd_id: int) -> int:
+def scattered(balloon: Balloon) -> None:
     """Pages of memory, ROM, devices and nothing, in turn: none is where the one before it was."""
     places = [KEPT - PAGE, FIRMWARE, 3 * GIB, LOCAL_APIC, LOW_GIB * GIB - PAGE]
     data = struct.pack(f"<{len(places)}Q", *places) * 20
     balloon.machine.write_bytes(balloon.message_addr(1), data)
-    repeat(balloon, cmd_id, PAGE, len(data) // 8)
-    return 0
+    repeat(balloon, PAGE, len(data) // 8)
 
 
-def descriptors(balloon: Balloon, cmd_id: int) -> int:
+def descriptors(balloon: Balloon) -> None:
     """Blocks of almost 4 GiB, as large as a descriptor can be: as many as there are descriptors."""
-    balloon.machine.write(balloon.message_addr(0), [cmd_id])
+    balloon.machine.write(balloon.message_addr(0), [FIRST_ID])
     length = 4 * GIB - PAGE
     places = HIGH_BYTES // length
     blocks = [(ABOVE + i % places * length, length, True) for i in range(balloon.queue.size - 1)]
     balloon.queue.describe(chain([(balloon.message_addr(0), 4, False)]))
     balloon.queue.describe(chain(blocks, 1), 1)
-    return 1
 
 
-PROTOCOLS: Dict[str, Tuple[int, Callable[[Balloon, int], int]]] = {
-    "arrays": (Balloon.OURS, consecutive),
-    "arrays-scattered": (Balloon.OURS, scattered),
-    "blocks": (Balloon.HINTS, descriptors),
+# Features, what describes the message, and the slot that it begins in.
+PROTOCOLS: Dict[str, Tuple[int, Callable[[Balloon], None], int]] = {
+    "arrays": (Balloon.OURS, consecutive, 0),
+    "arrays-scattered": (Balloon.OURS, scattered, 0),
+    "blocks": (Balloon.HINTS, descriptors, 1),
 }
 each_protocol = pytest.mark.parametrize("protocol", PROTOCOLS)
 
@@ -100,21 +98,23 @@ class Liar:
         self.machine = Machine(source)
         self.machine.wait_ready()
         self.machine.stamp(KEPT, KEPT_PAGES, 1)
-        features, prepare = PROTOCOLS[protocol]
+        features, prepare, self.head = PROTOCOLS[protocol]
         self.balloon = Balloon(self.machine)
         self.balloon.start(features)
         # All of it is there before the deadline begins.
-        self.head = prepare(self.balloon, FIRST_ID)
+        prepare(self.balloon)
 
-    def wait_asked(self) -> None:
-        """Wait to be asked, and begin the report."""
+    def begin(self, **parameters: Any) -> None:
+        """Migrate to nowhere, wait to be asked, and begin the report."""
+        set_up(self.source, **parameters)
+        self.source.qmp("migrate", uri=TO_NOWHERE)
         assert self.balloon.wait_asked() == FIRST_ID
         if not self.balloon.arrays:
             self.balloon.queue.offer(0)
 
-    def lie(self) -> int:
-        """Wait to be asked, and begin to lie; returns what is to be stopped."""
-        self.wait_asked()
+    def lie(self, **parameters: Any) -> int:
+        """The same, and begin to lie; returns what is to be stopped."""
+        self.begin(**parameters)
         return self.balloon.queue.flood(self.head)
 
     def stop(self, flood: int) -> None:
@@ -151,9 +151,7 @@ def test_the_deadline_holds(liar: Liar, measured: Dict[str, Any], protocol: str)
 
     The lock of the dirty bitmaps is held for a bounded number of pages at a time.
     """
-    set_up(liar.source, free_page_hint_wait=WAIT_MS)
-    liar.source.qmp("migrate", uri=TO_NOWHERE)
-    flood = liar.lie()
+    flood = liar.lie(free_page_hint_wait=WAIT_MS)
     longest = 0.0
     while hints_now(liar.source).state != "ended":
         longest = max(longest, ask_meanwhile(liar.source, 0.05))
@@ -181,8 +179,6 @@ def test_the_deadline_holds(liar: Liar, measured: Dict[str, Any], protocol: str)
 @each_protocol
 def test_cancel_is_not_kept_waiting(liar: Liar, measured: Dict[str, Any], protocol: str) -> None:
     """A migration can be cancelled in the middle of such a report, and the guest lives on."""
-    set_up(liar.source)
-    liar.source.qmp("migrate", uri=TO_NOWHERE)
     flood = liar.lie()
     # The premise: in the middle of it.
     while hints_now(liar.source).hinted_bytes == 0:
@@ -234,9 +230,7 @@ def test_turns_are_bounded(liar: Liar, measured: Dict[str, Any]) -> None:
 
     In between, QEMU's main loop has the chance to do something else.
     """
-    set_up(liar.source)
-    liar.source.qmp("migrate", uri=TO_NOWHERE)
-    liar.wait_asked()
+    liar.begin()
     # Asked and unasked, many at a time.
     liar.balloon.queue.pile(liar.head, 40)
     liar.balloon.queue.wait_returned()

@@ -7,7 +7,6 @@ how often, from the seed FPH_SEED on, and FPH_SECONDS how long a flood lasts.
 
 import os
 import random
-import re
 import struct
 from dataclasses import replace
 from typing import Any, Callable, Counter, Dict, Iterator, List, Sequence, Set, Tuple
@@ -16,8 +15,8 @@ import pytest
 
 from livemig import memory
 from livemig.balloon import INDIRECT, MAX_ADDRS, NEXT, WRITE, Balloon, Descriptor, chain
-from livemig.checks import assert_not_asked, hints_now, hints_of, in_check, wait_answered
-from livemig.checks import wait_hints_ended
+from livemig.checks import assert_not_asked, hinted_blocks, hints_now, hints_of, in_check
+from livemig.checks import wait_answered, wait_hints_ended
 from livemig.guest import Guest
 from livemig.host import process_mib
 from livemig.lab import Lab
@@ -118,9 +117,7 @@ def assert_rest_arrives(guest: Metal, destination: Guest, cmd_id: int) -> Hints:
     guest.balloon.send_end(cmd_id)
     assert wait_hints_ended(guest.source).reason is None
     hints = hints_of(let_go(guest.source, destination))
-    text = guest.source.trace_log.read_text()
-    blocks = set(re.findall(rf"^{memory.HINT_EVENT} block '([^']*)'", text, re.MULTILINE))
-    assert blocks == {"pc.ram"}
+    assert hinted_blocks(guest.source) == {"pc.ram"}
     result = memory.compare(guest.source, destination)
     assert not result.lost
     assert result.different > 0

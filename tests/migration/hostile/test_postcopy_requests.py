@@ -270,9 +270,7 @@ class SlowWayBack:
         self.open = threading.Event()
         self.open.set()
         self._there = there
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(here))
-        self._listener.listen(1)
+        self._listener = socket.create_server(str(here), family=socket.AF_UNIX)
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:

@@ -21,6 +21,7 @@ from livemig.checks import SMALL, assert_goes_on, assert_hints_used, assert_inta
 from livemig.checks import wait_hints_ended, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
+from livemig.machine import MIB
 from livemig.migration import MigrationResult, finish, let_end, start
 from livemig.modes import MODES
 from livemig.oracle import Oracle
@@ -31,7 +32,6 @@ TRIPS = int(os.environ.get("FPH_TRIPS", "15"))
 # After so many migrations another guest is booted.
 PER_GUEST = 20
 
-MIB = 1 << 20
 GUEST = SMALL.but(mem_mib=256)
 # Written and freed before each migration, so that there is something for hints to take out.
 FREED_MIB = 64

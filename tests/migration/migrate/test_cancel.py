@@ -139,10 +139,9 @@ def test_ended_in_setup(lab: Lab, measured: Dict[str, Any], tmp_path: Path, how:
     """A migration that ends before it is connected asks for nothing, and the next one does."""
     oracle = Oracle(lab, SMALL)
     peer = str(tmp_path / "busy")
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
-        # It takes no connection, and one may wait for that: who connects next has to wait.
-        listener.bind(peer)
-        listener.listen(0)
+    # It takes no connection, and one may wait for that: who connects next has to wait.
+    listener = socket.create_server(peer, family=socket.AF_UNIX, backlog=0)
+    with listener, socket.socket(socket.AF_UNIX) as first:
         first.connect(peer)
         source = keep_busy(oracle.boot())
         set_capabilities(source, {"events": True, "free-page-hint": True})

@@ -86,12 +86,11 @@ def test_stalled_link_while_reporting(
     lab: Lab, measured: Dict[str, Any], tmp_path: Path, command: str
 ) -> None:
     """With a link that stalls from the start and a report half done, the monitor answers."""
-    with written_metal(lab, qemu="debug") as guest, socket.socket(socket.AF_UNIX) as deaf:
+    # Whoever connects is never read from.
+    deaf = socket.create_server(str(tmp_path / "deaf"), family=socket.AF_UNIX)
+    with deaf, written_metal(lab, qemu="debug") as guest:
         source = guest.source
         source.qmp("set-action", reboot="reset")
-        # Whoever connects is never read from.
-        deaf.bind(str(tmp_path / "deaf"))
-        deaf.listen(1)
         set_capabilities(source, {"events": True})
         source.qmp("migrate-set-parameters", free_page_hint_wait=WAIT_MS)
         source.qmp("migrate", uri=f"unix:{tmp_path}/deaf")

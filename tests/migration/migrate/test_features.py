@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Hints work together with the other features of migration, and no write is lost."""
 
-import re
 import secrets
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Set, Tuple
+from typing import Any, Dict, Tuple
 
 import pytest
 
 from livemig import memory, workload
 from livemig.checks import FREED_MIB, MIB, ROOM, SMALL, WITH_HINTS, assert_arrived, assert_arrives
 from livemig.checks import assert_hints_if, assert_hints_used, assert_intact, assert_not_asked
-from livemig.checks import assert_whole, busy, dimm, fill_and_free, hints_now, hints_of
-from livemig.checks import huge_pages_set_aside, in_check, keep_busy, migration, plug_dimm
+from livemig.checks import assert_whole, busy, dimm, fill_and_free, hinted_blocks, hints_now
+from livemig.checks import hints_of, huge_pages_set_aside, in_check, keep_busy, migration, plug_dimm
 from livemig.checks import start_churn, wait_dirty_rate, wait_for, wait_hints_ended, wait_rounds
 from livemig.checks import watched
-from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.migration import let_end, migrate, query, restore, save, start, status_is
 from livemig.workload import meminfo
@@ -122,12 +120,6 @@ MEMORIES = {
     "dimm": (SMALL.but(args=(*ROOM, *DIMM), cmdline=ONLINE), 2048),
     "virtio-mem": (SMALL.but(args=(*ROOM, *VIRTIO_MEM), cmdline=ONLINE), 2048),
 }
-
-
-def hinted_blocks(source: Guest) -> Set[str]:
-    """The blocks of RAM that something was hinted in."""
-    found = re.findall(rf"^{memory.HINT_EVENT} block '(.*?)'", source.trace_log.read_text(), re.M)
-    return set(found)
 
 
 @pytest.mark.parametrize("name", in_check(MEMORIES, "numa"))

@@ -9,14 +9,13 @@ from livemig import workload
 from livemig.checks import FREED_MIB, FREED_PAGES, MIB, NO_HINTS, SMALL, WITH_HINTS, assert_arrives
 from livemig.checks import assert_hints_used, assert_intact, busy, fill_and_free, hints_of, in_check
 from livemig.checks import migrate_watched, moved, patient, watched
+from livemig.faults import HINT_ORDER, read_number
 from livemig.lab import Lab
 from livemig.metal import assert_counters_match
 from livemig.migration import MigrationResult, migrate
 from livemig.modes import MODES
 
 pytestmark = pytest.mark.integrity
-
-HINT_ORDER = "/sys/module/virtio_balloon_hint/parameters/hint_order"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def test_freed_memory_is_not_sent(
 def test_many_blocks_share_a_message(lab: Lab, measured: Dict[str, Any]) -> None:
     """A report takes one queue element per 8192 blocks, and one more per reported order at most."""
     source = lab.boot(SMALL.but(mem_mib=4096))
-    order = int(source.agent.run(f"cat {HINT_ORDER}"))
+    order = read_number(source, HINT_ORDER)
     assert workload.MAX_ORDER_PAGES >> order == 1 << workload.TOLD_ORDERS - 1
     result = migrate(source, lab.incoming(source.spec), WITH_HINTS)
     hints = assert_hints_used(result, 3 << 30)

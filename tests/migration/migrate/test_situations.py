@@ -18,7 +18,7 @@ from livemig.checks import wait_hints_ended, watched
 from livemig.errors import MigrationError
 from livemig.guest import Guest
 from livemig.host import process_mib
-from livemig.lab import Lab
+from livemig.lab import DRIVER, Lab
 from livemig.machine import MIB, PAGE
 from livemig.metal import HINTED_PAGES, let_go, written_metal
 from livemig.migration import Hints, cancel, finish, let_end, migrate, query, set_capabilities
@@ -77,7 +77,7 @@ def release(source: Guest, destination: Guest) -> Hints:
 
 # The balloon in other shapes
 
-BALLOON = "/sys/bus/virtio/drivers/virtio_balloon/virtio*"
+BALLOON = f"{DRIVER}/virtio*"
 # Feature bits
 PAGE_POISON = 4
 EVENT_IDX = 29
@@ -238,10 +238,9 @@ def test_driver_comes_and_goes(lab: Lab, measured: Dict[str, Any]) -> None:
     The same with arrays in flight and with a kernel that checks itself is in test_guest_faults.
     """
     oracle, source = prepared(lab)
-    driver = "/sys/bus/virtio/drivers/virtio_balloon"
     dev = source.agent.run(f"basename {BALLOON}").strip()
     reasons = set()
-    with going_on(source, f"echo {dev} > {driver}/unbind; echo {dev} > {driver}/bind"):
+    with going_on(source, f"echo {dev} > {DRIVER}/unbind; echo {dev} > {DRIVER}/bind"):
         while not {"no-driver", "reset"} & reasons:
             reasons.add(ask(source, wait_ms=2000).reason)
     measured["reasons"] = sorted(map(str, reasons))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The C unit tests of QEMU's side: parsing, clearing, what is absent."""
 
-import subprocess
 from typing import Any, Dict
 
 import pytest
 
 from livemig import paths
+from livemig.checks import run_script
 
 
 @pytest.mark.check
@@ -14,9 +14,7 @@ from livemig import paths
 def test_c_unit_tests_pass(measured: Dict[str, Any], name: str) -> None:
     """Every case of QEMU's unit tests of the pure parts passes."""
     binary = paths.qemu_file("ours", "build", "tests", "unit", name)
-    done = subprocess.run(
-        [binary, "--tap"], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_script(binary, "--tap")
     lines = done.stdout.splitlines()
     measured["passed"] = sum(line.startswith("ok ") for line in lines)
     assert measured["passed"] > 0
