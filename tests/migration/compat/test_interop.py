@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
@@ -189,7 +188,7 @@ def test_stock_destination_refuses_arrays(lab: Lab, return_path: bool) -> None:
     keep_busy(source)
     refuses = oracle.arrival(qemu="stock", balloon=STOCK_BALLOON)
     with pytest.raises(MigrationError, match="(?s)[Ff]eatures 0x.* unsupported"):
-        migrate(source, refuses, replace(WITH_HINTS, common={"return-path": return_path}))
+        migrate(source, refuses, WITH_HINTS.with_common(return_path=return_path))
     # "Completed" is reported a moment before the state of the guest changes.
     while (status := source.qmp("query-status")["status"]) == "finish-migrate":
         time.sleep(0.01)

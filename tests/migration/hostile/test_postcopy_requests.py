@@ -8,9 +8,9 @@ import contextlib
 import socket
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import pytest
 
@@ -83,8 +83,8 @@ class Switched:
 
 def _spec(way: str, absent: bool = False) -> MigrationSpec:
     spec = held(free_page_hint=not absent, skip_absent_pages=absent)
-    common = {"postcopy-ram": True, **WAYS[way]}
-    return replace(spec, common=common).with_parameters(max_postcopy_bandwidth=HELD)
+    spec = spec.with_common(postcopy_ram=True, **WAYS[way])
+    return spec.with_parameters(max_postcopy_bandwidth=HELD)
 
 
 def _hint(guest: Metal) -> None:
@@ -263,31 +263,25 @@ def test_stock_destination(lab: Lab, measured: Dict[str, Any], accel: str, way: 
         there.assert_whole(USED)
 
 
-class SlowWayBack:
-    """Passes a migration on, and what the destination answers only while it is let through."""
+def pass_on(one: socket.socket, other: socket.socket, gate: threading.Event) -> None:
+    """Pass on what comes from one end to the other one, while the gate is open."""
+    with contextlib.suppress(OSError):
+        while data := one.recv(1 << 16):
+            gate.wait()
+            other.sendall(data)
+        other.shutdown(socket.SHUT_WR)
 
-    def __init__(self, here: Path, there: Path):
-        self.open = threading.Event()
-        self.open.set()
-        self._there = there
-        self._listener = socket.create_server(str(here), family=socket.AF_UNIX)
-        threading.Thread(target=self._serve, daemon=True).start()
 
-    def _serve(self) -> None:
-        source, _ = self._listener.accept()
-        destination = socket.socket(socket.AF_UNIX)
-        destination.connect(str(self._there))
-        threading.Thread(target=self._pass, args=(source, destination), daemon=True).start()
-        self._pass(destination, source, self.open)
-
-    @staticmethod
-    def _pass(one: socket.socket, other: socket.socket, gate: Optional[Any] = None) -> None:
-        with contextlib.suppress(OSError):
-            while data := one.recv(1 << 16):
-                if gate:
-                    gate.wait()
-                other.sendall(data)
-            other.shutdown(socket.SHUT_WR)
+def relay(listener: socket.socket, there: Path) -> threading.Event:
+    """Pass a migration on; returns the gate that the destination's answers go through."""
+    source, _ = listener.accept()
+    destination = socket.socket(socket.AF_UNIX)
+    destination.connect(str(there))
+    way_there, way_back = threading.Event(), threading.Event()
+    for one, other, gate in (source, destination, way_there), (destination, source, way_back):
+        gate.set()
+        threading.Thread(target=pass_on, args=(one, other, gate), daemon=True).start()
+    return way_back
 
 
 @tcg_at_least
@@ -303,15 +297,18 @@ def test_asked_for_by_a_device(lab: Lab, measured: Dict[str, Any], accel: str) -
         guest.balloon.set(Balloon.QUEUE_SELECT, 0, 16)
         guest.balloon.set(Balloon.QUEUE_PAGE, FREE // PAGE)
         destination = guest.incoming(running=True)
-        relay = SlowWayBack(lab.logs / "relay", lab.logs / "there")
+        here, there = (lab.logs / name for name in ("relay", "there"))
+        listener = socket.create_server(str(here), family=socket.AF_UNIX)
+        listener.settimeout(60)
         spec = _spec("plain")
         for side in (source, destination):
             set_capabilities(side, {"events": True, **spec.common})
-        destination.qmp("migrate-incoming", uri=f"unix:{lab.logs}/there")
+        destination.qmp("migrate-incoming", uri=f"unix:{there}")
         source.qmp_dict("migrate-set-parameters", dict(spec.parameters))
-        source.qmp("migrate", uri=f"unix:{lab.logs}/relay")
+        source.qmp("migrate", uri=f"unix:{here}")
+        way_back = relay(listener, there)
         _hint(guest)
-        relay.open.clear()
+        way_back.clear()
         source.qmp("migrate-start-postcopy")
         source.wait_event(status_is(*POSTCOPY), "postcopy", 60)
         source.qmp("migrate-set-parameters", max_bandwidth=0, max_postcopy_bandwidth=0)
@@ -321,7 +318,7 @@ def test_asked_for_by_a_device(lab: Lab, measured: Dict[str, Any], accel: str) -
         time.sleep(0.5)
         assert query(source).status in POSTCOPY
         assert hints_now(source).requested_bytes == 0
-        relay.open.set()
+        way_back.set()
         finish(source, destination, timeout=30)
         measured["requested"] = hints_now(source).requested_bytes // PAGE
         # The premise: the device did look.

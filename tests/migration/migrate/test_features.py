@@ -3,7 +3,6 @@
 
 import secrets
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
@@ -46,10 +45,8 @@ def test_hints_with(lab: Lab, measured: Dict[str, Any], case: str) -> None:
     common, parameters = FEATURES[name]
     oracle, source, destination = busy(lab)
     destination.qmp_dict("migrate-set-parameters", parameters)
-    spec = replace(migration(hints=hints_on), common=common).with_parameters(
-        **parameters, downtime_limit=1, max_bandwidth=400 * MIB
-    )
-    start(source, destination, spec)
+    spec = migration(hints=hints_on, downtime_limit=1, max_bandwidth=400 * MIB, **parameters)
+    start(source, destination, spec.with_common(**common))
     wait_rounds(source, 3)
     result = let_end(source, destination)
     hints = assert_hints_if(hints_on, result, FREED_MIB * MIB)
@@ -64,12 +61,11 @@ def test_auto_converge(lab: Lab, measured: Dict[str, Any], way: str) -> None:
     """Syncs from another thread, auto-converge's timer, lose no write either."""
     hints_on = way == "hints"
     oracle, source, destination = busy(lab)
-    spec = replace(migration(hints=hints_on), common={"auto-converge": True}).with_parameters(
-        cpu_throttle_initial=50, throttle_trigger_threshold=1, downtime_limit=1
-    )
+    throttle = {"cpu_throttle_initial": 50, "throttle_trigger_threshold": 1}
     # Slower than the guest writes, as much as there is to be sent.
     bandwidth = (30 if hints_on else 100) * MIB
-    start(source, destination, spec.with_parameters(max_bandwidth=bandwidth))
+    spec = migration(hints=hints_on, downtime_limit=1, max_bandwidth=bandwidth, **throttle)
+    start(source, destination, spec.with_common(auto_converge=True))
     if hints_on:
         wait_hints_ended(source)
     throttled = 0
@@ -95,7 +91,7 @@ INTO_A_FILE: Dict[str, Dict[str, bool]] = {
 def test_through_a_file(lab: Lab, measured: Dict[str, Any], tmp_path: Path, way: str) -> None:
     """A guest saved to a file while it ran, with hints, is whole when it is restored."""
     hints_on = way != "mapped-ram-control"
-    spec = replace(migration(hints=hints_on), common=INTO_A_FILE[way])
+    spec = migration(hints=hints_on).with_common(**INTO_A_FILE[way])
     oracle, source, destination = busy(lab)
     result = save(source, tmp_path / "guest", spec)
     assert_hints_if(hints_on, result, FREED_MIB * MIB)
@@ -185,7 +181,7 @@ def test_huge_pages(lab: Lab, measured: Dict[str, Any], name: str) -> None:
         keep_busy(source)
         free = workload.free_reported_bytes(source)
         destination = oracle.arrival()
-        spec = replace(WITH_HINTS, common={"postcopy-ram": postcopy_ram})
+        spec = WITH_HINTS.with_common(postcopy_ram=postcopy_ram)
         hints = hints_of(migrate(source, destination, spec))
         measured.update(free=free, skipped=hints.skipped_bytes, too_small=hints.too_small_bytes)
         assert (hints.reason, hints.complete, hints.invalid_bytes) == (None, True, 0)
@@ -207,7 +203,7 @@ def test_shared_memory_that_stays(lab: Lab) -> None:
         spec = SMALL.but(qemu="checked", mem_file=file)
         source = keep_busy(lab.boot(spec))
         destination = lab.incoming(spec)
-        result = migrate(source, destination, replace(WITH_HINTS, common={"x-ignore-shared": True}))
+        result = migrate(source, destination, WITH_HINTS.with_common(x_ignore_shared=True))
         hints = hints_of(result)
         assert hints.complete
         # The premise: the memory itself was not sent.

@@ -7,7 +7,6 @@ The guest's files are on a disk that both QEMUs open; what became of their pages
 import hashlib
 import re
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator
 
@@ -336,7 +335,7 @@ def test_postcopy(lab: Lab, disk: Path, measured: Dict[str, Any]) -> None:
     source = oracle.source
     destination = oracle.arrival(running=True)
     spec = with_cache(EVERYTHING, max_bandwidth=MIB, max_postcopy_bandwidth=0)
-    start(source, destination, replace(spec, common={"postcopy-ram": True}))
+    start(source, destination, spec.with_common(postcopy_ram=True))
     hints = wait_hints_ended(source)
     source.qmp("migrate-start-postcopy")
     finish_postcopy(source, destination)
