@@ -197,9 +197,8 @@ def test_memory_of_another_process(lab: Lab, measured: Dict[str, Any]) -> None:
         source, machine = bare(lab, mem_file=file)
         machine.stamp(HERE, 64, 1)
         data = os.urandom(PART)
-        with open(file, "r+b", buffering=0) as other:
-            other.seek(THERE)
-            other.write(data)
+        with open(file, "r+b") as other:
+            os.pwrite(other.fileno(), data, THERE)
         # The premise: it is known only to the file.
         assert not in_page_table(source, THERE)
         destination = arrival(lab, source, mem_file=None)
@@ -207,11 +206,10 @@ def test_memory_of_another_process(lab: Lab, measured: Dict[str, Any]) -> None:
 
         def populate() -> None:
             """Populate memory all the while, without a change: that is not logged."""
-            with open(file, "r+b", buffering=0) as other:
+            with open(file, "r+b") as other:
                 while not enough.is_set():
                     for addr in range(THERE + PART, RAM_BYTES, 64 * PAGE):
-                        other.seek(addr)
-                        other.write(bytes(PAGE))
+                        os.pwrite(other.fileno(), bytes(PAGE), addr)
 
         thread = threading.Thread(target=populate)
         thread.start()

@@ -496,8 +496,7 @@ def test_a_stopped_guest_is_left_alone(guest: Metal, measured: Dict[str, Any]) -
 def returned_says_memory(guest: Metal) -> int:
     """How many chains the device has returned, modulo 2^16, without asking the guest."""
     with open(guest.files[0], "rb") as file:
-        file.seek(guest.balloon.queue.used + 2)
-        return int.from_bytes(file.read(2), "little")
+        return int.from_bytes(os.pread(file.fileno(), 2, guest.balloon.queue.used + 2), "little")
 
 
 # All of it, at random

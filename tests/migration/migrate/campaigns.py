@@ -9,16 +9,14 @@ import collections
 import itertools
 import math
 import os
-import sys
 import time
-from dataclasses import replace
 from typing import Any, Counter, Dict, Iterator, Mapping, Tuple
 
 import pytest
 
 from livemig import resident, workload
 from livemig.checks import SMALL, assert_goes_on, assert_hints_used, assert_intact, migration
-from livemig.checks import wait_hints_ended, wait_rounds
+from livemig.checks import wait_hints_ended, wait_rounds, watched
 from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import MIB
@@ -66,7 +64,7 @@ def migrate_in(way: str, source: Guest, destination: Guest) -> MigrationResult:
     """Migrate a busy guest in a given way."""
     # So slow that the guest is still there for what it is told below.
     spec = migration(max_bandwidth=HELD_BACK, downtime_limit=1, max_postcopy_bandwidth=0)
-    start(source, destination, replace(spec, common={**PLAIN, **WAYS[way]}))
+    start(source, destination, spec.with_common(**(PLAIN | WAYS[way])))
     wait_hints_ended(source)
     # Takes memory back that was hinted a moment ago.
     source.agent.run(f"dirtyfree {TAKEN_BACK_MIB} 2 > /dev/null 2>&1 &")
@@ -85,47 +83,44 @@ def add(totals: Counter[str], about: str, counts: Mapping[str, int], began: floa
     totals.update(counts)
     text = ", ".join(f"{name} {n}" for name, n in counts.items())
     seconds = time.monotonic() - began
-    sys.stdout.write(f"{totals['migrations']:4} {about}: {text}, {seconds:.1f} s\n")
-    sys.stdout.flush()
+    print(f"{totals['migrations']:4} {about}: {text}, {seconds:.1f} s", flush=True)
 
 
-class Journey:
-    """A busy guest that is migrated from one QEMU to the next one, and never loses a write."""
+def set_out(lab: Lab, **changes: Any) -> Oracle:
+    """A busy guest, to be migrated from one QEMU to the next one."""
+    oracle, guest = watched(lab, GUEST.but(**changes))
+    workload.stamp(guest, 16)
+    workload.stamp(guest, 24, churn=True, realloc_mib=64, name="churn")
+    return oracle
 
-    def __init__(self, oracle: Oracle, totals: Counter[str]):
-        self._oracle = oracle
-        self._totals = totals
-        self.here = oracle.boot()
-        workload.stamp(self.here, 16)
-        workload.stamp(self.here, 24, churn=True, realloc_mib=64, name="churn")
 
-    def move(self, way: str) -> None:
-        """Migrate once."""
-        compared = way not in IN_POSTCOPY
-        began = time.monotonic()
-        workload.dirty_and_free(self.here, FREED_MIB)
-        before = assert_intact(self.here, "churn")
-        there = self._oracle.arrival(running=not compared)
-        result = migrate_in(way, self.here, there)
-        hints = assert_hints_used(result, 0)
-        absent_bytes = result.absent.absent_bytes if result.absent else 0
-        # The premise: there was something to take out.
-        assert hints.skipped_bytes + absent_bytes >= FREED_MIB // 2 * MIB
-        kept = self._oracle.check().kept if compared else 0
-        self.here = self._oracle.move_on()
-        verdicts = [assert_intact(self.here), assert_goes_on(self.here)]
-        counts = {
-            "compared": int(compared),
-            "rounds": result.rounds,
-            "absent_mib": absent_bytes // MIB,
-            "skipped_mib": hints.skipped_bytes // MIB,
-            "redirtied_mib": hints.redirtied_bytes // MIB,
-            "kept_pages": kept,
-            "stale_bytes": hints.stale_bytes,
-            "blocks_reallocated": verdicts[1].reallocs - before.reallocs,
-            "pages_verified": sum(verdict.pages for verdict in verdicts),
-        }
-        add(self._totals, way, counts, began)
+def move(oracle: Oracle, way: str, totals: Counter[str]) -> None:
+    """Migrate it once: it loses no write."""
+    compared = way not in IN_POSTCOPY
+    began = time.monotonic()
+    workload.dirty_and_free(oracle.source, FREED_MIB)
+    before = assert_intact(oracle.source, "churn")
+    there = oracle.arrival(running=not compared)
+    result = migrate_in(way, oracle.source, there)
+    hints = assert_hints_used(result, 0)
+    absent_bytes = result.absent.absent_bytes if result.absent else 0
+    # The premise: there was something to take out.
+    assert hints.skipped_bytes + absent_bytes >= FREED_MIB // 2 * MIB
+    kept = oracle.check().kept if compared else 0
+    oracle.move_on()
+    verdicts = [assert_intact(there), assert_goes_on(there)]
+    counts = {
+        "compared": int(compared),
+        "rounds": result.rounds,
+        "absent_mib": absent_bytes // MIB,
+        "skipped_mib": hints.skipped_bytes // MIB,
+        "redirtied_mib": hints.redirtied_bytes // MIB,
+        "kept_pages": kept,
+        "stale_bytes": hints.stale_bytes,
+        "blocks_reallocated": verdicts[1].reallocs - before.reallocs,
+        "pages_verified": sum(verdict.pages for verdict in verdicts),
+    }
+    add(totals, way, counts, began)
 
 
 @pytest.fixture
@@ -135,7 +130,7 @@ def totals(measured: Dict[str, Any]) -> Iterator[Counter[str]]:
     began = time.monotonic()
     yield counts
     measured.update(counts, seconds=round(time.monotonic() - began))
-    sys.stdout.write(f"totals: {measured}\n")
+    print(f"totals: {measured}")
 
 
 def test_every_way(lab: Lab, totals: Counter[str]) -> None:
@@ -147,11 +142,10 @@ def test_every_way(lab: Lab, totals: Counter[str]) -> None:
     numbers = range(0, MIGRATIONS, PER_GUEST)
     absent = itertools.cycle((True, False))
     for number, balloon, skip in zip(numbers, itertools.cycle(BALLOONS), absent):
-        oracle = Oracle(lab, GUEST.but(balloon=balloon, skip_absent=skip))
-        journey = Journey(oracle, totals)
+        oracle = set_out(lab, balloon=balloon, skip_absent=skip)
         for way in itertools.islice(ways, min(PER_GUEST, MIGRATIONS - number)):
-            journey.move(way)
-        journey.here.close()
+            move(oracle, way, totals)
+        oracle.close()
     assert totals["migrations"] == MIGRATIONS
     # The premises: the guest took back and wrote what it had hinted; something was absent.
     assert totals["redirtied_mib"] > 0 and totals["absent_mib"] > 0
@@ -159,10 +153,9 @@ def test_every_way(lab: Lab, totals: Counter[str]) -> None:
 
 def test_there_and_back(lab: Lab, totals: Counter[str]) -> None:
     """A guest that goes there and back many times keeps all that it has, and hints each time."""
-    oracle = Oracle(lab, GUEST.but(skip_absent=True))
-    journey = Journey(oracle, totals)
+    oracle = set_out(lab, skip_absent=True)
     for _ in range(2 * TRIPS):
-        journey.move("plain")
+        move(oracle, "plain", totals)
     assert totals["migrations"] == 2 * TRIPS
     assert totals["redirtied_mib"] > 0
 
