@@ -8,17 +8,17 @@ large. Times are recorded and printed (pytest -s), not judged.
 import re
 import struct
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
 from livemig import paths
 from livemig.balloon import MAX_ADDRS, NEXT, Balloon, Descriptor, chain
 from livemig.checks import hints_now, wait_hints_ended
-from livemig.guest import Guest
 from livemig.lab import Lab
 from livemig.machine import FIRMWARE, LOCAL_APIC, MIB, PAGE, Machine, spec
-from livemig.metal import FIRST_ID, TO_NOWHERE, ask_meanwhile, set_up, tcg_at_least, usable
+from livemig.metal import FIRST_ID, TO_NOWHERE, Metal, ask_meanwhile, metal, set_up, tcg_at_least
+from livemig.metal import usable
 from livemig.migration import cancel, query, set_capabilities, status_is
 
 GIB = 1 << 30
@@ -93,16 +93,9 @@ each_protocol = pytest.mark.parametrize("protocol", PROTOCOLS)
 class Liar:
     """A large guest with its message prepared, to be sent as often as it can."""
 
-    def __init__(self, source: Guest, protocol: str):
-        self.source = source
-        self.machine = Machine(source)
-        self.machine.wait_ready()
-        self.machine.stamp(KEPT, KEPT_PAGES, 1)
-        features, prepare, self.head = PROTOCOLS[protocol]
-        self.balloon = Balloon(self.machine)
-        self.balloon.start(features)
-        # All of it is there before the deadline begins.
-        prepare(self.balloon)
+    def __init__(self, guest: Metal, head: int):
+        self.source, self.machine, self.balloon = guest.source, guest.machine, guest.balloon
+        self.head = head
 
     def begin(self, **parameters: Any) -> None:
         """Migrate to nowhere, wait to be asked, and begin the report."""
@@ -131,11 +124,15 @@ class Liar:
 
 
 @pytest.fixture
-def liar(lab: Lab, accel: str, protocol: str) -> Liar:
+def liar(lab: Lab, accel: str, protocol: str) -> Iterator[Liar]:
     """A large guest that will lie."""
-    args = ("-msg", "timestamp=on")
-    large = spec(MEM_MIB, accel=usable(accel), trace=EVENTS, args=args)
-    return Liar(lab.launch(large, "source"), protocol)
+    features, prepare, head = PROTOCOLS[protocol]
+    changes: Dict[str, Any] = {"trace": EVENTS, "args": ("-msg", "timestamp=on")}
+    with metal(lab, features, accel=accel, mem_mib=MEM_MIB, mem_file=None, **changes) as guest:
+        guest.machine.stamp(KEPT, KEPT_PAGES, 1)
+        # All of it is there before the deadline begins.
+        prepare(guest.balloon)
+        yield Liar(guest, head)
 
 
 def show(measured: Dict[str, Any], what: str, **values: float) -> None:

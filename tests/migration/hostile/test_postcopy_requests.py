@@ -41,13 +41,6 @@ USED = (FREE, USED_PAGES, 5)
 WRITTEN = FREE + 64 * MIB
 WRITTEN_PAGES = 256
 
-# Capabilities on both sides.
-WAYS = {
-    "plain": {},
-    "preempt": {"postcopy-preempt": True},
-    "multifd": {"multifd": True},
-    "multifd-preempt": {"multifd": True, "postcopy-preempt": True},
-}
 # Has multifd with postcopy.
 MULTIFD_QEMU = "ours-10.2"
 # On a busy machine, the guest is done before postcopy can be ended once in seven times.
@@ -83,7 +76,8 @@ class Switched:
 
 def _spec(way: str, absent: bool = False) -> MigrationSpec:
     spec = held(free_page_hint=not absent, skip_absent_pages=absent)
-    spec = spec.with_common(postcopy_ram=True, **WAYS[way])
+    more = {"postcopy-preempt": "preempt" in way, "multifd": "multifd" in way}
+    spec = spec.with_common(postcopy_ram=True, **more)
     return spec.with_parameters(max_postcopy_bandwidth=HELD)
 
 
