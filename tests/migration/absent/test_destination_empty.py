@@ -24,8 +24,7 @@ from livemig.leftovers import LEFTOVER, RAM_BYTES, leave_data, leftovers
 from livemig.machine import MIB, PAGE
 from livemig.metal import CHURN, CHURN_PAGES, DOWNTIME_MS, HELD, HINTED_PAGES, SLOW, STRIP_PAGES
 from livemig.metal import Metal, metal, read_page, strips, written_metal
-from livemig.migration import cancel, finish, migrate, restore, set_capabilities, start
-from livemig.migration import status_is
+from livemig.migration import cancel, finish, migrate, restore, set_capabilities, start, status_is
 
 EMPTIED = re.compile(r"^ram_make_empty block '(\S+)' (\w+) (\d+) bytes$", re.MULTILINE)
 
