@@ -25,15 +25,13 @@ class Port:
         self._listener = listener
         self._ours, self._theirs = socket.socketpair()
         self._theirs.set_inheritable(True)
+        # The file descriptor that QEMU is to inherit.
+        self.qemu_fd = self._theirs.fileno()
         self._text = ""
-        self._closed = False
+        # Whether the QEMU has gone.
+        self.closed = False
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, name=f"port {name}", daemon=True)
-
-    @property
-    def qemu_fd(self) -> int:
-        """The file descriptor that QEMU is to inherit."""
-        return self._theirs.fileno()
 
     def connected(self) -> None:
         """QEMU has been started: give up its end, so that we see when it is gone."""
@@ -51,14 +49,8 @@ class Port:
                 self._listener(text)
             with self._changed:
                 self._text += text
-                self._closed = not data
+                self.closed = not data
                 self._changed.notify_all()
-
-    @property
-    def closed(self) -> bool:
-        """Whether the QEMU has gone."""
-        with self._changed:
-            return self._closed
 
     def text(self) -> str:
         """Everything that the guest wrote since the QEMU was started."""
@@ -80,10 +72,10 @@ class Port:
         """Wait until the text from offset start on matches; raises GuestError if it cannot."""
         regex = re.compile(pattern, re.MULTILINE)
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or regex.search(self._text, start), timeout)
+            self._changed.wait_for(lambda: self.closed or regex.search(self._text, start), timeout)
             if match := regex.search(self._text, start):
                 return match
-            if self._closed:
+            if self.closed:
                 raise GuestError(f"{self.name}: the QEMU ended before it wrote {pattern!r}")
         raise GuestError(f"{self.name}: no {pattern!r} within {timeout:.0f} s")
 
