@@ -107,9 +107,7 @@ def buddyinfo(guest: Guest) -> List[int]:
 
 def reported_bytes(blocks: Sequence[int]) -> int:
     """Of free blocks, as buddyinfo() has them, those that the driver reports by default."""
-    return sum(
-        blocks[-1 - below] * (MAX_ORDER_PAGES >> below) * PAGE_BYTES for below in range(TOLD_ORDERS)
-    )
+    return sum(count * size for count, size in zip(reversed(blocks), TOLD_SIZES))
 
 
 def free_reported_bytes(guest: Guest) -> int:
