@@ -188,15 +188,13 @@ def let_end(source: Guest, destination: Guest) -> MigrationResult:
     return finish(source, destination)
 
 
-def migrate(
-    source: Guest, destination: Guest, spec: MigrationSpec, timeout: float = TIMEOUT_SECONDS
-) -> MigrationResult:
+def migrate(source: Guest, destination: Guest, spec: MigrationSpec) -> MigrationResult:
     """Migrate a guest. When this returns, it runs at the destination (unless that starts stopped).
 
     The source remains, stopped. Raises MigrationError if the migration did not complete.
     """
     start(source, destination, spec)
-    return finish(source, destination, timeout)
+    return finish(source, destination)
 
 
 def save(source: Guest, file: Path, spec: MigrationSpec) -> MigrationResult:
