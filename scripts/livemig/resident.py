@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
-import pytest
-
 from livemig import host, kvm, memory, paths, workload
 from livemig.checks import assert_hints_if, assert_intact, finish_postcopy, migration
 from livemig.checks import wait_hints_ended, wait_requested, wait_rounds
 from livemig.guest import Guest
 from livemig.lab import Lab
-from livemig.machine import MIB, PAGE, trouble_with_kvm
+from livemig.machine import MIB, PAGE
+from livemig.metal import usable
 from livemig.migration import MigrationResult, let_end, migrate, start
 from livemig.oracle import Oracle
 from livemig.spec import GuestSpec
@@ -69,7 +68,6 @@ def chunks(shift: int) -> Dict[str, Any]:
 
 
 NO_MANUAL_PROTECT = {"preload": "no-manual-protect.so", "qemu": "ours"}
-MEMFD = "memory-backend-memfd,share=on"
 ABSENT = {"skip_absent": True}
 # How KVM logs, and what the guest's memory is made of. Not the ring, see test_kvm.
 WAYS: Dict[str, Dict[str, Any]] = {
@@ -79,7 +77,7 @@ WAYS: Dict[str, Dict[str, Any]] = {
     "no-manual-protect": NO_MANUAL_PROTECT,
     "no-manual-protect-shift-6": {**NO_MANUAL_PROTECT, **chunks(6)},
     "small-pages": {"preload": "no-huge-pages.so"},
-    "memfd": {"mem_backend": MEMFD},
+    "memfd": {"mem_backend": "memory-backend-memfd,share=on"},
     # Not of a memfd: comparing it populates it.
     "absent": ABSENT,
     "absent-shift-6": {**ABSENT, **chunks(6)},
@@ -95,33 +93,25 @@ def busy_migration(
 ) -> Any:
     """A migration that does not end before it is told to."""
     limits = {"max_bandwidth": BANDWIDTH, "downtime_limit": 1, **parameters}
-    spec = migration(hints=hints, **limits)
-    return replace(spec, common={**PLAIN, **(common or {})})
+    return replace(migration(hints=hints, **limits), common=common or PLAIN)
 
 
-class Resident:
-    """The guest. Who has it, moves it."""
+class Resident(Oracle):
+    """The guest, watched. Who has it, moves it."""
+
+    # Where it is, and where it goes.
+    here, there = Oracle.source, Oracle.destination
 
     def __init__(self, lab: Lab, spec: GuestSpec, busy: bool):
-        self._lab = lab
-        self._spec = spec
+        super().__init__(lab, spec)
         # Whether it writes also what it is not told to.
         self._busy = busy
-        self._oracle: Optional[Oracle] = None
-        # How its QEMU differs from the spec, unless it has just booted.
+        # How its QEMU differs from the spec; None before it was migrated into one of tests.
         self._changes: Optional[Dict[str, Any]] = None
 
-    @property
-    def here(self) -> Guest:
-        """Where it is."""
-        assert self._oracle
-        return self._oracle.source
-
     def _boot(self) -> None:
-        self._changes = None
-        self._oracle = Oracle(self._lab, self._spec)
         # It boots faster in a QEMU without sanitizers.
-        self._oracle.take(self._lab.boot(self._spec.but(trace=memory.KEPT_EVENTS)))
+        self.take(self._lab.boot(self._spec.but(trace=memory.KEPT_EVENTS)))
         workload.stamp(self.here, STAMP_MIB)
         if self._busy:
             self.here.agent.run(
@@ -132,7 +122,7 @@ class Resident:
     def living_in(self, **changes: Any) -> Iterator["Resident"]:
         """The guest, in a QEMU that differs from the spec in this way."""
         try:
-            if not self._oracle:
+            if self._changes is None:
                 self._boot()
             if changes != self._changes:
                 self._changes = changes
@@ -146,29 +136,20 @@ class Resident:
 
     def close(self) -> None:
         """The end."""
-        oracle, self._oracle = self._oracle, None
-        if oracle:
-            oracle.close()
+        super().close()
+        self._changes = None
 
-    @property
-    def there(self) -> Guest:
-        """Where it goes."""
-        assert self._oracle
-        return self._oracle.destination
-
-    def arrival(self, running: bool = False) -> Guest:
+    def arrival(self, *, running: bool = False, **changes: Any) -> Guest:
         """Start a QEMU of the same kind for it to go to."""
-        assert self._oracle and self._changes is not None
-        changes = dict(self._changes)
+        changes = {**(self._changes or {}), **changes}
         if "preload" in changes:
             changes["preload"] = paths.bare_metal(changes["preload"])
-        return self._oracle.arrival(running=running, **changes)
+        return super().arrival(running=running, **changes)
 
     def arrived(self, compare: bool = True) -> int:
         """It is there: compare its memory, if it did not run yet; returns the pages kept back."""
-        assert self._oracle
-        kept = self._oracle.check().kept if compare else 0
-        self._oracle.move_on()
+        kept = self.check().kept if compare else 0
+        self.move_on()
         return kept
 
     def huge_mib(self) -> int:
@@ -210,19 +191,17 @@ class Resident:
     ) -> None:
         """Look at what came, and count it. Of what was freed before, hints took out the most."""
         verdicts = self.assert_intact()
-        seen = Seen.reported_by(self.here).since(seen_before)
-        assert seen.reports == int(asked)
+        seen = Seen.reported_by(self.here).since(seen_before)._asdict()
+        assert seen.pop("reports") == int(asked)
         hints = assert_hints_if(asked, result, freed_mib // 2 * MIB)
         measured.update(
+            seen,
             absent=result.absent.absent_bytes // PAGE if result.absent else 0,
             ask_to_end=hints.ask_to_end,
-            hinted=seen.hinted,
             redirtied=hints.redirtied_bytes // PAGE,
             requested=hints.requested_bytes // PAGE,
-            rewritten=seen.rewritten,
             rounds=result.rounds,
             skipped=hints.skipped_bytes // PAGE,
-            taken=seen.taken,
             verified=sum(verdict.pages for verdict in verdicts),
         )
 
@@ -282,9 +261,7 @@ def residents(
     lab: Lab, cmdline: Sequence[str] = (), busy: bool = True, **changes: Any
 ) -> Iterator[Resident]:
     """A guest for a file's tests; skips them where KVM does not run programs."""
-    trouble = trouble_with_kvm()
-    if trouble:
-        pytest.skip(trouble)
+    usable("kvm")
     resident = Resident(lab, kvm.spec(cmdline=(*kvm.CMDLINE, *cmdline), **changes), busy)
     try:
         yield resident
