@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -16,7 +17,9 @@ from livemig.errors import GuestError
 from livemig.serial import Agent, DriverAgent, Port
 from livemig.spec import GuestSpec, dashed
 
-paths.add_qemu_python()
+# The packages `qemu.machine` and `qemu.qmp` are in QEMU's source.
+QEMU_PYTHON = paths.cache_dir() / "src" / "qemu" / "python"
+sys.path.insert(0, str(paths.require(QEMU_PYTHON, "scripts/fetch qemu")))
 # pylint: disable=wrong-import-position,import-error
 from qemu.machine import QEMUMachine  # noqa: E402
 from qemu.machine.machine import QEMUMachineError  # noqa: E402
@@ -120,9 +123,7 @@ class Guest:
         try:
             self._machine.launch()
         except QEMUMachineError as err:
-            self._machine = None
-            self.console.close()
-            self._agent_port.close()
+            self.close()
             raise GuestError(f"{self.name}: QEMU does not start: {self.qemu_output()}") from err
         # pylint: disable-next=protected-access
         self._machine._qmp.settimeout(MONITOR_SECONDS)
@@ -147,12 +148,10 @@ class Guest:
         args += ["-machine", spec.machine, "-accel", spec.accel, "-cpu", spec.cpu]
         args += ["-smp", str(spec.vcpus), "-m", f"{spec.mem_mib}M", *self._memory()]
         args += self._software()
-        for name, port, log in (
-            ("console", self.console, f",logfile={self.console_log}"),
-            ("agent", self._agent_port, ""),
-        ):
-            args += ["-chardev", f"socket,id={name},fd={port.qemu_fd}{log}"]
-            args += ["-serial", f"chardev:{name}"]
+        log = f"logfile={self.console_log}"
+        args += ["-chardev", f"socket,id=console,fd={self.console.qemu_fd},{log}"]
+        args += ["-chardev", f"socket,id=agent,fd={self._agent_port.qemu_fd}"]
+        args += ["-serial", "chardev:console", "-serial", "chardev:agent"]
         if spec.balloon is not None:
             if "iothread=hints" in spec.balloon:
                 args += ["-object", "iothread,id=hints"]
@@ -192,12 +191,10 @@ class Guest:
         cmdline = [*platform, "panic=-1", "rcupdate.rcu_cpu_stall_timeout=120", root, *spec.cmdline]
         args = ["-kernel", str(paths.kernel_image(spec.kernel))]
         args += ["-append", " ".join(word for word in cmdline if word)]
-        if not spec.user_space:
-            return args
         if spec.disk:
             args += ["-drive", f"file={spec.disk},format=raw,if=none,id=root,cache=writeback"]
             args += ["-device", "virtio-blk-pci,drive=root"]
-        else:
+        elif spec.user_space:
             args += ["-initrd", str(self._initrd())]
         return args
 

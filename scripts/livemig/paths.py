@@ -10,7 +10,6 @@ that series of versions, such as ours-10.2.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import List, Optional, Tuple
 
@@ -176,10 +175,3 @@ def host_debs() -> List[Path]:
     wanted = ("qemu-system-x86", "qemu-system-common", "qemu-utils")
     found = [next(directory.glob(f"{name}_*+fph{version()}_amd64.deb"), None) for name in wanted]
     return [require(path or directory / name, "make host-deb") for path, name in zip(found, wanted)]
-
-
-def add_qemu_python() -> None:
-    """Make the packages `qemu.machine` and `qemu.qmp` of QEMU's source importable."""
-    path = require(cache_dir() / "src" / "qemu" / "python", "scripts/fetch qemu")
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
