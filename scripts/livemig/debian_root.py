@@ -4,7 +4,6 @@
 import contextlib
 import os
 import shlex
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -140,11 +139,8 @@ class DebianRoot:
 def _root(made: Path) -> Iterator[DebianRoot]:
     if os.geteuid() != 0:
         pytest.skip("installing packages in a root file system needs root")
-    state = Path(tempfile.mkdtemp(dir=paths.cache_dir(), prefix="debian-root."))
-    try:
-        yield DebianRoot(made / "root", made / "pool", state)
-    finally:
-        shutil.rmtree(state)
+    with tempfile.TemporaryDirectory(dir=paths.cache_dir(), prefix="debian-root.") as state:
+        yield DebianRoot(made / "root", made / "pool", Path(state))
 
 
 def debian_root(suite: str) -> ContextManager[DebianRoot]:

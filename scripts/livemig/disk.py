@@ -19,17 +19,14 @@ def disk_copy(image: Path, directory: Optional[Path] = None) -> Iterator[Path]:
     It has no name in the file system, so that it is gone with us however we end. Source and
     destination open the same file: QEMU hands its lock over at the end of a migration.
     """
-    handle, name = tempfile.mkstemp(dir=directory or image.parent, prefix="disk.")
-    with os.fdopen(handle, "r+b") as copy:
-        try:
-            # In place: the copy is the file that is open.
-            command = ["cp", "--sparse=always", str(image), name]
-            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        finally:
-            os.unlink(name)
+    with tempfile.TemporaryFile(dir=directory or image.parent) as copy:
+        path = Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}")
+        # In place: the copy is the file that is open.
+        command = ["cp", "--sparse=always", str(image), str(path)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise LivemigError(f"cannot copy {image}: {done.stderr.strip()}")
-        yield Path(f"/proc/{os.getpid()}/fd/{copy.fileno()}")
+        yield path
 
 
 def debian_disk() -> ContextManager[Path]:
