@@ -17,10 +17,10 @@ def address() -> Path:
 
 
 def listen() -> socket.socket:
-    """Become the running guest; raises FileExistsError if there is one."""
+    """Become the running guest; raises LivemigError if there is one."""
     path = address()
     if connect():
-        raise FileExistsError(path)
+        raise LivemigError("a guest is running already: only one at a time")
     path.unlink(missing_ok=True)
     server = socket.socket(socket.AF_UNIX)
     # Whoever may connect may migrate the guest: nobody but the user.

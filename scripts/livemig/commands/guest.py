@@ -9,7 +9,7 @@ import socket
 import sys
 import termios
 import tty
-from typing import Iterator, Sequence
+from typing import Sequence
 
 from livemig import control, paths
 from livemig.disk import debian_disk
@@ -24,20 +24,6 @@ QUIT = b"\x1d"  # Ctrl-]
 LIVENESS_SECONDS = 0.5
 # How long a client may take to say what it wants: the terminal stands still meanwhile.
 REQUEST_SECONDS = 5
-
-
-@contextlib.contextmanager
-def raw_terminal() -> Iterator[None]:
-    """Pass every key on as it is, and restore the terminal afterwards."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    tty.setraw(sys.stdin)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def show(text: str) -> None:
@@ -126,13 +112,14 @@ def main(argv: Sequence[str]) -> int:
         spec = guest_spec(args)
         if args.debian:
             spec = spec.but(disk=stack.enter_context(debian_disk()))
-        try:
-            server = stack.enter_context(control.listen())
-        except FileExistsError as err:
-            raise LivemigError("a guest is running already: only one at a time") from err
+        server = stack.enter_context(control.listen())
         stack.callback(control.address().unlink, missing_ok=True)
         print(f"guest: {spec.mem_mib} MiB; Ctrl-] ends it; logs in {LOGS}", flush=True)
-        stack.enter_context(raw_terminal())
+        if sys.stdin.isatty():
+            # Every key is passed on as it is.
+            before = termios.tcgetattr(sys.stdin)
+            stack.callback(termios.tcsetattr, sys.stdin, termios.TCSADRAIN, before)
+            tty.setraw(sys.stdin)
         session = Session(spec)
         stack.callback(lambda: session.guest.close())  # pylint: disable=unnecessary-lambda
         session.relay(server)
