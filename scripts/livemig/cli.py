@@ -5,13 +5,12 @@ import importlib
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn, Optional
+from typing import NoReturn
 
 from livemig.errors import LivemigError
 
 
-def _terminated(number: int, _frame: Optional[FrameType]) -> None:
+def _terminated(number: int, _frame: object) -> None:
     # An exception, unlike the default, lets every guest be ended in order.
     sys.exit(128 + number)
 
