@@ -29,17 +29,12 @@ class InstalledGuest(Guest):
 
     def __init__(self, on: HostsInRoot, name: str, emulator: str):
         super().__init__(on, name)
-        xml = self.xml.read_text("utf-8")
-        ours = str(paths.qemu_binary(SPEC.qemu))
-        assert xml.count(ours) == 1
-        self.xml.write_text(xml.replace(ours, emulator), "utf-8")
+        self.replace(str(paths.qemu_binary(SPEC.qemu)), emulator)
 
     def migrates_with_hints(self) -> Dict[str, int]:
         """There with hints, back without; returns what was measured."""
         workload.stamp(self, STAMPED_MIB)
-        self.fill()
-        result = self.migrate()
-        self.check()
+        result = self.fill_and_migrate()
         assert result.hints and result.absent
         assert result.hints.reason is None and result.hints.complete
         assert result.hints.hinted_bytes > FREED_MIB * MIB
