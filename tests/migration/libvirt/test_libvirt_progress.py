@@ -2,14 +2,14 @@
 """What controllers look at while a guest migrates with hints, and whether they would give it up."""
 
 import json
-from dataclasses import replace
-from typing import Any, Dict, List, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import pytest
 
 from livefph.watch import MIGRATION_OUT
 from livemig.domains import ANY_TIME, FREED_MIB, MIB, SPEC, Guest, Hosts, stamped
-from livemig.stall import GIB, GivenUp, Sample, given_up, longest_standstill
 
 # MiB/s
 RATE = 20
@@ -28,6 +28,43 @@ while True:
     time.sleep(0.02)
 """
 
+# When a controller gives a migration up: a rule like KubeVirt's. It looks at how much remains, and
+# gives up when that has not been less than ever before for a time, or when the migration takes
+# longer than the guest's size allows. KubeVirt's defaults; the second was 800 s in its older
+# releases.
+PROGRESS_SECONDS = 150.0
+SECONDS_PER_GIB = 150.0
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was reported at one time, in seconds from the start."""
+
+    seconds: float
+    remaining: int
+    sent: int = 0
+
+
+def given_up(samples: Sequence[Sample], memory_bytes: int) -> Optional[Tuple[float, str]]:
+    """When the migration of these samples would have been given up, and why; None: never."""
+    least, since = float("inf"), 0.0
+    for sample in samples:
+        if sample.remaining < least:
+            least, since = sample.remaining, sample.seconds
+        if sample.seconds - samples[0].seconds > memory_bytes / GIB * SECONDS_PER_GIB:
+            return sample.seconds, "completion"
+        if sample.seconds - since > PROGRESS_SECONDS:
+            return sample.seconds, "progress"
+    return None
+
+
+def longest_standstill(samples: Sequence[Sample]) -> float:
+    """The longest time between samples for which neither what remains nor what was sent changed."""
+    still = groupby(samples, lambda sample: (sample.remaining, sample.sent))
+    times = ([sample.seconds for sample in group] for _, group in still)
+    return max((seconds[-1] - seconds[0] for seconds in times), default=0)
+
 
 def line(*remaining: int) -> List[Sample]:
     """Samples of every 10 s."""
@@ -42,18 +79,17 @@ SERIES = {
     "shrinks": (line(*range(15, 0, -1)), None),
     "rounds": (ROUNDS[:15], None),
     "stands-still": (line(9, *[5] * 16), None),
-    "stands-still-too-long": (line(9, *[5] * 17), GivenUp(170, "progress")),
+    "stands-still-too-long": (line(9, *[5] * 17), (170, "progress")),
     # It goes up and down, but is never less than it was. Who compares neighbours misses this.
-    "never-less": (line(9, 5, *[8, 6] * 9), GivenUp(170, "progress")),
-    "as-little-as-before": (line(9, 5, *[8, 5] * 9), GivenUp(170, "progress")),
-    "takes-too-long": (line(*range(99, 0, -1)), GivenUp(310, "completion")),
+    "never-less": (line(9, 5, *[8, 6] * 9), (170, "progress")),
+    "as-little-as-before": (line(9, 5, *[8, 5] * 9), (170, "progress")),
+    "takes-too-long": (line(*range(99, 0, -1)), (310, "completion")),
 }
 
 
-@pytest.mark.parametrize("name", SERIES)
-def test_rule(name: str) -> None:
+@pytest.mark.parametrize("samples, expected", SERIES.values(), ids=SERIES)
+def test_rule(samples: List[Sample], expected: Optional[Tuple[float, str]]) -> None:
     """The rule gives up a guest of 2 GiB after 150 s without less, or after 150 s for each GiB."""
-    samples, expected = SERIES[name]
     assert given_up(samples, 2 * GIB) == expected
 
 
@@ -122,4 +158,4 @@ def test_no_controller_gives_up(hosts: Hosts, measured: Dict[str, Any]) -> None:
     middle = len(samples) // 2
     assert given_up(delayed(samples, middle, 120), 2 * MEMORY_BYTES) is None
     stuck = given_up(delayed(samples, middle, 152), 2 * MEMORY_BYTES)
-    assert stuck and stuck.reason == "progress"
+    assert stuck and stuck[1] == "progress"
