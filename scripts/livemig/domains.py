@@ -10,12 +10,13 @@ import string
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar
 from xml.sax.saxutils import quoteattr
 
 import pytest
 
 from livemig import memory, paths, workload
+from livemig.checks import assert_intact, run_script
 from livemig.guest import BOOT_RACE, KERNEL_TROUBLE
 from livemig.host import MIB
 from livemig.migration import MigrationResult
@@ -45,10 +46,9 @@ DISK = """<disk type='file' device='disk'><driver name='qemu' type='{type}'/>
 AnyGuest = TypeVar("AnyGuest", bound="Guest")
 
 
-def two_hosts(*args: Any) -> "subprocess.CompletedProcess[str]":
+def two_hosts(*args: Any, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run the tool; return what it did."""
-    command = [str(arg) for arg in (TOOL, *args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    return run_script(TOOL, *args, **environment)
 
 
 def uri(host: str) -> str:
@@ -66,10 +66,16 @@ class Hosts:
         """Run a command on a host; return what it did."""
         return two_hosts("on", "--state", self.state, host, *command)
 
-    def start(self, host: str, *command: Any) -> "subprocess.Popen[str]":
-        """Start a command on a host."""
+    @contextlib.contextmanager
+    def started(self, host: str, *command: Any) -> Iterator["subprocess.Popen[str]"]:
+        """A command that runs on a host, until the context ends."""
         words = [str(word) for word in (TOOL, "on", "--state", self.state, host, *command)]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as process:
+            try:
+                yield process
+            finally:
+                process.terminate()
 
     def virsh(self, host: str, *args: Any) -> str:
         """Run virsh on a host, which must succeed; return what it printed."""
@@ -166,8 +172,7 @@ class Guest:
     def _end(self, failed: bool) -> None:
         """End the guest; after a failure print what it and its QEMUs said."""
         self._memories.close()
-        if self._port:
-            self._port.close()
+        self.hang_up()
         for host in OTHER_HOST:
             for kind in "console", "log":
                 if failed and (said := self.qemu_log(host, kind)):
@@ -309,9 +314,7 @@ class Guest:
     def check(self) -> None:
         """Let the guest, which runs where it should be, check each page that it stamped."""
         assert self.state() == "running"
-        verdict = workload.verify(self)
-        assert verdict.good, verdict
-        assert verdict.pages >= STAMPED_MIB * MIB // 4096
+        assert assert_intact(self).pages >= STAMPED_MIB * MIB // 4096
 
 
 @contextlib.contextmanager
@@ -335,6 +338,17 @@ def running_hosts(*options: Any) -> Iterator[Hosts]:
     finally:
         down = two_hosts("down", "--state", hosts.state)
     assert down.returncode == 0, down.stderr
+
+
+def xml_there(guest: Guest, changes: Mapping[str, str]) -> Path:
+    """A file with a guest's XML for the destination, in which some texts are others."""
+    text = guest.virsh("dumpxml", "--migratable")
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    path = guest.xml.with_suffix(".there")
+    path.write_text(text, "utf-8")
+    return path
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """scripts/fph with a real libvirt, real guests and a real "virsh migrate --live"."""
 
+import contextlib
 import json
 import subprocess
 from pathlib import Path
@@ -25,12 +26,13 @@ def guest_fixture(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[Gues
         yield guest
 
 
-def watch(hosts: Hosts, host: str, *args: Any) -> "subprocess.Popen[str]":
-    """Start to watch from a host, and wait until that waits for a migration."""
-    watcher = hosts.start(host, FPH, "watch", "--wait", "120", *args)
-    assert watcher.stdout
-    assert "waits for a migration" in watcher.stdout.readline()
-    return watcher
+@contextlib.contextmanager
+def watch(hosts: Hosts, host: str, *args: Any) -> Iterator["subprocess.Popen[str]"]:
+    """Watch from a host, once that waits for a migration."""
+    with hosts.started(host, FPH, "watch", "--wait", "120", *args) as watcher:
+        assert watcher.stdout
+        assert "waits for a migration" in watcher.stdout.readline()
+        yield watcher
 
 
 def test_what_is_estimated_is_seen_to_be_skipped(
@@ -154,7 +156,7 @@ def test_connection_that_is_lost_half_way(tmp_path: Path) -> None:
         guest.virsh("migrate-setspeed", 1)
         # From the other host, since nothing on this one survives its libvirt.
         with watch(own, "b", "-c", there, guest.name, "-o", tmp_path / "seen") as watcher:
-            with own.start("a", *guest.migration_command()):
+            with own.started("a", *guest.migration_command()):
                 assert watcher.stdout
                 for _ in range(2):
                     assert "round" in watcher.stdout.readline()

@@ -22,9 +22,8 @@ from livemig import memory, paths
 from livemig.checks import wait_for
 from livemig.domains import ANY_TIME, DOCUMENTED, DOMAIN_XML, FREED_MIB, MIB
 from livemig.domains import OTHER_HOST, PROPERTY, SHARED, SPEC, TOOL, UNSUPPORTED, Guest, Hosts
-from livemig.domains import assert_cache_freed
-from livemig.domains import assert_unused, assert_used, capability, cold_cache
-from livemig.domains import processes_naming, running_hosts, stamped, two_hosts
+from livemig.domains import assert_cache_freed, assert_unused, assert_used, capability, cold_cache
+from livemig.domains import processes_naming, running_hosts, stamped, two_hosts, xml_there
 from livemig.host import process_mib
 from livemig.leftovers import LEFTOVER, leave_data
 from livemig.migration import Hints
@@ -73,7 +72,7 @@ def test_off_for_good(hosts: Hosts) -> None:
             assert result.absent and result.absent.reason == "disabled"
 
 
-def test_refused_migration(hosts: Hosts, tmp_path: Path) -> None:
+def test_refused_migration(hosts: Hosts) -> None:
     """A destination whose balloon has other hint properties is refused; the guest stays unharmed.
 
     What was set on its QEMU's monitor stays as well, parameters like capabilities.
@@ -82,13 +81,10 @@ def test_refused_migration(hosts: Hosts, tmp_path: Path) -> None:
     with stamped(Guest(hosts, "refused")) as guest:
         guest.hmp("migrate_set_capability free-page-hint off")
         guest.hmp("migrate_set_parameter free-page-hint-wait 0")
-        xml = guest.virsh("dumpxml", "--migratable")
-        for number, enabled in enumerate(properties):
-            assert enabled in xml
-            path = tmp_path / f"{number}.xml"
-            path.write_text(xml.replace(enabled, enabled.replace("true", "false")), "utf-8")
+        for enabled in properties:
+            other = xml_there(guest, {enabled: enabled.replace("true", "false")})
             so_far = len(guest.qemu_log("b"))
-            guest.fail_to_migrate("--xml", path)
+            guest.fail_to_migrate("--xml", other)
             refusal = r"error while loading state for instance \w+ of device '[^']*virtio-balloon'"
             assert re.search(refusal, guest.qemu_log("b")[so_far:])
             guest.check()
@@ -97,7 +93,7 @@ def test_refused_migration(hosts: Hosts, tmp_path: Path) -> None:
         assert_unused(guest.fill_and_migrate(), "no-wait")
 
 
-def test_to_stock_and_back(hosts: Hosts, tmp_path: Path) -> None:
+def test_to_stock_and_back(hosts: Hosts) -> None:
     """A guest without arrays moves to a host with stock QEMU and back, as docs/libvirt.md says."""
     ours, stock = (str(paths.qemu_binary(build)) for build in ("ours", "stock"))
     guest = Guest(hosts, "to-stock")
@@ -109,10 +105,7 @@ def test_to_stock_and_back(hosts: Hosts, tmp_path: Path) -> None:
     guest.replace_element("qemu:commandline")
 
     def move(here: str, there: str) -> Optional[Hints]:
-        path = tmp_path / "there.xml"
-        xml = guest.virsh("dumpxml", "--migratable")
-        path.write_text(xml.replace(here, there), "utf-8")
-        result = guest.fill_and_migrate("--xml", path)
+        result = guest.fill_and_migrate("--xml", xml_there(guest, {here: there}))
         assert there in guest.virsh("dumpxml")
         return result.hints
 
@@ -145,19 +138,14 @@ def assert_gone(state: Path) -> None:
     assert str(state) not in Path("/proc/mounts").read_text(encoding="utf-8")
 
 
-def test_two_hosts_leave_nothing(
-    hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_hosts_leave_nothing(hosts: Hosts, tmp_path: Path) -> None:
     """A second pair of hosts does not disturb the first; "down" cleans up, even after a crash."""
     with running_hosts("--state", tmp_path / "two-hosts-up") as other:
         # What a crash left of others does not keep one from finding these.
         (tmp_path / "two-hosts-left").mkdir()
         shutil.copy(other.state / "two-hosts.json", tmp_path / "two-hosts-left")
-        with monkeypatch.context() as patch:
-            patch.setenv("TMPDIR", str(tmp_path))
-            patch.delenv("TWO_HOSTS_STATE", raising=False)
-            done = two_hosts("on", "a", "hostname")
-            assert (done.returncode, done.stdout.strip()) == (0, "host-a"), done.stderr
+        done = two_hosts("on", "a", "hostname", TMPDIR=str(tmp_path), TWO_HOSTS_STATE="")
+        assert (done.returncode, done.stdout.strip()) == (0, "host-a"), done.stderr
         for pair in hosts, other:
             name = pair.virsh("a", "-c", "qemu+tcp://host-b/system", "hostname")
             assert name.strip() == "host-b"
@@ -284,19 +272,16 @@ def test_planned_and_accounted_for(hosts: Hosts, measured: Dict[str, Any]) -> No
         assert listener[-4:] == ["--event", EVENT, "--timeout", "600"]
         # Of all events, so that one of them shows that it listens.
         command = ("virsh", *listener[:-4], "--loop", "--timeout", "600")
-        with hosts.start("a", *command) as virsh:
-            try:
-                assert virsh.stdout
-                heard = ""
-                while "RESUME" not in heard:
-                    guest.virsh("suspend")
-                    guest.virsh("resume")
-                    heard = virsh.stdout.readline()
-                result = guest.migrate()
-                while EVENT not in heard:
-                    heard = virsh.stdout.readline()
-            finally:
-                virsh.terminate()
+        with hosts.started("a", *command) as virsh:
+            assert virsh.stdout
+            heard = ""
+            while "RESUME" not in heard:
+                guest.virsh("suspend")
+                guest.virsh("resume")
+                heard = virsh.stdout.readline()
+            result = guest.migrate()
+            while EVENT not in heard:
+                heard = virsh.stdout.readline()
         guest.check()
     match = re.search(r"(\{.*\})", heard)
     assert match and result.hints and result.absent

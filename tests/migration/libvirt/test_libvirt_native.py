@@ -17,7 +17,7 @@ from livemig import paths
 from livemig.checks import wait_for
 from livemig.domains import ANY_TIME, DOCUMENTED, MIB, OTHER_HOST, Guest, Hosts
 from livemig.domains import assert_cache_freed, assert_unused, assert_used, cold_cache
-from livemig.domains import running_hosts, stamped, two_hosts
+from livemig.domains import running_hosts, stamped, two_hosts, xml_there
 from livemig.migration import MigrationResult
 
 ATTRIBUTES = ("freePageHinting", "freePageHintArrays", "freePageHintCache")
@@ -171,15 +171,12 @@ def test_parameters_of_one_migration(hosts: Hosts) -> None:
         options = ("--free-page-hint-wait", wanted[0], "--free-page-hint-cache", "7MiB")
         # Slow enough to be looked at
         command = guest.migration_command(*options, "--bandwidth", 1)
-        with hosts.start("a", *command) as virsh:
-            try:
-                query = "query-migrate"
-                wait_for(lambda: guest.qmp(query).get("status") == "active", "nothing migrates")
-                assert guest.parameters() == wanted
-                guest.virsh("domjobabort")
-                assert "canceled by client" in virsh.communicate(timeout=60)[1]
-            finally:
-                virsh.kill()
+        with hosts.started("a", *command) as virsh:
+            query = "query-migrate"
+            wait_for(lambda: guest.qmp(query).get("status") == "active", "nothing migrates")
+            assert guest.parameters() == wanted
+            guest.virsh("domjobabort")
+            assert "canceled by client" in virsh.communicate(timeout=60)[1]
         assert guest.parameters() == before
         said = guest.fail_to_migrate("--free-page-hint-wait=-1")
         assert "'free_page_hint.wait' must not be negative" in said
@@ -201,25 +198,18 @@ def test_page_cache(hosts: Hosts, tmp_path: Path, measured: Dict[str, Any]) -> N
     assert len(measured) == 2 and all(f"*{label}*" in DOCUMENTED for label in measured)
 
 
-def test_other_features_at_the_destination(hosts: Hosts, tmp_path: Path) -> None:
+def test_other_features_at_the_destination(hosts: Hosts) -> None:
     """An XML for the destination with other hint features is refused, and nothing has begun."""
     with stamped(NativeGuest(hosts, "changed", ATTRIBUTES)) as guest:
-        xml = guest.virsh("dumpxml", "--migratable")
         for number, attribute in enumerate(ATTRIBUTES):
             # Those that depend on it have to be off, too.
-            changed = xml
-            for name in ATTRIBUTES[number:]:
-                assert f"{name}='on'" in xml
-                changed = changed.replace(f"{name}='on'", f"{name}='off'")
-            path = tmp_path / "changed.xml"
-            path.write_text(changed, "utf-8")
+            off = {f"{name}='on'": f"{name}='off'" for name in ATTRIBUTES[number:]}
             message = f"Target balloon {attribute} attribute value 'off' does not match source 'on'"
-            assert message in guest.fail_to_migrate("--xml", path)
+            assert message in guest.fail_to_migrate("--xml", xml_there(guest, off))
         assert guest.qemu_log("b") == ""
         guest.check()
         # The premise: as it is, it is taken.
-        path.write_text(xml, "utf-8")
-        guest.migrate("--xml", path)
+        guest.migrate("--xml", xml_there(guest, {}))
         guest.check()
 
 

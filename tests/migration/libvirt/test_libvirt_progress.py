@@ -115,15 +115,12 @@ def test_no_controller_gives_up(hosts: Hosts, measured: Dict[str, Any]) -> None:
     """
     with stamped(Guest(hosts, "watched", ANY_TIME)) as guest:
         guest.fill()
-        with hosts.start("a", "/usr/bin/python3", "-c", SAMPLER, guest.name) as sampler:
+        with hosts.started("a", "/usr/bin/python3", "-c", SAMPLER, guest.name) as sampler:
             assert sampler.stdout
             # It has begun to look.
             first = sampler.stdout.readline()
-            try:
-                result = guest.migrate("--bandwidth", RATE)
-                text, _ = sampler.communicate(timeout=60)
-            finally:
-                sampler.terminate()
+            result = guest.migrate("--bandwidth", RATE)
+            text, _ = sampler.communicate(timeout=60)
         guest.check()
     seen = [json.loads(text) for text in [first, *text.splitlines()]]
     jobs = [j for j in seen if j.get("operation") == MIGRATION_OUT and "data_remaining" in j]

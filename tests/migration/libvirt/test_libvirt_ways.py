@@ -48,7 +48,7 @@ class Traveller(Guest):
         if not meanwhile:
             return super().virsh_migrate(*options)
         self.before = set(self.pids())
-        with self.hosts.start(self.host, *self.migration_command(*options)) as virsh:
+        with self.hosts.started(self.host, *self.migration_command(*options)) as virsh:
             try:
                 wait_for(lambda: self.sent_bytes() or virsh.poll() is not None, "nothing is sent")
                 assert virsh.poll() is None, f"it was over too soon: {virsh.communicate()}"
