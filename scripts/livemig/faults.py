@@ -55,9 +55,7 @@ def in_flight(source: Guest, messages: int = BUFFERS) -> Iterator[None]:
     write(source, muted=0, mute=1)
     begin(source)
     muted = f"{FAULTS}/muted"
-    wait_for(
-        lambda: read_number(source, muted) >= messages, "the driver sends no messages", seconds=60
-    )
+    wait_for(lambda: read_number(source, muted) >= messages, "the driver sends no messages", 60)
     # The premise: the device has not heard of them.
     hints = hints_now(source)
     assert (hints.state, hints.messages) == ("asked", 0)

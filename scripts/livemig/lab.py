@@ -65,8 +65,7 @@ class Lab:
         guest.wait_ready(BOOT_SECONDS * (1 if paths.is_quick(spec.kernel) else 5))
         # Nobody knows what somebody else's kernel has before it runs.
         if spec.kernel == "ours" and spec.balloon and paths.guest_kernel():
-            missing = missing_in_kernel(guest)
-            if missing:
+            if missing := missing_in_kernel(guest):
                 pytest.skip(f"the kernel of FPH_GUEST_KERNEL has no {missing}")
         return guest
 

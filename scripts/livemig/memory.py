@@ -147,10 +147,9 @@ def kept_pages(trace_log: Path, blocks: Mapping[str, Block], start: int = 0) -> 
     The log is read from an offset, which lies before the migration's start.
     """
     text = _finished_log(trace_log, start)
-    ends = [match.end() for match in KEPT_ALL_LINE.finditer(text)]
-    begin = ends[-2] if len(ends) > 1 else 0
-    hinted = runs(text, begin, "free_page_hint_kept", blocks)
-    absent = runs(text, begin, ABSENT_EVENT, blocks)
+    ends = [0, *(match.end() for match in KEPT_ALL_LINE.finditer(text))]
+    hinted = runs(text, ends[-2], "free_page_hint_kept", blocks)
+    absent = runs(text, ends[-2], ABSENT_EVENT, blocks)
     return {name: mask & ~absent[name] for name, mask in hinted.items()}
 
 

@@ -86,8 +86,7 @@ def main(argv: Sequence[str]) -> int:
         spec = replace(spec, capabilities={"free-page-hint": False})
     if args.wait is not None:
         spec = spec.with_parameters(free_page_hint_wait=args.wait)
-    client = control.connect()
-    if client:
+    if client := control.connect():
         show(migrate_running(client, spec))
     else:
         show(migrate_new(guest_spec(args), spec, args.freed))
