@@ -94,15 +94,12 @@ class Burst(Resting):
         console.wait(r"alloc done ops=\d+", guest, 60)
         points = AllocLoop().points(console)
         first, last = points[0].when, points[-1].when
-        rate = throughput.rate(points, first, last)
-        latencies = throughput.latencies(points, first, last)
         found = {
-            "loop_rate": rate,
-            "loop_p99_us": latencies["p99_us"],
-            "loop_worst_p99_us": latencies["worst_p99_us"],
-            "loop_rss_mib": Spread.from_values(rss).median,
+            "rate": throughput.rate(points, first, last),
+            **throughput.latencies(points, first, last),
+            "rss_mib": Spread.from_values(rss).median,
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {f"loop_{name}": value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -222,7 +219,7 @@ def table(runs: Sequence[Record]) -> List[Dict[str, Any]]:
     rows = []
     for name in summary.names(runs, SCENARIOS):
         own = [run for run in runs if run["scenario"]["name"] == name]
-        by_mode = {mode: [run for run in own if run["mode"]["name"] == mode] for mode in RESTING}
+        by_mode = {mode: summary.chosen(own, name, mode) for mode in RESTING}
         rows.append(
             {
                 "scenario": name,

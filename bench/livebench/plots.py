@@ -58,7 +58,7 @@ def bars(runs: Sequence[Run], names: Sequence[str], metric: str, label: str, log
 
 def _typical(runs: Sequence[Run], name: str, mode: str) -> Run:
     """The run whose total time is nearest to the median."""
-    own = [r for r in runs if r["scenario"]["name"] == name and r["mode"]["name"] == mode]
+    own = summary.chosen(runs, name, mode)
     middle = statistics.Spread.from_values([run["metrics"]["total_ms"] for run in own]).median
     return min(own, key=lambda run: abs(float(run["metrics"]["total_ms"]) - middle))
 
@@ -170,9 +170,8 @@ def floor_ratios(rows: Sequence[Dict[str, Any]]) -> Figure:
 def density(runs: Sequence[Run], name: str) -> Figure:
     """What guests that rest have of the host's memory over time, the first run of each mode."""
     figure, axes = _styled("s", "MiB of the host", name)
-    own = [run for run in runs if run["scenario"]["name"] == name]
     for mode in RESTING:
-        for run in [run for run in own if run["mode"]["name"] == mode][:1]:
+        for run in summary.chosen(runs, name, mode)[:1]:
             points = [(item["s"], item.get("peak_mib", item["mib"])) for item in run["series"]]
             axes.plot(*zip(*points), label=mode, color=COLOURS[mode])
     axes.set_ylim(bottom=0)

@@ -19,15 +19,15 @@ def plain(scenario: Dict[str, Any]) -> bool:
     return scenario["guests"] == 1 and scenario.get("postcopy") is None and not any(special)
 
 
+def chosen(runs: Sequence[Run], scenario: str, mode: str) -> List[Run]:
+    """The runs of a scenario in a mode."""
+    return [r for r in runs if (r["scenario"]["name"], r["mode"]["name"]) == (scenario, mode)]
+
+
 def values(runs: Sequence[Run], scenario: str, mode: str, metric: str) -> List[float]:
     """A metric of all runs of a mode."""
-    return [
-        run["metrics"][metric]
-        for run in runs
-        if run["scenario"]["name"] == scenario
-        and run["mode"]["name"] == mode
-        and metric in run["metrics"]
-    ]
+    own = chosen(runs, scenario, mode)
+    return [run["metrics"][metric] for run in own if metric in run["metrics"]]
 
 
 def names(runs: Sequence[Run], declared: Iterable[str] = SCENARIOS) -> List[str]:
@@ -49,9 +49,7 @@ def _rounded(value: Optional[float], digits: int = 4) -> Optional[float]:
 
 def row(runs: Sequence[Run], scenario: str, mode: str) -> Dict[str, Any]:
     """The row of a scenario and a mode."""
-    own = [
-        run for run in runs if run["scenario"]["name"] == scenario and run["mode"]["name"] == mode
-    ]
+    own = chosen(runs, scenario, mode)
     totals = values(own, scenario, mode, "total_ms")
     spread = statistics.Spread.from_values(totals)
     bases = {name: values(runs, scenario, base, "total_ms") for name, base in BASES.items()}
