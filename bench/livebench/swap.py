@@ -36,15 +36,6 @@ def _run(*command: str) -> str:
     return done.stdout.strip()
 
 
-@contextlib.contextmanager
-def _in_use(where: str) -> Iterator[None]:
-    _run("swapon", where)
-    try:
-        yield
-    finally:
-        _run("swapoff", where)
-
-
 def _forget_old() -> None:
     """Remove what a run left that was killed."""
     used = [line.split() for line in Path("/proc/swaps").read_text(encoding="utf-8").splitlines()]
@@ -67,14 +58,16 @@ def _space(mib: int) -> Iterator[None]:
         # A swap file has no holes, and nobody else may read it.
         with open(os.open(FILE, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             os.posix_fallocate(file.fileno(), 0, mib * MIB)
-        _run("mkswap", str(FILE))
+        where = str(FILE)
+        _run("mkswap", where)
         try:
-            stack.enter_context(_in_use(str(FILE)))
+            _run("swapon", where)
         except NotPossibleHere:
             # Of some file systems, only a block device can be swapped to.
-            device = _run("losetup", "--find", "--show", str(FILE))
-            stack.callback(_run, "losetup", "--detach", device)
-            stack.enter_context(_in_use(device))
+            where = _run("losetup", "--find", "--show", where)
+            stack.callback(_run, "losetup", "--detach", where)
+            _run("swapon", where)
+        stack.callback(_run, "swapoff", where)
         yield
 
 
