@@ -5,11 +5,11 @@ import argparse
 import lzma
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 from livebench import arming, density, estimates, micro, plan, quotes, report, statistics, store
 from livebench import summary
-from livebench.scenarios import SCENARIOS, Scenario, matching
+from livebench.scenarios import SCENARIOS, matching
 from livebench.store import Store
 from livemig.errors import LivemigError
 from livemig.modes import MODES, RESTING
@@ -29,17 +29,10 @@ FILES: Mapping[str, Any] = {"type": Path, "metavar": "FILE", "nargs": "+"}
 EXPORT_MIB = 2
 
 
-def _scenarios(names: Optional[Sequence[str]]) -> List[Scenario]:
-    try:
-        return list(matching(names)) if names else list(SCENARIOS.values())
-    except KeyError as err:
-        raise LivemigError(f"there is no scenario {err.args[0]}: see bench/bench list") from err
-
-
 def work(args: argparse.Namespace) -> List[plan.Work]:
     """What the arguments ask for."""
     found: Dict[str, plan.Work] = {}
-    for scenario in _scenarios(args.scenario):
+    for scenario in matching(args.scenario or ["*"]):
         if args.quick and not scenario.quick:
             continue
         runs = args.runs or (QUICK_RUNS if args.quick else scenario.runs)
@@ -154,7 +147,7 @@ def command_compare(args: argparse.Namespace) -> int:
     """Compare two modes, over the runs of several scenarios and files together."""
     runs = [run for path in args.files for run in store.exported(path)]
     runs = runs or Store(args.out).runs()
-    names = [scenario.name for scenario in _scenarios(args.scenario)]
+    names = [scenario.name for scenario in matching(args.scenario or ["*"])]
     found = summary.compare(runs, names, (args.mode, args.base), args.metric)
     if not found:
         raise LivemigError(

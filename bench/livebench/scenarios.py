@@ -11,6 +11,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 from livebench.filecache import HotAndCold, MappedHot, PageCache, WantedAgain, XfsPageCache
 from livebench.workloads import QEMU_MIB, SYSBENCH, AllocLoop, Alternate, Bookworm, Compile
 from livebench.workloads import Fragmented, Freed, Held, Idle, Sysbench, Touching, Workload
+from livemig.errors import LivemigError
 
 GIB = 1024
 
@@ -317,12 +318,12 @@ def _absent() -> Iterator[Scenario]:
 SCENARIOS: Dict[str, Scenario] = {scenario.name: scenario for scenario in _declared()}
 
 
-def matching(patterns: Sequence[str]) -> Tuple[Scenario, ...]:
+def matching(patterns: Sequence[str]) -> List[Scenario]:
     """The scenarios whose names are as the shell's patterns say, such as "idle-*g"."""
     found: List[Scenario] = []
     for pattern in patterns:
         hits = [own for name, own in SCENARIOS.items() if fnmatch.fnmatchcase(name, pattern)]
         if not hits:
-            raise KeyError(pattern)
+            raise LivemigError(f"there is no scenario {pattern}: see bench/bench list")
         found += [scenario for scenario in hits if scenario not in found]
-    return tuple(found)
+    return found

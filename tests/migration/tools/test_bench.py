@@ -71,7 +71,7 @@ def test_matrix_is_sound() -> None:
     assert {s.name for s in matching(["idle-1g"])} == {"idle-1g"}
     assert {s.name for s in matching(["*-2g-init_on_alloc"])} == {"idle-2g-init_on_alloc"}
     assert {s.name for s in matching(["freed-5*"])} >= {"freed-50-8g"}
-    with pytest.raises(KeyError):
+    with pytest.raises(LivemigError, match="there is no scenario no-such-scenario"):
         matching(["no-such-scenario"])
 
 
