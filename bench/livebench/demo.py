@@ -15,7 +15,8 @@ from livebench.scenarios import Scenario
 from livebench.statistics import Spread
 from livebench.store import write_json
 from livebench.workloads import Churn, Freed, Idle, Workload
-from livemig import paths, workload
+from livefph.show import table as in_columns
+from livemig import host, paths, workload
 from livemig.errors import LivemigError, NotEnoughMemory
 from livemig.host import MIB
 from livemig.migration import Hints, MigrationResult
@@ -122,16 +123,11 @@ def by_mode(runs: Sequence[Run], scenario: str) -> Dict[str, List[Run]]:
 
 def table(groups: Mapping[str, Sequence[Run]]) -> str:
     """The runs of one scenario, one line per mode; ratios are to no hints of the same build."""
-    rows = [["mode", *COLUMNS]]
+    rows = []
     for name, group in groups.items():
         base = groups.get(MODES[name].baseline, [])
-        rows.append([name] + [text(group, base) for text in COLUMNS.values()])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        row[0].ljust(widths[0])
-        + "".join(f"  {cell.rjust(width)}" for cell, width in zip(row[1:], widths[1:]))
-        for row in rows
-    )
+        rows.append([name, *(text(group, base) for text in COLUMNS.values())])
+    return in_columns(["mode", *COLUMNS], rows, right=range(1, len(COLUMNS) + 1))
 
 
 def comparisons(groups: Mapping[str, Sequence[Run]]) -> List[str]:
@@ -209,8 +205,9 @@ def prepared(args: argparse.Namespace) -> Tuple[Dict[str, Scenario], List[str]]:
         for name in args.scenarios
     }
     plan.check_built([plan.Work(own, own.modes, own.runs) for own in scenarios.values()])
+    largest = max(scenarios.values(), key=lambda scenario: sum(scenario.host_mib))
     try:
-        engine.check_memory(max(scenarios.values(), key=lambda scenario: sum(scenario.host_mib)))
+        host.check_memory(sum(largest.host_mib), largest.name)
     except NotEnoughMemory as err:
         raise NotEnoughMemory(f"{err}: use a smaller --mem, or other --scenarios") from err
     check_writable(args.out)

@@ -65,11 +65,6 @@ class Pair:
     room: Optional[swap.Room]
 
 
-def check_memory(scenario: Scenario) -> None:
-    """Stop before the host runs out of memory."""
-    host.check_memory(sum(scenario.host_mib), scenario.name)
-
-
 def migration_spec(scenario: Scenario, mode: Mode) -> MigrationSpec:
     """How the guests of a scenario are moved."""
     parameters: Dict[str, Any] = {
@@ -277,7 +272,7 @@ def header(scenario: Scenario, mode: Mode, index: int) -> Dict[str, Any]:
 
 def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Dict[str, Any]:
     """Make one run; returns its result."""
-    check_memory(scenario)
+    host.check_memory(sum(scenario.host_mib), scenario.name)
     record = header(scenario, mode, index)
     begin = time.monotonic()
     with _booted(scenario, mode, logs) as pairs:
