@@ -10,7 +10,7 @@ kernels do. The other is Linux, and hints; it rewrites a part of its memory as f
 import contextlib
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Sequence, Tuple, Type, Union
 
 from livebench import hostinfo
 from livebench.statistics import Spread, spreads
@@ -20,7 +20,7 @@ from livemig.errors import LivemigError, NotPossibleHere
 from livemig.guest import Guest
 from livemig.machine import MIB, PAGE, Machine, trouble_with_kvm
 from livemig.migration import MigrationResult, cancel, finish, query, start
-from livemig.spec import MigrationSpec
+from livemig.spec import GuestSpec, MigrationSpec
 
 # Where the guest's program and its stack are not.
 FIRST = 16 * MIB
@@ -28,16 +28,13 @@ FIRST = 16 * MIB
 REST_MIB = 64
 # So much is written in a second.
 RATE_MIB = 20
-# The Linux guest: what it has, what it writes to once, and all the time; the link, in a second.
+# The Linux guest: what it has, what it writes to once, and all the time.
 LINUX_MIB = 512
 LINUX_STAMPED_MIB = 256
 LINUX_CHURN_MIB = 64
 CHURN = "churn"
-LINUX_LINK_MIB = 40
 # The log is cleared in chunks of 32 MiB: as many of 2 GiB as there are of 64 GiB by default.
 CHUNKS = ("-global", "migration.x-clear-bitmap-shift=13")
-# The link, in a second.
-LINK_MIB = 200
 # How long the guest is watched when its log is armed, and without a migration.
 WATCH_SECONDS = 2.0
 # Slow enough that nothing but arming happens to the guest meanwhile.
@@ -74,10 +71,14 @@ def _faults(guest: Guest) -> int:
 class MetalWriter:
     """The bare-metal guest, and its clock."""
 
-    def __init__(self, guest: Guest, set_mib: int):
+    # The link, in a second; and what the guest can check at the destination.
+    link_mib = 200
+    stamps: Tuple[str, ...] = ()
+
+    def __init__(self, guest: Guest):
         self.guest = guest
         self.machine = Machine(guest)
-        self._pages = set_mib * MIB // PAGE
+        self._pages = (guest.spec.mem_mib - REST_MIB) * MIB // PAGE
         self.machine.wait_ready()
         self.machine.stamp(FIRST, self._pages, 1)
         begin, ticks = time.monotonic(), self.machine.clock()
@@ -99,7 +100,10 @@ class MetalWriter:
 
 
 class LinuxWriter:
-    """A Linux guest that rewrites a part of its memory, and has little free."""
+    """A Linux guest that rewrites a part of its memory as fast as it can, and has little free."""
+
+    link_mib = 40
+    stamps = ("default", CHURN)
 
     def __init__(self, guest: Guest):
         self.guest = guest
@@ -139,13 +143,6 @@ def _wait_armed(source: Guest, has_round: bool) -> MigrationResult:
         time.sleep(0.01)
 
 
-def _undisturbed(writer: Writer) -> Dict[str, float]:
-    """How long the guest does not get on without a migration."""
-    writer.begin()
-    time.sleep(WATCH_SECONDS)
-    return {"gap_before_ms": writer.end()[1]}
-
-
 def _watch(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Dict[str, float]:
     """What the guest sees of the beginning of a migration, which is cancelled then."""
     writer.begin()
@@ -163,13 +160,13 @@ def _watch(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Di
     return values
 
 
-def _send(
-    writer: Writer, there: Guest, capabilities: Mapping[str, bool], link_mib: int = LINK_MIB
-) -> Dict[str, float]:
+def _send(writer: Writer, there: Guest, capabilities: Mapping[str, bool]) -> Dict[str, float]:
     """What a whole migration sends."""
     writer.begin()
-    start(writer.guest, there, _how(capabilities, link_mib * MIB))
+    start(writer.guest, there, _how(capabilities, writer.link_mib * MIB))
     result = finish(writer.guest, there)
+    if not all(workload.verify(there, name).good for name in writer.stamps):
+        raise LivemigError("the guest did not find its memory as it was")
     looked = {}
     if result.absent and result.absent.scan_time:
         looked["scan_ms"] = result.absent.scan_time / 1000
@@ -185,10 +182,25 @@ def _send(
     }
 
 
+def _run(
+    spec: GuestSpec, kind: Type[Writer], capabilities: Mapping[str, bool], logs: Path
+) -> Dict[str, float]:
+    """One guest: watched without a migration, at the beginning of one, and migrated."""
+    with Guest(spec, "source", logs=logs) as source:
+        writer = kind(source)
+        writer.begin()
+        time.sleep(WATCH_SECONDS)
+        values = {"gap_before_ms": writer.end()[1]}
+        for part in (_watch, _send):
+            with Guest(spec, "destination", logs=logs, incoming=True) as there:
+                values.update(part(writer, there, capabilities))
+    return values
+
+
 def run_metal(
     name: str, set_mib: int, qemu: str, capabilities: Mapping[str, bool], logs: Path
 ) -> Dict[str, float]:
-    """One guest: watched, and then migrated."""
+    """The bare-metal guest writes to @set_mib of its memory, made of what BACKINGS names."""
     spec = machine.spec(
         mem_mib=set_mib + REST_MIB,
         accel="kvm",
@@ -197,27 +209,13 @@ def run_metal(
         mem_backend=BACKINGS[name],
         preload=paths.bare_metal("no-huge-pages.so") if name == "4k" else None,
     )
-    with Guest(spec, "source", logs=logs) as source:
-        values = _undisturbed(writer := MetalWriter(source, set_mib))
-        for part in (_watch, _send):
-            with Guest(spec, "destination", logs=logs, incoming=True) as there:
-                values.update(part(writer, there, capabilities))
-    return values
+    return _run(spec, MetalWriter, capabilities, logs)
 
 
 def run_linux(qemu: str, capabilities: Mapping[str, bool], logs: Path) -> Dict[str, float]:
-    """A Linux guest that writes to a part of its memory as fast as it can, and has little free."""
+    """The Linux guest."""
     spec = kvm.spec(mem_mib=LINUX_MIB, qemu=qemu, args=CHUNKS)
-    with Guest(spec, "source", logs=logs) as source:
-        values = _undisturbed(writer := LinuxWriter(source))
-        with Guest(spec, "destination", logs=logs, incoming=True) as there:
-            values.update(_watch(writer, there, capabilities))
-        with Guest(spec, "destination", logs=logs, incoming=True) as there:
-            values.update(_send(writer, there, capabilities, LINUX_LINK_MIB))
-            for name in ("default", CHURN):
-                if not workload.verify(there, name).good:
-                    raise LivemigError("the guest did not find its memory as it was")
-    return values
+    return _run(spec, LinuxWriter, capabilities, logs)
 
 
 def ways(what: str, qemus: Sequence[str]) -> Dict[str, Tuple[str, Mapping[str, bool]]]:
