@@ -11,14 +11,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
-from xml.etree import ElementTree
 
 import pytest
 
 from livemig import paths, workload
 from livemig.checks import MIB, assert_hints_used
 from livemig.debian_root import YES, DebianRoot, host_root
-from livemig.domains import OTHER_HOST, QEMU_NAMESPACE, SPEC, Guest
+from livemig.domains import OTHER_HOST, SPEC, Guest
 from livemig.hosts_in_root import HostsInRoot, hosts_in_root
 from livemig.stockguest import package_disk
 
@@ -52,13 +51,6 @@ def commands(step: str) -> List[str]:
     return found
 
 
-def existing(parent: ElementTree.Element, path: str) -> ElementTree.Element:
-    """An element that must be there."""
-    element = parent.find(path)
-    assert element is not None
-    return element
-
-
 class ReadmeGuest(Guest):
     """A Debian guest whose domain has what the README says, and which is migrated as it says."""
 
@@ -66,31 +58,21 @@ class ReadmeGuest(Guest):
         super().__init__(on, name)
         self.spec = SPEC.but(mem_mib=MEM_MIB)
         made = paths.stock_guest(SUITE)
-        domain = ElementTree.parse(self.xml).getroot()
-        for path, text in (
-            ("memory", str(MEM_MIB)),
-            ("os/kernel", str(made / "vmlinuz")),
-            ("os/initrd", str(made / "initrd.img")),
-            ("os/cmdline", "root=/dev/vda rw console=ttyS0 panic=-1 no_timer_check"),
+        for element, text in (
+            ("kernel", made / "vmlinuz"),
+            ("initrd", made / "initrd.img"),
+            ("cmdline", "root=/dev/vda rw console=ttyS0 panic=-1 no_timer_check"),
         ):
-            existing(domain, path).text = text
-        devices = existing(domain, "devices")
+            self.replace_element(element, f"<{element}>{text}</{element}>")
+        self.replace_element("memory", f"<memory unit='MiB'>{MEM_MIB}</memory>")
         # All that the tests' domain has of ours
-        for parent, child in (
-            (devices, "emulator"),
-            (devices, "memballoon"),
-            (domain, f"{{{QEMU_NAMESPACE}}}override"),
-            (domain, f"{{{QEMU_NAMESPACE}}}commandline"),
-        ):
-            parent.remove(existing(parent, child))
-        for file, target in ((root, "vda"), (archive, "vdb")):
-            devices.append(ElementTree.fromstring(DISK.format(file, target)))
-        snippet = re.search(r"```xml\n(.*?)```", readme_steps()[1], re.DOTALL)
+        for element in "emulator", "memballoon", "qemu:override", "qemu:commandline":
+            self.replace_element(element)
+        xml = r"```xml\n(.*?)(<qemu:override>.*?)```"
+        snippet = re.search(xml, readme_steps()[1], re.DOTALL)
         assert snippet
-        wrapped = f"<x xmlns:qemu='{QEMU_NAMESPACE}'>{snippet[1]}</x>"
-        for element in ElementTree.fromstring(wrapped):
-            (domain if element.tag.endswith("}override") else devices).append(element)
-        self.xml.write_text(ElementTree.tostring(domain, encoding="unicode"), "utf-8")
+        self.add("devices", DISK.format(root, "vda"), DISK.format(archive, "vdb"), snippet[1])
+        self.add("domain", snippet[2])
 
     def _wait_ready(self, seconds: float) -> bool:
         """Wait until the guest's agent is up: it is the last thing that systemd starts."""
