@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, Tuple
 import pytest
 
 from livemig import paths, workload
-from livemig.checks import MIB, WITH_HINTS, assert_hints_used, assert_intact
+from livemig.checks import MIB, WITH_HINTS, assert_hints_used, assert_intact, wait_for
 from livemig.disk import disk_copy
 from livemig.guest import Guest
 from livemig.lab import Lab
@@ -151,9 +151,7 @@ def debian_fixture(lab: Lab, archive: Path, installed: Tuple[str, Path]) -> Iter
 def balloon_to(guest: Guest, mib: int) -> None:
     """Let the guest have so much memory."""
     guest.qmp("balloon", value=mib * MIB)
-    while guest.qmp("query-balloon")["actual"] != mib * MIB:
-        with contextlib.suppress(Exception):
-            guest.wait_event(lambda event: event["event"] == "BALLOON_CHANGE", "balloon", 2)
+    wait_for(lambda: guest.qmp("query-balloon")["actual"] == mib * MIB, "balloon", BOOT)
 
 
 def test_migrates_with_arrays_then_purged_with_blocks(
