@@ -102,19 +102,15 @@ def picture(record: Record, path: str) -> None:
     """Draw a migration: memory over time, what was skipped hatched; below, the rates."""
     try:
         # It takes a second to load, and few need it.
-        # pylint: disable=import-outside-toplevel
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        # pylint: disable-next=import-outside-toplevel
+        from matplotlib.figure import Figure
     except ImportError as err:
         raise FphError("no picture without it: apt install python3-matplotlib") from err
     samples = record.samples
     if len(samples) < 2:
         raise FphError("no picture: the migration was over before it was looked at twice")
-    figure, (memory, rates) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(9, 6), gridspec_kw={"height_ratios": [2, 1]}
-    )
+    figure = Figure(figsize=(9, 6))
+    memory, rates = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2, 1]})
     _draw_memory(memory, samples)
     _draw_rates(rates, samples)
     figure.suptitle(outcome(record), fontsize=10, wrap=True)
@@ -123,8 +119,6 @@ def picture(record: Record, path: str) -> None:
         figure.savefig(path, dpi=110)
     except OSError as err:
         raise FphError(f"{path}: {err.strerror}") from err
-    finally:
-        pyplot.close(figure)
 
 
 def _draw_memory(axes: Any, samples: Sequence[Sample]) -> None:
