@@ -3,11 +3,8 @@
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Dict
@@ -22,10 +19,13 @@ from livemig.checks import run_script
 from livemig.commands import guest
 from livemig.errors import MigrationError, MissingArtifact
 from livemig.modes import Mode
+from livemig.serial import Port
 from livemig.spec import BLOCKS, GuestSpec
 
 SCRIPTS = paths.REPO / "scripts"
-QUIT = b"\x1d"
+QUIT = "\x1d"
+# How long a guest may take to boot, or to answer
+SECONDS = 120
 
 
 # What clients of scripts/guest may do that scripts/migrate does not: leave before they get an
@@ -33,52 +33,40 @@ QUIT = b"\x1d"
 RUDE = (b'{"capabilities": {}}\n', b"nonsense\n", b"[1]\n", b'{"unknown": 1}\n', b"")
 
 
-class Terminal:
+class Terminal(Port):
     """A command on a terminal of its own."""
 
-    def __init__(self, *command: Any):
-        self._ours, theirs = pty.openpty()
+    def __init__(self, command: str):
+        super().__init__(command)
+        script = ["script", "--quiet", "--return", "--command", command, "/dev/null"]
+        theirs = self.qemu_fd
         # pylint: disable=consider-using-with  # ended by close()
-        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
-        os.close(theirs)
-        self.text = b""
-
-    def type(self, keys: bytes) -> None:
-        """Press keys."""
-        os.write(self._ours, keys)
-
-    def wait_for(self, text: bytes, seconds: float = 120) -> None:
-        """Wait until the command has written a text."""
-        deadline = time.monotonic() + seconds
-        while text not in self.text:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.text[-2000:]!r}"
-            if select.select([self._ours], [], [], 1)[0]:
-                self.text += os.read(self._ours, 65536)
+        self.process = subprocess.Popen(script, stdin=theirs, stdout=theirs, stderr=theirs)
+        self.connected()
 
     def close(self) -> None:
         """End the command."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(60)
-        os.close(self._ours)
+        self.process.terminate()
+        self.process.wait(60)
+        super().close()
 
 
 def test_guest_is_moved_under_its_user() -> None:
     """scripts/migrate moves the guest of scripts/guest; its shell goes on, whatever clients do."""
     if control.connect():
         pytest.skip("a guest of scripts/guest runs on this machine")
-    with closing(Terminal(SCRIPTS / "guest", "--mem", "512M")) as terminal:
-        terminal.wait_for(b"/root # ")
-        terminal.type(b"x=42; echo first $((x + 1))\r")
-        terminal.wait_for(b"first 43")
+    with closing(Terminal(f"{SCRIPTS}/guest --mem 512M")) as terminal:
+        terminal.wait_for("/root # ", SECONDS)
+        terminal.send("x=42; echo first $((x + 1))\r")
+        terminal.wait_for("first 43", SECONDS)
         for options in ([], ["--no-hints"]):
             done = run_script("migrate", *options)
             assert done.returncode == 0, done.stderr
             assert ("disabled" in done.stdout) == bool(options)
             assert "total time:" in done.stdout
             marker = f"after{''.join(options)}"
-            terminal.type(f"echo {marker} $((x + 2))\r".encode())
-            terminal.wait_for(f"{marker} 44".encode())
+            terminal.send(f"echo {marker} $((x + 2))\r")
+            terminal.wait_for(f"{marker} 44", SECONDS)
         for number, request in enumerate(RUDE):
             client = control.connect()
             assert client
@@ -87,12 +75,12 @@ def test_guest_is_moved_under_its_user() -> None:
                 # The last one says nothing, and stays.
                 if request:
                     client.close()
-                terminal.type(f"echo rude{number} $((x + 3))\r".encode())
-                terminal.wait_for(f"rude{number} 45".encode())
+                terminal.send(f"echo rude{number} $((x + 3))\r")
+                terminal.wait_for(f"rude{number} 45", SECONDS)
         refused = run_script("guest")
         assert refused.returncode != 0
         assert "only one at a time" in refused.stderr
-        terminal.type(QUIT)
+        terminal.send(QUIT)
         assert terminal.process.wait(60) == 0
 
 
