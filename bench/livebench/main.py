@@ -154,21 +154,17 @@ def command_compare(args: argparse.Namespace) -> int:
             f"no runs of {args.mode} and {args.base} in one scenario have {args.metric}"
         )
     for name, sides in found.items():
-        said = [_spread(mode, values) for mode, values in zip((args.mode, args.base), sides)]
+        said = []
+        for mode, values in zip((args.mode, args.base), sides):
+            spread = statistics.Spread.from_values(values)
+            quartiles = f"{spread.first_quartile:g}-{spread.third_quartile:g}"
+            said.append(f"{mode} {spread.runs} runs, {spread.median:g} ({quartiles})")
         said.append(statistics.ratio_text(statistics.ratio(*sides)))
         p_value = statistics.p_value(*sides)
         print(
             f"{name}: {'; '.join(said)}" + (f", p = {p_value:.2g}" if p_value is not None else "")
         )
     return 0
-
-
-def _spread(mode: str, values: Sequence[float]) -> str:
-    spread = statistics.Spread.from_values(values)
-    return (
-        f"{mode} {spread.runs} runs, {spread.median:g} "
-        f"({spread.first_quartile:g}-{spread.third_quartile:g})"
-    )
 
 
 def command_export(args: argparse.Namespace) -> int:
@@ -211,59 +207,45 @@ COMMANDS = (
 )
 
 
-def _add_choice(one: argparse.ArgumentParser, name: str) -> None:
-    """What to run: scenarios, modes, how often."""
-    modes = MODES
-    if name == "density":
-        modes = RESTING
-        one.add_argument("--scenario", nargs="+", choices=list(density.SCENARIOS))
-        one.add_argument("--limit", **SIZE, help="for trying: a smaller host")
-    else:
-        one.add_argument("--quick", action="store_true", help="the main rows, 3 runs")
-    one.add_argument("--mode", nargs="+", choices=list(modes), metavar="MODE", help="default: all")
-    one.add_argument("--runs", **COUNT, help="default: as declared")
-    one.add_argument("--fresh", action="store_true", help="make runs again that are there")
-
-
-def _add_compared(one: argparse.ArgumentParser) -> None:
-    """What to compare, and of which runs."""
-    for which in ("mode", "base"):
-        one.add_argument(which, choices=list(MODES), metavar=which.upper())
-    one.add_argument("--metric", default="total_ms", metavar="NAME", help="default: total_ms")
-    about = "runs.json.xz of an export; default: what is in out/bench"
-    one.add_argument("--from", **FILES, dest="files", default=[], help=about)
-
-
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="bench", description="Benchmarks of live migrations.")
     commands = parser.add_subparsers(dest="command", required=True)
+    parsers: Dict[str, argparse.ArgumentParser] = {}
     for function in COMMANDS:
         name = function.__name__.removeprefix("command_")
         one = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         one.set_defaults(function=function)
         one.add_argument("--out", **DIRECTORY, default=store.OUT, help="default: out/bench")
-        if name == "arming":
-            one.add_argument("--runs", **COUNT, help=f"default: {QUICK_RUNS}")
-            about = "builds to compare; default: ours"
-            builds = ["ours", "before"]
-            one.add_argument("--qemu", nargs="+", default=["ours"], choices=builds, help=about)
-        if name == "estimates":
-            one.add_argument("--runs", **COUNT, help=f"pairs, default: {ESTIMATES_PAIRS}")
-        if name in ("run", "micro", "density", "arming", "estimates"):
-            one.add_argument("--mem", **SIZE, help="for trying: smaller guests")
-            one.add_argument("--vcpus", **COUNT, help="for trying: another number")
-        if name == "export":
-            one.add_argument("to", type=Path, metavar="TO", help="a directory")
-        if name in ("run", "density"):
-            _add_choice(one, name)
-        if name in ("run", "compare"):
-            about = 'or a pattern, "idle-*"; default: all'
-            one.add_argument("--scenario", nargs="+", metavar="NAME", help=about)
-        if name == "compare":
-            _add_compared(one)
-        if name == "quote":
-            one.add_argument("--check", action="store_true", help="whether documents say the same")
+        parsers[name] = one
+
+    def add(names: str, option: str, **settings: Any) -> None:
+        for name in names.split():
+            parsers[name].add_argument(option, **settings)
+
+    add("arming", "--runs", **COUNT, help=f"default: {QUICK_RUNS}")
+    about = "builds to compare; default: ours"
+    add("arming", "--qemu", nargs="+", default=["ours"], choices=["ours", "before"], help=about)
+    add("estimates", "--runs", **COUNT, help=f"pairs, default: {ESTIMATES_PAIRS}")
+    add("run micro density arming estimates", "--mem", **SIZE, help="for trying: smaller guests")
+    about = "for trying: another number"
+    add("run micro density arming estimates", "--vcpus", **COUNT, help=about)
+    add("export", "to", type=Path, metavar="TO", help="a directory")
+    add("density", "--scenario", nargs="+", choices=list(density.SCENARIOS))
+    add("density", "--limit", **SIZE, help="for trying: a smaller host")
+    add("run", "--quick", action="store_true", help="the main rows, 3 runs")
+    for name, modes in ("run", MODES), ("density", RESTING):
+        add(name, "--mode", nargs="+", choices=list(modes), metavar="MODE", help="default: all")
+    add("run density", "--runs", **COUNT, help="default: as declared")
+    add("run density", "--fresh", action="store_true", help="make runs again that are there")
+    about = 'or a pattern, "idle-*"; default: all'
+    add("run compare", "--scenario", nargs="+", metavar="NAME", help=about)
+    for which in ("mode", "base"):
+        add("compare", which, choices=list(MODES), metavar=which.upper())
+    add("compare", "--metric", default="total_ms", metavar="NAME", help="default: total_ms")
+    about = "runs.json.xz of an export; default: what is in out/bench"
+    add("compare", "--from", **FILES, dest="files", default=[], help=about)
+    add("quote", "--check", action="store_true", help="whether documents say the same")
     args = parser.parse_args(argv)
     for name in ("runs", "vcpus"):
         if (getattr(args, name, None) or 1) < 1:
