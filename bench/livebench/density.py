@@ -9,7 +9,7 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from livebench import engine, hostinfo, summary, throughput
 from livebench.console import Console
@@ -64,7 +64,7 @@ class Burst(Resting):
         with Guest(spec, "guest", logs=logs, listener=console.listener()) as guest:
             guest.wait_ready()
             time.sleep(min(self.REST_SECONDS, self.seconds))
-            values = {"rss_before_mib": host.process_mib(guest.pid)}
+            values: Record = {"rss_before_mib": host.process_mib(guest.pid)}
             workload.dirty_and_free(guest, scenario.mem_mib * self.percent // 100)
             cpu = hostinfo.cpu_seconds(guest.pid)
             series = watch([guest], self.seconds)
@@ -74,19 +74,17 @@ class Burst(Resting):
             check_kernels([guest])
         return {"metrics": values, "series": series}
 
-    def _after(self, series: Sequence[Dict[str, float]], before: float) -> Dict[str, float]:
-        """The memory at some moments after the burst, and when half of it was back."""
-        values = {"rss_burst_mib": series[0]["mib"]}
+    def _after(self, series: Sequence[Dict[str, float]], before: float) -> Record:
+        """The memory at some moments after the burst, and when half of it was back, if it was."""
+        values: Record = {"rss_burst_mib": series[0]["mib"]}
         moments = (2, 5, 10, *range(20, self.seconds, 20))
         for end in (*(moment for moment in moments if moment < self.seconds), self.seconds):
             values[f"rss_{end}s_mib"] = [item["mib"] for item in series if item["s"] <= end][-1]
         half = (before + series[0]["mib"]) / 2
-        back = [item["s"] for item in series if item["mib"] <= half]
-        if back:
-            values["half_s"] = back[0]
+        values["half_s"] = next((item["s"] for item in series if item["mib"] <= half), None)
         return values
 
-    def _loop(self, guest: Guest, console: Console) -> Dict[str, float]:
+    def _loop(self, guest: Guest, console: Console) -> Dict[str, Optional[float]]:
         """How fast a program allocates meanwhile, and what the guest has of the host then."""
         hold = int(guest.spec.mem_mib * self.LOOP_SHARE)
         on_console(guest, f"allocloop {self.loop_seconds} {hold}")
@@ -99,7 +97,7 @@ class Burst(Resting):
             **throughput.latencies(points, first, last),
             "rss_mib": Spread.from_values(rss).median,
         }
-        return {f"loop_{name}": value for name, value in found.items() if value is not None}
+        return {f"loop_{name}": value for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,8 @@ def run(scenario: Scenario, mode: Mode, index: int, logs: Path) -> Record:
     begin = time.monotonic()
     record.update(own.measure(scenario, mode, logs))
     record["seconds"] = round(time.monotonic() - begin, 1)
-    record["metrics"] = {name: round(value, 4) for name, value in record["metrics"].items()}
+    found = record["metrics"].items()
+    record["metrics"] = {name: round(value, 4) for name, value in found if value is not None}
     return record
 
 
