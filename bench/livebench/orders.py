@@ -31,8 +31,7 @@ def estimate(guest: Guest) -> Dict[str, Any]:
         if time.monotonic() > deadline:
             raise LivemigError(f"{guest.name} makes no estimate")
         time.sleep(0.01)
-    found: Dict[str, Any] = info["estimate"]
-    return found
+    return dict(info["estimate"])
 
 
 def by_order(guest: Guest) -> List[Dict[str, Any]]:

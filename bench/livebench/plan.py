@@ -2,7 +2,6 @@
 """All runs in turn: which comes next, what is done already, how long it will take."""
 
 import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +120,6 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
         left = duration(sum(expected(other, seen) for other in missing[number:]))
         print(f"[{number + 1}/{len(missing)}, {left} left] {name}: ", end="", flush=True)
         logs = paths.OUT / "logs" / "bench" / step.scenario.name / f"{step.mode.name}-{step.index}"
-        began = time.monotonic()
         try:
             run = runner(*step, logs)
         except NotPossibleHere as err:
@@ -137,7 +135,7 @@ def carry_out(steps: Sequence[Step], store: Store, fresh: bool, runner: Runner =
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", flush=True)
             raise
-        seen[step.scenario.name][step.mode.name].append(time.monotonic() - began)
+        seen[step.scenario.name][step.mode.name].append(run["seconds"])
         store.save(*step, run)
         failed += run.get("verified") is False
         print(describe(run), flush=True)

@@ -54,8 +54,7 @@ def _figure(words: Sequence[str], values: Callable[..., List[float]]) -> str:
 
 def read(quotes: Path = QUOTES) -> List[Dict[str, Any]]:
     """All quotes."""
-    found: List[Dict[str, Any]] = json.loads(quotes.read_text(encoding="utf-8"))
-    return found
+    return list(json.loads(quotes.read_text(encoding="utf-8")))
 
 
 def plain(text: str) -> str:

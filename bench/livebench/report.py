@@ -160,10 +160,8 @@ class Report:
         if not names:
             return None
         figures = []
-        for what, metric, label in (
-            ("total", "total_ms", "total ms"),
-            ("sent", "sent_mib", "sent MiB"),
-        ):
+        for what, unit in ("total", "ms"), ("sent", "MiB"):
+            metric, label = f"{what}_{unit.lower()}", f"{what} {unit}"
             bars = plots.bars(own, names, metric, label, chapter.log)
             figures.append(self._figure(f"{what}-{chapter.key}", bars))
         for name in names:
