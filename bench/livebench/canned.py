@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 from livebench import engine, hostinfo
 from livebench.scenarios import SCENARIOS, Scenario
 from livemig import paths
+from livemig.checks import run_script
 from livemig.modes import Mode
 
 IDLE = SCENARIOS["idle-8g"]
@@ -79,5 +80,4 @@ class Runner:
 
 def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run bench/bench."""
-    command = [str(paths.REPO / "bench" / "bench"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return run_script(paths.REPO / "bench" / "bench", *arguments)

@@ -51,7 +51,6 @@ VIVO_ROWS = (
     ("arm_ms", "arming", "ms"),
 )
 
-TRACEFS = "/sys/kernel/tracing"
 # The struct pages of two blocks of 4 MiB that are neighbours are 1024 of 64 bytes apart.
 LINE_STRIDE = 1024 * 64
 
@@ -98,11 +97,11 @@ def in_vivo(mem_mib: int, vcpus: int, logs: Path) -> Dict[str, Any]:
     )
     with Guest(spec, "source", logs=logs) as source:
         source.wait_ready()
-        events = f"{TRACEFS}/events/free_page_hint/free_page_hint_batch/enable"
+        events = f"{engine.TRACEFS}/events/free_page_hint/free_page_hint_batch/enable"
         source.agent.run(f"echo 1 > {events}")
         with Guest(spec.but(trace=None, args=()), "destination", logs=logs, incoming=True) as there:
             result = migration.migrate(source, there, migration_for_mode(mode))
-            batches = _batches(there.agent.run(f"cat {TRACEFS}/trace"))
+            batches = _batches(there.agent.run(f"cat {engine.TRACEFS}/trace"))
             bound = there.agent.run(f"linewalk {batches[:, 0].sum():.0f} {LINE_STRIDE} {REPEAT}")
         log = source.trace_log.read_text(errors="replace")
     hints = result.hints
