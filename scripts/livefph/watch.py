@@ -27,8 +27,6 @@ Source = Union[Domain, Socket]
 class Sample:
     """A migration at a moment; bytes, bytes per second, seconds since it began."""
 
-    # pylint: disable=too-many-instance-attributes
-
     seconds: float
     status: str
     total: int = 0
@@ -46,8 +44,6 @@ class Sample:
 @dataclass
 class Record:
     """What was seen of a migration."""
-
-    # pylint: disable=too-many-instance-attributes
 
     name: str
     status: str = "none"
