@@ -3,6 +3,7 @@
 
 import difflib
 import os
+import re
 import subprocess
 from dataclasses import dataclass, replace
 from typing import Optional
@@ -66,7 +67,8 @@ def _knows_attributes(host: Host, text: str) -> bool:
     that it can be asked for the command line of a domain which is never defined.
     """
     try:
-        return domainxml.offers_arrays(host.command_line(domainxml.probe(text, attributes=True)))
+        command_line = host.command_line(domainxml.probe(text, attributes=True))
+        return bool(re.search(rf'"{domainxml.ARRAYS}"\s*:\s*true', command_line))
     except LibvirtFailure as err:
         # If it does not take that domain without them either, this is what it has to say.
         host.command_line(domainxml.probe(text, attributes=False))

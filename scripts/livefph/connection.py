@@ -126,12 +126,9 @@ class Domain:
 
     def on_event(self, event: str, call: Callable[[Any], None]) -> None:
         """Have an event of QEMU's reported, from another thread."""
-
-        def received(*arguments: Any) -> None:
-            call(json.loads(arguments[5] or "{}"))
-
         register = libvirt_qemu.qemuMonitorEventRegister
-        self._ask(register, self._host.connection, self._domain, event, received, None)
+        what = (self._host.connection, self._domain, event)
+        self._ask(register, *what, lambda *found: call(json.loads(found[5] or "{}")), None)
 
 
 class Host:

@@ -223,11 +223,6 @@ def probe(text: str, attributes: bool) -> str:
 """
 
 
-def offers_arrays(command_line: str) -> bool:
-    """Whether a QEMU that is started so has a balloon with arrays."""
-    return bool(re.search(rf'"{ARRAYS}"\s*:\s*true', command_line))
-
-
 def enable(
     text: str, arrays: bool, emulator: Optional[str] = None, attributes: bool = False
 ) -> str:

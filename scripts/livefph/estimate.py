@@ -6,7 +6,7 @@ import time
 from typing import Any, Dict, List, Optional
 
 from livefph.connection import Domain, FphError, QmpError
-from livefph.status import STOCK, explain
+from livefph.status import REASONS, STOCK
 
 POLL_SECONDS = 0.05
 # free-page-hint-wait is a minute at most.
@@ -57,7 +57,7 @@ def estimate(domain: Domain, **arguments: Optional[int]) -> Dict[str, Any]:
 def notes(found: Dict[str, Any], cache: Optional[int]) -> List[str]:
     """Why an estimate does not say all, of one that was to have page cache or not."""
     reasons = [found[key] for key in ("absent-reason", "reason") if found.get(key)]
-    lines = [explain(reason) for reason in dict.fromkeys(reasons)]
+    lines = [REASONS.get(reason, f"reason '{reason}'") for reason in dict.fromkeys(reasons)]
     if cache and found["complete"] and "cache-bytes" not in found:
         lines.append("its page cache stays: its balloon or its driver frees none")
     return lines

@@ -31,8 +31,6 @@ REASONS = {
 class Status:
     """One domain; None is what could not be found out."""
 
-    # pylint: disable=too-many-instance-attributes
-
     name: str
     state: str
     # After the next start: "no", "blocks", "arrays"
@@ -46,11 +44,6 @@ class Status:
     # Of query-migrate, if its QEMU has migrated or tried to
     last: Dict[str, Any] = field(default_factory=dict)
     notes: List[str] = field(default_factory=list)
-
-
-def explain(reason: str) -> str:
-    """A reason of QEMU's for people."""
-    return REASONS.get(reason, f"reason '{reason}'")
 
 
 def skipped_bytes(info: Dict[str, Any]) -> Optional[int]:
