@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, Type, Union
 
 from livebench import hostinfo
-from livebench.statistics import Spread, spreads
 from livebench.store import write_json
 from livemig import host, kvm, machine, paths, workload
 from livemig.errors import LivemigError, NotPossibleHere
@@ -247,12 +246,3 @@ def run(set_mib: int, runs: int, qemus: Sequence[str], out: Path) -> List[Dict[s
                 print(f"bench: {what}, {way}, run {index}: {values['sent_mib']:.0f} MiB sent")
     write_json(out / "arming.json", [{"host": hostinfo.facts(), "set_mib": set_mib}, *found])
     return found
-
-
-def rows(found: Sequence[Mapping[str, Any]]) -> List[Tuple[str, str, Dict[str, Spread]]]:
-    """Guest, way, and the spread of each figure."""
-    table = []
-    for what, way in dict.fromkeys((run["what"], run["way"]) for run in found):
-        own = [run for run in found if (run["what"], run["way"]) == (what, way)]
-        table.append((what, way, spreads(own, "what", "way", "run")))
-    return table

@@ -117,9 +117,10 @@ def command_arming(args: argparse.Namespace) -> int:
     if args.mem and args.mem & (args.mem - 1):
         raise LivemigError("--mem: a power of two is wanted here")
     found = arming.run(args.mem or ARMING_MIB, args.runs or QUICK_RUNS, args.qemu, args.out)
-    for what, way, spreads in arming.rows(found):
+    for what, way in dict.fromkeys((run["what"], run["way"]) for run in found):
+        own = [run for run in found if (run["what"], run["way"]) == (what, way)]
         print(f"{what}, {way}:")
-        _show(spreads, "  ")
+        _show(statistics.spreads(own, "what", "way", "run"), "  ")
     return 0
 
 
