@@ -154,7 +154,6 @@ def show(args: argparse.Namespace, runs: Sequence[Run]) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    names = list(WORKLOADS)
     modes = "\n".join(f"  {name:12} {MODES[name].about}" for name in DEMO)
     scenarios = "\n".join(f"  {name:12} {own.about}" for name, own in WORKLOADS.items())
     parser = argparse.ArgumentParser(
@@ -172,8 +171,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--scenarios",
         nargs="+",
-        choices=names,
-        default=names,
+        choices=WORKLOADS,
+        default=list(WORKLOADS),
         metavar="SCENARIO",
         help="default: all",
     )

@@ -94,11 +94,8 @@ def _ask_only(guest: Guest) -> Hints:
             raise LivemigError(f"{guest.name}: the guest did not report its free pages")
         time.sleep(0.005)
     cancel(guest)
-    guest.qmp(
-        "migrate-set-parameters",
-        max_bandwidth=before["max-bandwidth"],
-        free_page_hint_wait=before["free-page-hint-wait"],
-    )
+    changed = ("max-bandwidth", "free-page-hint-wait")
+    guest.qmp_dict("migrate-set-parameters", {name: before[name] for name in changed})
     return hints
 
 

@@ -69,9 +69,7 @@ def quoted(quote: Mapping[str, Any], results: Path = RESULTS) -> str:
     scenarios = [scenarios] if isinstance(scenarios, str) else scenarios
 
     def values(mode: str, metric: str = "total_ms") -> List[float]:
-        found: List[float] = []
-        for scenario in scenarios:
-            found += summary.values(runs, scenario, mode, metric)
+        found = sum((summary.values(runs, name, mode, metric) for name in scenarios), [])
         if not found:
             raise LivemigError(f"no runs of {mode} in {' '.join(scenarios)} have {metric}")
         return found

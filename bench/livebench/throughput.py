@@ -83,8 +83,3 @@ def judge(points: Sequence[Point], span: Span) -> Dict[str, Any]:
         if point.when > span.start - 2 * BEFORE_SECONDS
     ]
     return result
-
-
-def enough_after(span: Span) -> float:
-    """Until when the guest has to be watched."""
-    return max(span.end + AFTER_SECONDS, span.start + WINDOW_SECONDS) + 1.5
