@@ -248,11 +248,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("compare", "--from", **FILES, dest="files", default=[], help=about)
     add("quote", "--check", action="store_true", help="whether documents say the same")
     args = parser.parse_args(argv)
-    for name in ("runs", "vcpus"):
-        if (getattr(args, name, None) or 1) < 1:
-            parser.error(f"--{name}: at least 1")
-    if (getattr(args, "mem", None) or 512) < 512:
-        parser.error("--mem: at least 512M")
+    for name, least, unit in ("runs", 1, ""), ("vcpus", 1, ""), ("mem", 512, "M"):
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            parser.error(f"--{name}: at least {least}{unit}")
     return args
 
 

@@ -298,6 +298,13 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         assert what in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--runs 0", "--vcpus 0", "--mem 0", "--mem 511M"])
+def test_too_little(option: str) -> None:
+    """No run, no CPU and hardly any memory are no default, and refused at once."""
+    done = bench("run", "--scenario", "no-such", *option.split())
+    assert done.returncode == 2 and f"{option.split()[0]}: at least " in done.stderr
+
+
 def test_one_run(tmp_path: Path) -> None:
     """A small guest is booted, moved, checked and reported, and not a second time."""
     command = f"run --scenario idle-8g --mode array --mem 512M --vcpus 1 --runs 1 --out {tmp_path}"
