@@ -84,7 +84,7 @@ class DebianRoot:
                 "UPPER": str(self._state / "upper"),
                 "WORK": str(self._state / "work"),
                 "POOL": str(self._pool),
-                "DEB": str(paths.OUT / "release"),
+                "DEB": str(paths.require(paths.OUT / "release", "make guest-deb trial-deb")),
                 "STATE": str(self._state),
                 "SPACE": "",
                 **environment,
