@@ -39,7 +39,7 @@ def work(args: argparse.Namespace) -> List[plan.Work]:
         # Who names a mode gets it, declared or not.
         wanted = args.mode or (scenario.quick if args.quick else scenario.modes)
         modes = tuple(name for name in MODES if name in wanted)
-        sized = scenario.but(args.mem, args.vcpus)
+        sized = scenario.but(mem_mib=args.mem, vcpus=args.vcpus, gbit=args.gbit)
         # With guests of another size, scenarios can be the same.
         found[sized.name] = plan.Work(sized, modes, runs)
     if not found:
@@ -78,7 +78,7 @@ def command_density(args: argparse.Namespace) -> int:
     for name in args.scenario or density.SCENARIOS:
         scenario = density.SCENARIOS[name]
         modes = tuple(mode for mode in scenario.modes if mode in (args.mode or RESTING))
-        sized = scenario.but(args.mem, args.vcpus)
+        sized = scenario.but(mem_mib=args.mem, vcpus=args.vcpus)
         if args.limit:
             sized = density.limited(sized, args.limit)
         if modes:
@@ -231,6 +231,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("run micro density arming estimates", "--mem", **SIZE, help="for trying: smaller guests")
     about = "for trying: another number"
     add("run micro density arming estimates", "--vcpus", **COUNT, help=about)
+    add("run", "--gbit", **COUNT, help="for trying: a link of so many Gbit/s")
     add("export", "to", type=Path, metavar="TO", help="a directory")
     add("density", "--scenario", nargs="+", choices=list(density.SCENARIOS))
     add("density", "--limit", **SIZE, help="for trying: a smaller host")
@@ -248,7 +249,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("compare", "--from", **FILES, dest="files", default=[], help=about)
     add("quote", "--check", action="store_true", help="whether documents say the same")
     args = parser.parse_args(argv)
-    for name, least, unit in ("runs", 1, ""), ("vcpus", 1, ""), ("mem", 512, "M"):
+    for name, least, unit in ("runs", 1, ""), ("vcpus", 1, ""), ("gbit", 1, ""), ("mem", 512, "M"):
         value = getattr(args, name, None)
         if value is not None and value < least:
             parser.error(f"--{name}: at least {least}{unit}")

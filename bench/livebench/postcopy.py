@@ -43,8 +43,9 @@ def outcome(source: Guest, there: Guest, before: MigrationResult) -> Dict[str, f
     """
     source.wait_event(status_is(*ENDED), "end of postcopy", WAIT_SECONDS)
     if not any(status_is("postcopy-active")(event) for event in source.events):
-        # The guest stood still for so long that nothing was left to send.
-        raise LivemigError(f"{source.name}: precopy was over before the switch")
+        # The guest stood still, and nothing was left to send. Or all was sent within 100 ms: QEMU
+        # knows no bandwidth then, and does not look for what was written since.
+        raise LivemigError(f"{source.name}: precopy was over before the switch: try a slow --gbit")
     stopped = _moment(source, lambda event: event["event"] == "STOP")
     resumed = _moment(there, lambda event: event["event"] == "RESUME")
     ended = _moment(source, status_is(*ENDED))

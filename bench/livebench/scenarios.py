@@ -6,7 +6,7 @@ A scenario's name is made from its values: two that differ have different names.
 
 import fnmatch
 from dataclasses import dataclass, replace
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from livebench.filecache import HotAndCold, MappedHot, PageCache, WantedAgain, XfsPageCache
 from livebench.workloads import QEMU_MIB, SYSBENCH, AllocLoop, Alternate, Bookworm, Compile
@@ -145,11 +145,10 @@ class Scenario:
         here = whole if self.init_on_alloc or self.workload.suite else there
         return self.guests * here, self.guests * there
 
-    def but(self, mem_mib: Optional[int], vcpus: Optional[int]) -> "Scenario":
-        """The same with guests of another size, for trying: then there are no targets."""
-        if not mem_mib and not vcpus:
-            return self
-        return replace(self, mem_mib=mem_mib or self.mem_mib, vcpus=vcpus or self.vcpus, targets=())
+    def but(self, **wanted: Optional[int]) -> "Scenario":
+        """The same with what is wanted instead, for trying: then there are no targets."""
+        changes: Dict[str, Any] = {name: value for name, value in wanted.items() if value}
+        return replace(self, targets=(), **changes) if changes else self
 
 
 # Looking for what is absent costs next to nothing where nothing is.
