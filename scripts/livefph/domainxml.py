@@ -19,7 +19,8 @@ HINT = "free-page-hint"
 ARRAYS = "free-page-hint-arrays"
 # What a libvirt that knows hints has for these, as attributes of <memballoon>
 ATTRIBUTES = {HINT: "freePageHinting", ARRAYS: "freePageHintArrays"}
-# It refuses this one, which is not switched here, without arrays.
+# Page cache is not switched on here. Without arrays, QEMU offers none, and libvirt refuses it.
+CACHE = "free-page-hint-cache"
 CACHE_ATTRIBUTE = "freePageHintCache"
 # Of those that QEMU runs
 TYPES = ("kvm", "qemu", "hvf")
@@ -286,7 +287,10 @@ def _add_properties(editor: _Editor, alias: str, names: Sequence[str]) -> None:
 
 
 def disable(text: str, arrays_only: bool = False, emulator: Optional[str] = None) -> str:
-    """The XML without hints, or without arrays, and maybe another emulator; an alias stays."""
+    """The XML without hints, or without arrays, and maybe another emulator; an alias stays.
+
+    Page cache goes in both cases.
+    """
     editor = _Editor(text)
     balloon = editor.balloon()
     _set_emulator(editor, emulator)
@@ -295,7 +299,8 @@ def disable(text: str, arrays_only: bool = False, emulator: Optional[str] = None
     for attribute in (*(ATTRIBUTES[name] for name in names), CACHE_ATTRIBUTE):
         # Even one that is off keeps libvirt from starting a stock QEMU.
         editor.remove_attribute(balloon, attribute)
-    gone = [element for name in names for element in editor.property(alias, name)]
+    found = (element for name in (*names, CACHE) for element in editor.property(alias, name))
+    gone = sorted(found, key=lambda element: element.start)
     # An element that would be left empty goes as a whole, but for one with a comment in it.
     for outer in reversed(editor.around(alias)):
         left = editor.data[outer.content : outer.content_end]

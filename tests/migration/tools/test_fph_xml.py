@@ -230,6 +230,20 @@ def test_attributes_that_are_there() -> None:
     assert attributes(blocks) == {"freePageHinting": "on"}
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_overridden_page_cache(value: str) -> None:
+    """It goes with arrays: of no use without them, and a stock QEMU does not start with it."""
+    cache = f"<qemu:property name='free-page-hint-cache' type='bool' value='{value}'/>"
+    text = domain(NAMED, OVERRIDE.replace(ARRAYS, f"{cache}\n        {ARRAYS}"), XMLNS)
+    assert domainxml.read(text).offered == "arrays"
+    blocks = domainxml.disable(text, arrays_only=True)
+    assert blocks == domain(NAMED, OVERRIDE.replace(f"\n        {ARRAYS}", ""), XMLNS)
+    assert domainxml.disable(text) == domain(NAMED, space=XMLNS)
+    # Where nothing else was overridden
+    left = domainxml.disable(domain(NAMED, OVERRIDE.replace(PROPERTIES, cache), XMLNS))
+    assert left == domain(NAMED, space=XMLNS)
+
+
 @pytest.mark.parametrize("value, offered", [("false", "no"), ("true", "arrays")])
 def test_override_has_the_last_word(value: str, offered: str) -> None:
     """QEMU is started with what is overridden, whatever the attributes say; disable ends both."""
