@@ -145,7 +145,7 @@ test: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug k
 	@/usr/bin/python3 -m pytest -m 'not long' tests
 
 # All three parts, also if one of them finds something.
-test-long: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## a hundred migrations more, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
+test-long: qemu qemu-checked qemu-debug qemu-stock kernel kernel-stock kernel-debug kernel-kvm images other-guests debian-image ## 150 migrations more, and all with sanitizers and a debug kernel: FPH_MIGRATIONS=n FPH_TRIPS=n
 	@status=0; \
 	FPH_RESULTS=campaigns.json /usr/bin/python3 -m pytest -v -s tests/migration/migrate/campaigns.py || status=1; \
 	FPH_RESULTS=sweep.json FPH_ABSENT=1 FPH_QEMU=debug FPH_KERNEL=debug \
