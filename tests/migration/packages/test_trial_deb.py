@@ -10,14 +10,17 @@ import pytest
 
 from livemig import paths
 from livemig.debian_root import DebianRoot, host_root
-from livemig.hosts_in_root import InstalledGuest, hosts_in_root
+from livemig.hosts_in_root import HostsInRoot, InstalledGuest, hosts_in_root
 
 pytestmark = pytest.mark.long
 
 PACKAGE = "qemu-system-x86-fph"
 PROGRAM = "/usr/bin/qemu-system-x86_64-fph"
+STOCK = "/usr/bin/qemu-system-x86_64"
 MANUAL = "/usr/share/man/man1/qemu-system-x86_64-fph.1.gz"
 DEB = f"/srv/deb/{PACKAGE}_{paths.version()}_amd64.deb"
+# Debian's QEMU, and what ours recommends: apt installs nothing else with it then.
+ALREADY = ("qemu-system-x86", "python3-libvirt")
 INSTALL = f"DEBIAN_FRONTEND=noninteractive apt-get -q -y install {DEB}"
 # All that there is but logs, caches and what dpkg notes; nothing that is mounted
 FILES = r"""
@@ -118,7 +121,7 @@ def test_apparmor_profile(root: DebianRoot) -> None:
 
 def test_no_space(root: DebianRoot) -> None:
     """Where it does not fit, apt fails and all is as before; with more space, it works."""
-    root.apt("install", "qemu-system-x86")
+    root.apt("install", *ALREADY)
     before = files(root)
     status, said = root.exec(
         f"cd /srv/space; {INSTALL} > said 2>&1 && exit 1; ({FILES}) > files;"
@@ -140,7 +143,7 @@ MOMENTS = {"unpacking": f"{PROGRAM}.dpkg-new", "unpacked": PROGRAM}
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_install_can_be_resumed(root: DebianRoot, moment: str) -> None:
     """Killed at any moment, the installation can be done again; a purge leaves what was before."""
-    root.apt("install", "qemu-system-x86")
+    root.apt("install", *ALREADY)
     before = files(root)
     root.kill_install(PACKAGE, DEB, f"[ -e {MOMENTS[moment]} ]")
     root.run("dpkg --configure -a || :")
@@ -150,9 +153,22 @@ def test_killed_install_can_be_resumed(root: DebianRoot, moment: str) -> None:
     assert files(root) == before
 
 
+def define_with_fph(hosts: HostsInRoot, guest: InstalledGuest) -> None:
+    """Take hints and our QEMU out of its definition, and have them back, as docs say."""
+    hosts.virsh("a", "define", "--validate", guest.xml)
+    hosts.run("a", f"fph disable {guest.name} --emulator {STOCK} --write")
+    text = hosts.virsh("a", "dumpxml", "--inactive", guest.name)
+    assert "name='free-page-hint" not in text and f"<emulator>{STOCK}<" in text
+    hosts.run("a", f"fph enable {guest.name} --arrays --emulator {PROGRAM} --write")
+    guest.xml.write_text(hosts.virsh("a", "dumpxml", "--inactive", guest.name), "utf-8")
+
+
 def test_migrates_beside_debians_qemu(root: DebianRoot, measured: Dict[str, Any]) -> None:
-    """libvirt migrates with hints beside Debian's QEMU, which stays as it is; a purge is clean."""
-    root.apt("install", "qemu-system-x86")
+    """libvirt migrates with hints beside Debian's QEMU, which stays as it is; a purge is clean.
+
+    fph of the package changes domains with this libvirt and its Python binding, too.
+    """
+    root.apt("install", *ALREADY)
     with hosts_in_root(root, paths.kernel_image("ours"), paths.initramfs()) as hosts:
         before = set(hosts.run("a", FILES).splitlines())
         said = hosts.run("a", INSTALL)
@@ -161,7 +177,11 @@ def test_migrates_beside_debians_qemu(root: DebianRoot, measured: Dict[str, Any]
         assert not before - set(hosts.run("a", FILES).splitlines())
         assert hosts.run("a", f"dpkg --verify qemu-system-x86 {PACKAGE}") == ""
 
-        with InstalledGuest(hosts, "trial", PROGRAM) as guest:
+        guest = InstalledGuest(hosts, "trial", PROGRAM)
+        # One that both QEMUs have
+        guest.replace("machine='q35'", "machine='pc-q35-7.2'")
+        define_with_fph(hosts, guest)
+        with guest:
             measured.update(guest.migrates_with_hints())
 
         hosts.run("a", f"DEBIAN_FRONTEND=noninteractive apt-get -q -y purge {PACKAGE}")
